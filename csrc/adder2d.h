@@ -1,0 +1,73 @@
+// The contract of the adder2d operator: problem description and C entry points.
+//
+//   y[n,k,p,q] = b[k] - sum over c,r,s of | x[n, g*Cg + c, p*stride_h - pad_h + r*dil_h, q*stride_w - pad_w + s*dil_w] - w[k,c,r,s] |
+//
+// with Cg = C / groups and g = k / (K / groups). Taps in the padding read x = 0 and contribute |w|.
+// AdderNet: Do We Really Need Multiplications in Deep Learning? (CVPR 2020, arXiv 1912.13200), equation 2.
+//
+// PyTorch (through ctypes) and the TensorRT plugin are two callers of the same functions. This header knows
+// neither of them; it includes nothing but the C integer types, so that the plugin compiles without CUDA headers.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum Adder2dType : int32_t {
+  ADDER2D_FLOAT32 = 0,
+  ADDER2D_FLOAT16 = 1,
+  ADDER2D_BFLOAT16 = 2,
+} Adder2dType;
+
+// All sizes are in elements. Sums are float32 whatever the types. `x_type` and `y_type` are free of each other and of
+// `w_type`: TensorRT hands float32 weights to a float16 layer.
+typedef struct Adder2dParams {
+  int32_t N, C, H, W;  // x: input  [N, C, H, W]
+  int32_t K, R, S;     // w: weight [K, C / groups, R, S], contiguous
+  int32_t P, Q;        // y: output [N, K, P, Q], P and Q from adder2d_output_size
+  int32_t stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
+  int32_t x_type, w_type, y_type;  // Adder2dType; the bias has w_type
+  int32_t reserved;                // 0
+  int64_t x_stride[4];             // elements between neighbours along N, C, H, W
+  int64_t y_stride[4];             // elements between neighbours along N, K, P, Q
+  void const* x;
+  void const* w;
+  void const* b;  // bias [K], or null
+  void* y;
+  void* workspace;         // adder2d_fprop_workspace bytes on the device, 16-byte aligned; null where that is 0
+  size_t workspace_bytes;  // bytes at `workspace`
+} Adder2dParams;
+
+// sizeof(Adder2dParams): a caller that declares the struct by itself checks its own declaration with this.
+__attribute__((visibility("default"))) size_t adder2d_params_size(void);
+
+// Why `params` is no valid problem, as one sentence naming the value, or null where it is valid. Pointers are not looked at.
+__attribute__((visibility("default"))) char const* adder2d_check(Adder2dParams const* params);
+
+// Bytes of device workspace that adder2d_fprop wants for this problem on the current device (0 where it wants none).
+__attribute__((visibility("default"))) size_t adder2d_fprop_workspace(Adder2dParams const* params);
+
+// Enqueues y = adder2d(x, w) + b on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t, 0 for success;
+// invalid params and a workspace below adder2d_fprop_workspace give cudaErrorInvalidValue (1) and enqueue nothing.
+// Never synchronises or allocates; may be captured into a CUDA graph.
+__attribute__((visibility("default"))) int32_t adder2d_fprop(Adder2dParams const* params, void* stream);
+
+// The text of a cudaError_t returned above.
+__attribute__((visibility("default"))) char const* adder2d_error_string(int32_t error);
+
+// The same operator on the CPU: all types ADDER2D_FLOAT32, host pointers, on `threads` threads, workspace unused.
+// Returns 0, or 1 for invalid params. Defined in cpu.cpp.
+__attribute__((visibility("default"))) int32_t adder2d_fprop_cpu(Adder2dParams const* params, int32_t threads);
+
+// Number of output positions along one axis; below 1 where the kernel does not fit.
+static inline int64_t adder2d_output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  int64_t const room = size + 2 * pad - dilation * (kernel - 1) - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif
