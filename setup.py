@@ -1,0 +1,197 @@
+"""Compiles csrc/ into torch2trt_adder/libtorch2trt_adder.so with nvcc and g++.
+
+    pip install .                           # or -e . ; without a CUDA toolkit pip fetches nvcc for the build
+    python setup.py build_ext --inplace     # the library alone, for development
+
+Environment variables:
+    TORCH2TRT_ADDER_ARCHS  GPU architectures, e.g. "90" or "80;90"; "native" for the GPUs of this machine.
+                           Default: every generation that nvcc knows, from DEFAULT_ARCHS.
+    CUDA_HOME              the CUDA toolkit (11.8 or newer). Default: nvcc on PATH, then /usr/local/cuda, then pip's wheels.
+    CXX                    the host compiler. Default: g++.
+    MAX_JOBS               compiler processes at a time. Default: the number of CPU cores.
+"""
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY = "torch2trt_adder.libtorch2trt_adder"  # as a module path: torch2trt_adder/libtorch2trt_adder.so
+
+# One release throughout: left free, pip pairs an nvcc with newer headers that it cannot read.
+NVCC_WHEELS = [
+    f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-runtime", "nvvm", "cuda-crt", "cuda-cccl")
+]
+
+# One per generation: machine code also runs on later minor versions (80 serves 86 and 89), except on Jetson, which has
+# its own numbers. The newest one is stored as PTX too, for GPUs to come.
+DEFAULT_ARCHS = {
+    "x86_64": ["60", "70", "75", "80", "90", "100", "120"],
+    "aarch64": ["53", "62", "72", "75", "80", "87", "90", "100", "101", "110", "120"],
+}
+
+CXX_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of CUDA_HOME, PATH, /usr/local/cuda or the wheels of NVCC_WHEELS, in this order; None where there is none."""
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        nvcc = Path(home, "bin", "nvcc")
+        if not nvcc.is_file():
+            sys.exit(f"CUDA_HOME is {home}, but {nvcc} does not exist: point CUDA_HOME at a CUDA toolkit (11.8 or newer), "
+                     "or unset it to use nvcc from PATH, from /usr/local/cuda or from pip's wheels.")
+        return nvcc
+    found = shutil.which("nvcc")
+    if found:
+        return Path(found)
+    spec = importlib.util.find_spec("nvidia")
+    wheels = [Path(place) for place in spec.submodule_search_locations] if spec else []
+    places = [Path("/usr/local/cuda"), *(home for place in wheels for home in sorted(place.glob("cu[0-9]*")))]
+    return next((home / "bin" / "nvcc" for home in places if (home / "bin" / "nvcc").is_file()), None)
+
+
+def find_cxx() -> str:
+    cxx = os.environ.get("CXX", "g++")
+    if not shutil.which(shlex.split(cxx)[0]):
+        sys.exit(f"The C++ compiler {cxx} was not found: install it (Debian, Ubuntu: apt install g++; Fedora: dnf install "
+                 "gcc-c++), or name another one in CXX.")
+    return cxx
+
+
+def run(command: list[str]) -> str:
+    """Runs a compiler and returns what it printed; ends the build with that text where it fails."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        sys.exit(f"{shlex.join(command)}\n{result.stdout}\n{command[0]} failed with exit code {result.returncode}: see above.")
+    return result.stdout
+
+
+def gencode_flags(nvcc: Path) -> list[str]:
+    """nvcc's -gencode flags for TORCH2TRT_ADDER_ARCHS or, by default, for DEFAULT_ARCHS as far as this nvcc knows them."""
+    known = re.findall(r"compute_(\d+)", run([str(nvcc), "--list-gpu-arch"]))
+    asked = os.environ.get("TORCH2TRT_ADDER_ARCHS", "").strip()
+    if asked == "native":
+        archs = native_archs()
+    elif asked:
+        archs = [arch.replace(".", "") for arch in re.split(r"[;,\s]+", asked) if arch]
+    else:
+        archs = [arch for arch in DEFAULT_ARCHS[platform.machine()] if arch in known]
+        if "110" in archs and "101" in archs:
+            archs.remove("101")  # two names of the same chip
+    for arch in archs:
+        if re.sub(r"[a-z]$", "", arch) not in known:
+            sys.exit(f"TORCH2TRT_ADDER_ARCHS names {arch!r}, which {nvcc} does not know: choose from {', '.join(known)} "
+                     "(e.g. TORCH2TRT_ADDER_ARCHS='80;90'), or use a CUDA toolkit that knows it.")
+    archs = sorted(set(archs), key=lambda arch: int(re.sub(r"\D", "", arch)))
+    targets = {arch: f"sm_{arch}" for arch in archs}
+    targets[archs[-1]] = f"[sm_{archs[-1]},compute_{archs[-1]}]"
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets.items()]
+
+
+def native_archs() -> list[str]:
+    try:
+        result = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+                                capture_output=True, text=True)
+        archs = re.findall(r"^(\d+)\.(\d+)$", result.stdout, re.MULTILINE)
+    except FileNotFoundError:
+        archs = []
+    if not archs:
+        sys.exit("TORCH2TRT_ADDER_ARCHS is native, but nvidia-smi shows no GPU here: name the architecture, "
+                 "e.g. TORCH2TRT_ADDER_ARCHS=90.")
+    return [major + minor for major, minor in archs]
+
+
+def build_library(library: Path, objects: Path) -> None:
+    """Compiles csrc/ into the shared library `library`; objects of unchanged sources are taken from `objects`."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        sys.exit("nvcc was not found: install a CUDA toolkit (11.8 or newer) and set CUDA_HOME or PATH, or install the nvcc "
+                 f"wheels: pip install {' '.join(map(shlex.quote, NVCC_WHEELS))}. `pip install .` does the latter by itself.")
+    cxx = find_cxx()
+    nvcc_command = [str(nvcc), "-ccbin", cxx]
+    lib_dir = nvcc.parent.parent / "lib"  # where the wheels keep the CUDA runtime; nvcc itself only looks into lib64
+    version = run([str(nvcc), "--version"])
+    jobs = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
+
+    headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))
+    headers_hash = hashlib.sha256(b"".join(path.read_bytes() for path in headers))
+    cu_command = [*nvcc_command, "-c", "-O3", "-std=c++17", *gencode_flags(nvcc), f"--threads={jobs}",
+                  f"-Xcompiler={','.join(CXX_FLAGS)}"]
+    cpp_command = [*shlex.split(cxx), "-c", "-std=c++17", *CXX_FLAGS]
+
+    objects.mkdir(parents=True, exist_ok=True)
+
+    def compile_source(source: Path) -> Path:
+        command = cu_command if source.suffix == ".cu" else cpp_command
+        digest = headers_hash.copy()
+        digest.update(repr((command, version)).encode() + source.read_bytes())
+        target = objects / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}.o")
+            print(shlex.join([*command, str(source)]), flush=True)
+            print(run([*command, str(source), "-o", str(partial)]), end="", flush=True)
+            partial.replace(target)
+            for old in objects.glob(f"{source.stem}-{'[0-9a-f]' * 16}.o"):
+                if old != target:
+                    old.unlink(missing_ok=True)
+        return target
+
+    # .cu first: they take longest.
+    sources = [*sorted((ROOT / "csrc").rglob("*.cu")), *sorted((ROOT / "csrc").rglob("*.cpp"))]
+    with ThreadPoolExecutor(jobs) as pool:
+        compiled = list(pool.map(compile_source, sources))
+
+    library.parent.mkdir(parents=True, exist_ok=True)
+    partial = library.with_suffix(f".{os.getpid()}.so")
+    print(run([*nvcc_command, "-shared", "-cudart=static", f"-L{lib_dir}", "-Xcompiler=-pthread",
+               f"-Xlinker=--version-script={ROOT / 'csrc' / 'exports.map'},--no-undefined",
+               *map(str, compiled), "-o", str(partial)]), end="")
+    partial.replace(library)
+
+
+class BuildLibrary(build_ext):
+    """build_ext with our compilers and our file name: the library knows no Python, so its name carries no ABI."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        build_library(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp))
+
+    def copy_extensions_to_source(self) -> None:
+        # A process may have the old file loaded, so the new one replaces it by renaming.
+        target = ROOT / self.get_ext_filename(LIBRARY)
+        partial = target.with_suffix(f".{os.getpid()}.so")
+        shutil.copy(Path(self.build_lib, self.get_ext_filename(LIBRARY)), partial)
+        partial.replace(target)
+
+
+class BuildWheel(bdist_wheel):
+    """One wheel per platform serves every Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+if platform.system() != "Linux" or platform.machine() not in DEFAULT_ARCHS:
+    sys.exit(f"torch2trt_adder builds on Linux on {' and '.join(DEFAULT_ARCHS)}; this is {platform.system()} on "
+             f"{platform.machine()}.")
+
+setup(
+    ext_modules=[Extension(LIBRARY, sources=[])],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": BuildWheel},
+    # pip installs these for the build; setup.py itself, run by hand, must not.
+    setup_requires=NVCC_WHEELS if find_nvcc() is None and Path(sys.argv[0]).name != "setup.py" else [],
+)
