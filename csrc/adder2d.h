@@ -44,7 +44,8 @@ typedef struct Adder2dParams {
 // sizeof(Adder2dParams): a caller that declares the struct by itself checks its own declaration with this.
 __attribute__((visibility("default"))) size_t adder2d_params_size(void);
 
-// Why `params` is no valid problem, as one sentence naming the value, or null where it is valid. Pointers are not looked at.
+// Why `params` is no valid problem, as one sentence naming the value, or null where it is valid. Pointers are
+// not looked at. The text lives until the next call on the same thread.
 __attribute__((visibility("default"))) char const* adder2d_check(Adder2dParams const* params);
 
 // Bytes of device workspace that adder2d_fprop wants for this problem on the current device (0 where it wants none).

@@ -1,0 +1,83 @@
+// Device helpers that the kernels share: division by a run-time constant, asynchronous 4-byte copies, type conversion.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "adder2d.h"
+
+namespace adder2d {
+
+// n / d for 0 <= n < 2^31 and 1 <= d < 2^31 by one multiplication (Granlund and Montgomery, 1994).
+struct FastDiv {
+  uint32_t divisor, multiplier, shift;
+
+  FastDiv() = default;
+  explicit FastDiv(int64_t d) : divisor(static_cast<uint32_t>(d)), shift(0) {
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
+  }
+
+  __device__ __forceinline__ int32_t div(int32_t n) const {
+    return static_cast<int32_t>((__umulhi(static_cast<uint32_t>(n), multiplier) + static_cast<uint32_t>(n)) >> shift);
+  }
+  __device__ __forceinline__ int32_t divmod(int32_t n, int32_t* remainder) const {
+    int32_t const quotient = div(n);
+    *remainder = n - quotient * static_cast<int32_t>(divisor);
+    return quotient;
+  }
+};
+
+template <typename T>
+__host__ __device__ constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+__device__ __forceinline__ uint32_t smem_address(void const* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Copies 4 bytes to shared memory, or writes zero where `valid` is false (`src` is not read then).
+__device__ __forceinline__ void copy4_async(float* dst_smem, float const* src, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(smem_address(dst_smem)), "l"(src), "r"(valid ? 4 : 0));
+#else
+  *dst_smem = valid ? *src : 0.f;
+#endif
+}
+
+__device__ __forceinline__ void copy_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;\n" ::);
+#endif
+}
+
+// Waits until at most kPending committed groups of this thread are unfinished.
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending));
+#endif
+}
+
+__device__ __forceinline__ float load_as_float(void const* base, int64_t index, int32_t type) {
+  if (type == ADDER2D_FLOAT32) return __ldg(static_cast<float const*>(base) + index);
+  if (type == ADDER2D_FLOAT16) return __half2float(static_cast<__half const*>(base)[index]);
+  return __bfloat162float(static_cast<__nv_bfloat16 const*>(base)[index]);
+}
+
+__device__ __forceinline__ void store_from_float(void* base, int64_t index, int32_t type, float value) {
+  if (type == ADDER2D_FLOAT32) {
+    static_cast<float*>(base)[index] = value;
+  } else if (type == ADDER2D_FLOAT16) {
+    static_cast<__half*>(base)[index] = __float2half_rn(value);
+  } else {
+    static_cast<__nv_bfloat16*>(base)[index] = __float2bfloat16_rn(value);
+  }
+}
+
+inline int32_t type_size(int32_t type) { return type == ADDER2D_FLOAT32 ? 4 : 2; }
+
+}  // namespace adder2d

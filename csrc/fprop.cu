@@ -1,0 +1,75 @@
+// Entry points of the forward pass: validation, choice of kernel, batches beyond 2^31 output pixels.
+#include "fprop.h"
+
+namespace adder2d {
+
+FpropArgs make_fprop_args(Adder2dParams const& p) {
+  FpropArgs args{};
+  args.p = p;
+  args.Cg = p.C / p.groups;
+  args.Kg = p.K / p.groups;
+  args.CRS = args.Cg * p.R * p.S;
+  args.NPQ = p.N * p.P * p.Q;
+  args.div_PQ = FastDiv(int64_t{p.P} * p.Q);
+  args.div_Q = FastDiv(p.Q);
+  args.div_RS = FastDiv(int64_t{p.R} * p.S);
+  args.div_S = FastDiv(p.S);
+  return args;
+}
+
+int32_t multiprocessor_count() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+namespace {
+
+constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, and a tile may overhang the end
+
+// Images of one launch: all of them, or as many as keep N * P * Q an int32.
+int32_t images_per_launch(Adder2dParams const& p) {
+  int64_t const images = kMaxPixels / (int64_t{p.P} * p.Q);
+  return static_cast<int32_t>(images < 1 ? 1 : images < p.N ? images : p.N);
+}
+
+// A tiled kernel needs enough filters a group to fill the short side of a tile.
+bool wants_direct(Adder2dParams const& p) { return p.K / p.groups < 8; }
+
+}  // namespace
+}  // namespace adder2d
+
+using namespace adder2d;
+
+size_t adder2d_fprop_workspace(Adder2dParams const* params) {
+  if (adder2d_check(params) != nullptr || params->N == 0 || wants_direct(*params)) return 0;
+  Adder2dParams p = *params;
+  p.N = images_per_launch(p);
+  return plan_fprop_simt(make_fprop_args(p)).workspace_bytes;
+}
+
+int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
+  if (adder2d_check(params) != nullptr) return cudaErrorInvalidValue;
+  cudaStream_t const stream = static_cast<cudaStream_t>(stream_pointer);
+  Adder2dParams p = *params;
+  int32_t const step = p.N > 0 ? images_per_launch(p) : 1;
+  for (int32_t n = 0; n < params->N; n += step) {
+    p.N = params->N - n < step ? params->N - n : step;
+    p.x = static_cast<char const*>(params->x) + n * p.x_stride[0] * type_size(p.x_type);
+    p.y = static_cast<char*>(params->y) + n * p.y_stride[0] * type_size(p.y_type);
+    FpropArgs const args = make_fprop_args(p);
+    cudaError_t error;
+    if (wants_direct(p)) {
+      error = launch_fprop_direct(args, stream);
+    } else {
+      FpropPlan const plan = plan_fprop_simt(args);
+      if (plan.workspace_bytes > p.workspace_bytes) return cudaErrorInvalidValue;
+      error = launch_fprop_simt(args, plan, stream);
+    }
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+char const* adder2d_error_string(int32_t error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

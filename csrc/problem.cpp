@@ -1,0 +1,58 @@
+// Validation of Adder2dParams, shared by the CUDA launchers, the CPU kernel and the plugin.
+#include "adder2d.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+
+namespace {
+
+constexpr int64_t kInt32Max = 0x7fffffff;
+
+// One sentence per thread; valid until the next call on that thread.
+char const* sentence(char const* format, ...) __attribute__((format(printf, 1, 2)));
+char const* sentence(char const* format, ...) {
+  static thread_local char text[256];
+  va_list args;
+  va_start(args, format);
+  vsnprintf(text, sizeof(text), format, args);
+  va_end(args);
+  return text;
+}
+
+bool is_type(int32_t type) {
+  return type == ADDER2D_FLOAT32 || type == ADDER2D_FLOAT16 || type == ADDER2D_BFLOAT16;
+}
+
+}  // namespace
+
+size_t adder2d_params_size(void) { return sizeof(Adder2dParams); }
+
+char const* adder2d_check(Adder2dParams const* p) {
+  if (p == nullptr) return "params is null";
+  if (p->N < 0 || p->C < 1 || p->H < 1 || p->W < 1)
+    return sentence("input must be [N >= 0, C >= 1, H >= 1, W >= 1], got [%d, %d, %d, %d]", p->N, p->C, p->H, p->W);
+  if (p->K < 1 || p->R < 1 || p->S < 1)
+    return sentence("weight must have K, R, S >= 1, got K %d, R %d, S %d", p->K, p->R, p->S);
+  if (p->stride_h < 1 || p->stride_w < 1) return sentence("stride must be >= 1, got (%d, %d)", p->stride_h, p->stride_w);
+  if (p->dil_h < 1 || p->dil_w < 1) return sentence("dilation must be >= 1, got (%d, %d)", p->dil_h, p->dil_w);
+  if (p->pad_h < 0 || p->pad_w < 0) return sentence("padding must be >= 0, got (%d, %d)", p->pad_h, p->pad_w);
+  if (p->groups < 1 || p->C % p->groups != 0 || p->K % p->groups != 0)
+    return sentence("groups must divide the %d input channels and the %d filters, got %d", p->C, p->K, p->groups);
+  if (!is_type(p->x_type) || !is_type(p->w_type) || !is_type(p->y_type))
+    return sentence("types must be float32 (0), float16 (1) or bfloat16 (2), got x %d, w %d, y %d", p->x_type, p->w_type,
+                    p->y_type);
+  if (p->reserved != 0) return sentence("reserved must be 0, got %d", p->reserved);
+  if (int64_t{p->H} + 2 * int64_t{p->pad_h} > kInt32Max || int64_t{p->W} + 2 * int64_t{p->pad_w} > kInt32Max)
+    return sentence("the padded input must be below 2^31 on each axis, got padding (%d, %d)", p->pad_h, p->pad_w);
+  int64_t const P = adder2d_output_size(p->H, p->R, p->stride_h, p->pad_h, p->dil_h);
+  int64_t const Q = adder2d_output_size(p->W, p->S, p->stride_w, p->pad_w, p->dil_w);
+  if (P < 1 || Q < 1)
+    return sentence("the %dx%d kernel with dilation (%d, %d) does not fit the %dx%d input with padding (%d, %d)", p->R, p->S,
+                    p->dil_h, p->dil_w, p->H, p->W, p->pad_h, p->pad_w);
+  if (p->P != P || p->Q != Q)
+    return sentence("the output must be %lldx%lld, got %dx%d", static_cast<long long>(P), static_cast<long long>(Q), p->P, p->Q);
+  if (P * Q > kInt32Max) return sentence("one output map must be below 2^31 elements, got %dx%d", p->P, p->Q);
+  if (int64_t{p->C} / p->groups * p->R * p->S > kInt32Max)
+    return sentence("one filter must be below 2^31 elements, got %dx%dx%d", p->C / p->groups, p->R, p->S);
+  return nullptr;
+}
