@@ -1,0 +1,151 @@
+// Adder2d for TensorRT 8.5 to 9.x: an IPluginV2DynamicExt over the shared core.
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "attributes.h"
+#include "plugins.h"
+
+namespace adder2d {
+namespace {
+
+using namespace nvinfer1;
+using namespace nvinfer1::trt8;
+
+// What an engine stores for one layer.
+struct Serialized {
+  int32_t magic = 0x32444441;  // "ADD2"
+  int32_t layout = 1;
+  Attributes attributes;
+};
+static_assert(sizeof(Serialized) == 40, "the layout is part of saved engines: a change wants a new layout number");
+
+class Adder2dPluginV2 final : public IPluginV2DynamicExt {
+ public:
+  Adder2dPluginV2(Attributes const& attributes, std::string const& pluginNamespace)
+      : mAttributes(attributes), mNamespace(pluginNamespace) {}
+
+  char const* getPluginType() const noexcept override { return kPluginName; }
+  char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+  int32_t getNbOutputs() const noexcept override { return kNbOutputs; }
+  int32_t initialize() noexcept override { return 0; }
+  void terminate() noexcept override {}
+  void destroy() noexcept override { delete this; }
+
+  size_t getSerializationSize() const noexcept override { return sizeof(Serialized); }
+
+  void serialize(void* buffer) const noexcept override {
+    Serialized serialized;
+    serialized.attributes = mAttributes;
+    std::memcpy(buffer, &serialized, sizeof(serialized));
+  }
+
+  IPluginV2DynamicExt* clone() const noexcept override {
+    try {
+      return new Adder2dPluginV2(*this);
+    } catch (std::bad_alloc const&) {
+      return nullptr;
+    }
+  }
+
+  void setPluginNamespace(char const* pluginNamespace) noexcept override {
+    try {
+      mNamespace = pluginNamespace ? pluginNamespace : "";
+    } catch (std::bad_alloc const&) {
+      report("no memory for the plugin namespace");
+    }
+  }
+  char const* getPluginNamespace() const noexcept override { return mNamespace.c_str(); }
+
+  DataType getOutputDataType(int32_t, DataType const*, int32_t) const noexcept override {
+    return static_cast<DataType>(mAttributes.output_type);
+  }
+
+  DimsExprs getOutputDimensions(int32_t, DimsExprs const* inputs, int32_t nbInputs, IExprBuilder& exprBuilder) noexcept override {
+    DimsExprs y{};
+    return output_shape(mAttributes, inputs, nbInputs, exprBuilder, &y) ? y : DimsExprs{};
+  }
+
+  bool supportsFormatCombination(int32_t pos, PluginTensorDesc const* inOut, int32_t nbInputs, int32_t) noexcept override {
+    // This generation cannot fail in configurePlugin: wrong ranks and channels end here, where nothing is supported.
+    if (nbInputs != kNbInputs || check_known(mAttributes, make_tensor(inOut[0]), make_tensor(inOut[1]), make_tensor(inOut[2])))
+      return false;
+    return supports_format(mAttributes, pos, inOut[pos].type, inOut[pos].format);
+  }
+
+  void configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*, int32_t) noexcept override {}
+
+  size_t getWorkspaceSize(PluginTensorDesc const* inputs, int32_t, PluginTensorDesc const*, int32_t) const noexcept override {
+    return workspace_bound(mAttributes, make_tensor(inputs[0]), make_tensor(inputs[1]), make_tensor(inputs[2]));
+  }
+
+  int32_t enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* outputDesc, void const* const* inputs,
+                  void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
+    return adder2d::enqueue(mAttributes, make_tensor(inputDesc[0]), make_tensor(inputDesc[1]), make_tensor(inputDesc[2]),
+                            make_tensor(outputDesc[0]), inputs, outputs, workspace, stream);
+  }
+
+ private:
+  Attributes const mAttributes;
+  std::string mNamespace;  // the registry's key to this plugin's creator
+};
+
+class Adder2dPluginV2Creator final : public IPluginCreator {
+ public:
+  Adder2dPluginV2Creator() { mFields.point_to(nullptr); }
+
+  char const* getPluginName() const noexcept override { return kPluginName; }
+  char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+  PluginFieldCollection const* getFieldNames() noexcept override { return &mFields.collection; }
+
+  IPluginV2* createPlugin(char const*, PluginFieldCollection const* fc) noexcept override {
+    Attributes attributes;
+    return parse(fc, &attributes) ? create(attributes) : nullptr;
+  }
+
+  IPluginV2* deserializePlugin(char const*, void const* serialData, size_t serialLength) noexcept override {
+    Serialized const expected;
+    Serialized serialized;
+    if (serialData == nullptr || serialLength != sizeof(serialized)) {
+      report("a stored Adder2d layer must have %zu bytes, got %zu", sizeof(serialized), serialLength);
+      return nullptr;
+    }
+    std::memcpy(&serialized, serialData, sizeof(serialized));
+    if (serialized.magic != expected.magic || serialized.layout != expected.layout) {
+      report("the stored Adder2d layer has layout %d, this library reads %d: build the engine anew with this library",
+             serialized.layout, expected.layout);
+      return nullptr;
+    }
+    return validate(serialized.attributes) ? create(serialized.attributes) : nullptr;
+  }
+
+  void setPluginNamespace(char const* pluginNamespace) noexcept override {
+    try {
+      mNamespace = pluginNamespace ? pluginNamespace : "";
+    } catch (std::bad_alloc const&) {
+      report("no memory for the plugin namespace");
+    }
+  }
+  char const* getPluginNamespace() const noexcept override { return mNamespace.c_str(); }
+
+ private:
+  IPluginV2* create(Attributes const& attributes) const noexcept {
+    try {
+      return new Adder2dPluginV2(attributes, mNamespace);
+    } catch (std::bad_alloc const&) {
+      return nullptr;
+    }
+  }
+
+  FieldList mFields;
+  std::string mNamespace = kPluginNamespace;
+};
+
+}  // namespace
+
+nvinfer1::IPluginCreator& plugin_v2_creator() {
+  static auto& creator = *new Adder2dPluginV2Creator;  // never destroyed: a registry may outlive this library's static objects
+  return creator;
+}
+
+}  // namespace adder2d
