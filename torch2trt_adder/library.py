@@ -1,0 +1,74 @@
+"""Finds and loads ``libtorch2trt_adder.so`` and declares the C entry points of ``csrc/adder2d.h`` for ctypes."""
+
+import ctypes
+import functools
+import os
+import pathlib
+import struct
+
+FILE_NAME = "libtorch2trt_adder.so"
+ENVIRONMENT_VARIABLE = "TORCH2TRT_ADDER_LIBRARY"
+
+
+class Adder2dParams(ctypes.Structure):
+    """``Adder2dParams`` of adder2d.h, where every field is explained."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("N", "C", "H", "W", "K", "R", "S", "P", "Q")),
+        *((name, ctypes.c_int32) for name in ("stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups")),
+        *((name, ctypes.c_int32) for name in ("x_type", "w_type", "y_type", "reserved")),
+        ("x_stride", ctypes.c_int64 * 4),
+        ("y_stride", ctypes.c_int64 * 4),
+        *((name, ctypes.c_void_p) for name in ("x", "w", "b", "y", "workspace")),
+        ("workspace_bytes", ctypes.c_size_t),
+    ]
+
+
+# The same struct for `struct.pack`, in two pieces: packing costs a fraction of filling a ctypes.Structure, and the first
+# piece depends on shapes alone, so that a call has only the pointers to pack.
+PROBLEM = struct.Struct("@20i8q")
+POINTERS = struct.Struct("@5PN")
+
+
+def path() -> pathlib.Path:
+    """Where the library is looked for: ``$TORCH2TRT_ADDER_LIBRARY``, else the file beside this one."""
+    override = os.environ.get(ENVIRONMENT_VARIABLE)
+    return pathlib.Path(override) if override else pathlib.Path(__file__).resolve().parent / FILE_NAME
+
+
+@functools.lru_cache(maxsize=None)
+def load() -> ctypes.CDLL:
+    """The loaded library, with the prototypes of adder2d.h. Params go in as packed bytes or as a pointer.
+
+    Raises:
+        RuntimeError: the file is missing, cannot be loaded, or was built from another version of adder2d.h.
+    """
+    file = path()
+    remedy = (
+        "build it with `pip install .` in the project's root, "
+        f"or point the environment variable {ENVIRONMENT_VARIABLE} to a built {FILE_NAME}"
+    )
+    if not file.is_file():
+        raise RuntimeError(f"The library of torch2trt_adder was looked for at {file} and is not there: {remedy}.")
+    try:
+        library = ctypes.CDLL(str(file))
+        prototypes = {
+            "adder2d_params_size": (ctypes.c_size_t, []),
+            "adder2d_check": (ctypes.c_char_p, [ctypes.c_void_p]),
+            "adder2d_fprop_workspace": (ctypes.c_size_t, [ctypes.c_void_p]),
+            "adder2d_fprop": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
+            "adder2d_fprop_cpu": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32]),
+            "adder2d_error_string": (ctypes.c_char_p, [ctypes.c_int32]),
+        }
+        for name, (result, arguments) in prototypes.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"The library {file} cannot be used ({error}): {remedy}.") from error
+    theirs, ours = library.adder2d_params_size(), ctypes.sizeof(Adder2dParams)
+    if theirs != ours:
+        raise RuntimeError(
+            f"The library {file} was built from another version of adder2d.h "
+            f"(Adder2dParams has {theirs} bytes there, {ours} here): {remedy}."
+        )
+    return library

@@ -1,0 +1,483 @@
+"""The operator ``torch.ops.torch2trt_adder.adder2d``: schema, fake, autocast, autograd, CPU and CUDA implementations.
+
+The gradients are AdderNet's rule and deliberately not the derivative; reference.py spells both passes out.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import library
+
+# Plain torch code below works in pieces whose temporaries stay within this many bytes (or within one sample's input,
+# where that is larger). Pieces on the CPU fit its caches.
+_TEMPORARY_BYTES = {"cpu": 4 << 20}
+_TEMPORARY_BYTES_DEFAULT = 64 << 20
+
+_ETA = 0.2  # of the adaptive scaling in the published code
+
+_KERNEL_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # Adder2dType
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# torch2trt replaces Tensor.shape and Tensor.size while it traces: on a traced tensor both add layers to the network.
+_size = torch.Tensor.size
+
+
+def adder2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The adder layer: ``y[n,k,p,q] = bias[k] - sum over c,r,s of |x - w[k,c,r,s]|``, taps in the padding reading x = 0.
+
+    Shapes, strides and padding are those of ``torch.nn.functional.conv2d``. Gradients follow the published AdderNet code:
+    ``dx = sum dy * clamp(w - x, -1, 1)``, and ``dw = sum dy * (x - w)`` rescaled to the norm ``sqrt(numel) / 5``.
+
+    Args:
+        input: [N, C, H, W] of any strides; float32, float16 or bfloat16 (sums are float32), or float64 (slow).
+        weight: [K, C / groups, R, S], dtype and device of the input.
+        bias: [K] or None, dtype and device of the input.
+        stride, padding, dilation: one int, or a pair for height and width.
+        groups: divides C and K.
+
+    Returns:
+        [N, K, P, Q] with the input's dtype, channels_last where the input is, else contiguous.
+
+    Raises:
+        TypeError: a dtype that is not supported, or dtypes that differ.
+        ValueError: shapes, stride, padding, dilation or groups that do not fit each other.
+        RuntimeError: tensors on different devices; a second derivative or forward-mode AD, which the rule does not have.
+    """
+    return _adder2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+# ---- schemas
+# No defaults: the dispatcher strips arguments equal to a default, and each Python kernel would have to repeat them.
+# fixed_stride_order: what the compiler hands over at run time has the layout that the fake implementation was shown.
+
+_library = torch.library.Library("torch2trt_adder", "DEF")
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_library.define(f"adder2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor", tags=_TAGS)
+_library.define(f"adder2d_grad_input(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor", tags=_TAGS)
+_library.define(f"adder2d_grad_weight(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor", tags=_TAGS)
+
+_adder2d = torch.ops.torch2trt_adder.adder2d.default
+_grad_input = torch.ops.torch2trt_adder.adder2d_grad_input.default
+_grad_weight = torch.ops.torch2trt_adder.adder2d_grad_weight.default
+
+
+# ---- checks, shared by all implementations
+
+
+def _output_size(
+    input: Sequence[int],
+    weight: Sequence[int],
+    bias: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[int, int, int, int]:
+    """[N, K, P, Q] from the sizes of the tensors, or a ValueError that says what does not fit."""
+    if len(input) != 4:
+        raise ValueError(f"adder2d: input must be [N, C, H, W], got {list(input)}; add the missing axis with unsqueeze.")
+    if len(weight) != 4:
+        raise ValueError(f"adder2d: weight must be [K, C / groups, R, S], got {list(weight)}; reshape it to four axes.")
+    (N, C, *image), (K, per_group, *kernel) = input, weight
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(values) != 2 or values[0] < least or values[1] < least:
+            raise ValueError(f"adder2d: {name} must be an int or a pair, each >= {least}, got {list(values)}.")
+    if groups < 1 or C % groups != 0 or K % groups != 0:
+        raise ValueError(f"adder2d: groups must divide the {C} input channels and the {K} filters, got {groups}.")
+    if C != per_group * groups:
+        raise ValueError(
+            f"adder2d: an input of {C} channels in {groups} groups needs a weight [K, {C // groups}, R, S], got "
+            f"{list(weight)}; give the layer {per_group * groups} channels or another weight."
+        )
+    if C < 1 or K < 1 or image[0] < 1 or image[1] < 1 or kernel[0] < 1 or kernel[1] < 1:
+        raise ValueError(f"adder2d: only the batch may be empty, got input {list(input)} and weight {list(weight)}.")
+    if bias is not None and (len(bias) != 1 or bias[0] != K):
+        raise ValueError(f"adder2d: bias must be [{K}], one value per filter, got {list(bias)}.")
+    room = [image[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1 for i in (0, 1)]
+    if room[0] < 0 or room[1] < 0:
+        raise ValueError(
+            f"adder2d: the {kernel[0]}x{kernel[1]} kernel with dilation {list(dilation)} does not fit the "
+            f"{image[0]}x{image[1]} input with padding {list(padding)}; enlarge the input or the padding."
+        )
+    return N, K, room[0] // stride[0] + 1, room[1] // stride[1] + 1
+
+
+def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    dtype = input.dtype
+    if dtype not in _DTYPES:
+        raise TypeError(
+            f"adder2d: dtype {dtype} is not supported; convert input and weight to torch.float32, torch.float16 or torch.bfloat16."
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype is not dtype:
+            raise TypeError(
+                f"adder2d: {name} is {tensor.dtype} and input is {dtype}; convert one of them, or call under torch.autocast."
+            )
+        if tensor.device != input.device:
+            raise RuntimeError(f"adder2d: {name} is on {tensor.device} and input on {input.device}; move one of them.")
+
+
+def _is_channels_last(input: Tensor) -> bool:
+    return not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
+
+
+def _memory_format(input: Tensor) -> torch.memory_format:
+    """The layout of an output or input gradient."""
+    return torch.channels_last if _is_channels_last(input) else torch.contiguous_format
+
+
+# ---- fake (shapes only): meta tensors, torch.compile, torch.export
+
+
+def _adder2d_fake(input, weight, bias, stride, padding, dilation, groups):
+    _check_tensors(input, weight, bias)
+    size = _output_size(
+        input.shape, weight.shape, None if bias is None else bias.shape, stride, padding, dilation, groups
+    )
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
+
+
+def _grad_input_fake(grad_output, input, weight, stride, padding, dilation, groups):
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
+
+
+def _grad_weight_fake(grad_output, input, weight, stride, padding, dilation, groups):
+    return torch.empty(weight.shape, dtype=_sum_dtype(weight.dtype), device=weight.device)
+
+
+torch.library.register_fake("torch2trt_adder::adder2d", _adder2d_fake, lib=_library)
+torch.library.register_fake("torch2trt_adder::adder2d_grad_input", _grad_input_fake, lib=_library)
+torch.library.register_fake("torch2trt_adder::adder2d_grad_weight", _grad_weight_fake, lib=_library)
+
+
+# ---- forward on float32, float16, bfloat16: the launchers of adder2d.h
+
+
+class _Plan(NamedTuple):
+    """What a launch needs beyond pointers."""
+
+    size: tuple[int, int, int, int]
+    stride: tuple[int, int, int, int]
+    problem: bytes  # Adder2dParams up to the pointers
+    workspace_bytes: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    input_size: tuple[int, ...],
+    input_stride: tuple[int, ...],
+    channels_last: bool,
+    weight_size: tuple[int, ...],
+    bias_size: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    device: int,
+) -> _Plan:
+    """Checks the problem and packs it. `device` is the current CUDA device, or -1 for the CPU."""
+    size = N, K, P, Q = _output_size(input_size, weight_size, bias_size, stride, padding, dilation, groups)
+    for extent in (*input_size, *weight_size, *size):
+        if extent >= 2**31:
+            raise ValueError(f"adder2d: every axis must be below 2^31, got {extent}; split the call along that axis.")
+    output_stride = (K * P * Q, 1, K * Q, K) if channels_last else (K * P * Q, P * Q, Q, 1)
+    kind = _KERNEL_TYPES[dtype]
+    problem = library.PROBLEM.pack(
+        *input_size, K, *weight_size[2:], P, Q, *stride, *padding, *dilation, groups, kind, kind, kind, 0,
+        *input_stride, *output_stride,
+    )  # fmt: skip
+    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0)
+    loaded = library.load()
+    reason = loaded.adder2d_check(params)
+    if reason:
+        raise ValueError(f"adder2d: {reason.decode()}.")
+    return _Plan(size, output_stride, problem, loaded.adder2d_fprop_workspace(params) if device >= 0 else 0)
+
+
+def _adder2d_cuda(input, weight, bias, stride, padding, dilation, groups):
+    device = input.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _adder2d_cuda(input, weight, bias, stride, padding, dilation, groups)
+    _check_tensors(input, weight, bias)
+    if input.dtype is torch.float64:
+        return _adder2d_torch(input, weight, bias, stride, padding, dilation, groups)
+    plan = _plan(
+        _size(input), input.stride(), _is_channels_last(input), _size(weight), None if bias is None else _size(bias),
+        input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, device,
+    )  # fmt: skip
+    output = torch.empty_strided(plan.size, plan.stride, dtype=input.dtype, device=input.device)
+    if plan.size[0] == 0:
+        return output
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    workspace = None
+    if plan.workspace_bytes:
+        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=input.device)
+    params = plan.problem + library.POINTERS.pack(
+        input.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        output.data_ptr(),
+        0 if workspace is None else workspace.data_ptr(),
+        plan.workspace_bytes,
+    )
+    loaded = library.load()
+    error = loaded.adder2d_fprop(params, torch._C._cuda_getCurrentRawStream(device))
+    if error:
+        raise RuntimeError(
+            f"adder2d: the launch on cuda:{device} failed with error {error}, "
+            f"{loaded.adder2d_error_string(error).decode()}; if the GPU is newer or older than the build of {library.path()}, "
+            "build that again on this machine."
+        )
+    return output
+
+
+def _adder2d_cpu(input, weight, bias, stride, padding, dilation, groups):
+    _check_tensors(input, weight, bias)
+    dtype = input.dtype
+    if dtype is torch.float64:
+        return _adder2d_torch(input, weight, bias, stride, padding, dilation, groups)
+    channels_last = _is_channels_last(input)  # of what came in, not of its float32 copy
+    input, weight, bias = (None if t is None else t.float() for t in (input, weight, bias))
+    plan = _plan(
+        _size(input), input.stride(), channels_last, _size(weight), None if bias is None else _size(bias),
+        input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, -1,
+    )  # fmt: skip
+    output = torch.empty_strided(plan.size, plan.stride, dtype=input.dtype)
+    if plan.size[0] == 0:
+        return output.to(dtype)
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    params = plan.problem + library.POINTERS.pack(
+        input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr(), 0, 0
+    )
+    if library.load().adder2d_fprop_cpu(params, torch.get_num_threads()):
+        raise RuntimeError(f"adder2d: the CPU kernel refused an input {list(plan.size)}; please report it with its shapes.")
+    return output.to(dtype)
+
+
+# ---- forward on float64, which the kernels do not take: users' own reference, on any device
+
+
+def _adder2d_torch(input, weight, bias, stride, padding, dilation, groups):
+    N, K, P, Q = _output_size(
+        _size(input), _size(weight), None if bias is None else _size(bias), stride, padding, dilation, groups
+    )
+    output = input.new_empty((N, K, P, Q)).contiguous(memory_format=_memory_format(input))
+    padded = F.pad(input, (padding[1], padding[1], padding[0], padding[0]))
+    kernel = _size(weight)[2:]
+    filters = weight.reshape(groups, K // groups, -1)
+    # One output pixel takes its taps, twice, and its sums.
+    pixel_bytes = (2 * groups * filters.shape[2] + K) * input.element_size()
+    for n, p, q in _tiles(N, P, Q, pixel_bytes, _budget(input)):
+        rows, columns = (
+            slice(o.start * stride[i], (o.stop - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1)
+            for i, o in enumerate((p, q))
+        )
+        taps = F.unfold(padded[n, :, rows, columns], kernel, dilation, 0, stride).unflatten(1, (groups, -1))
+        taps = taps.permute(1, 0, 3, 2).flatten(1, 2)  # [groups, npq, CRS]
+        distances = torch.cdist(filters, taps, p=1).view(K, n.stop - n.start, p.stop - p.start, q.stop - q.start)
+        output[n, :, p, q] = distances.neg_().transpose(0, 1)
+    if bias is not None:
+        output += bias[:, None, None]
+    return output
+
+
+def _budget(tensor: Tensor) -> int:
+    return _TEMPORARY_BYTES.get(tensor.device.type, _TEMPORARY_BYTES_DEFAULT)
+
+
+def _tiles(N: int, P: int, Q: int, bytes_per_pixel: int, budget: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Cuts [N, P, Q] into boxes of at most `budget` bytes: whole samples if one fits, else whole rows, else pixels."""
+    pixels = max(1, budget // bytes_per_pixel)
+    box = [max(1, min(N, pixels // (P * Q))), max(1, min(P, pixels // Q)), min(Q, pixels)]
+    for n in range(0, N, box[0]):
+        for p in range(0, P, box[1]):
+            for q in range(0, Q, box[2]):
+                yield slice(n, min(n + box[0], N)), slice(p, min(p + box[1], P)), slice(q, min(q + box[2], Q))
+
+
+# ---- the gradient rule
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _grad_input_torch(grad_output, input, weight, stride, padding, dilation, groups):
+    """dx = sum over k,r,s of dy * clamp(w - x, -1, 1): tap by tap, some filters at a time."""
+    (N, C, H, W), (K, per_group, R, S), (P, Q) = input.shape, weight.shape, grad_output.shape[2:]
+    dtype = _sum_dtype(input.dtype)
+    grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
+    filters = weight.to(dtype).view(groups, K // groups, per_group, R, S)
+    budget = _budget(input)
+    sample_bytes = max(C * P * Q, 1) * dtype.itemsize
+    samples = max(1, min(N, budget // sample_bytes))
+    per_step = max(1, budget // (samples * sample_bytes))  # filters of each group at a time
+    for n in range(0, N, samples):
+        x = F.pad(input[n : n + samples].to(dtype), (padding[1], padding[1], padding[0], padding[0]))
+        x = x.unflatten(1, (groups, per_group))  # [n, g, c, h, w]
+        dy = grad_output[n : n + samples].to(dtype).unflatten(1, (groups, K // groups))  # [n, g, k, p, q]
+        dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        for r in range(R):
+            for s in range(S):
+                h, w = r * dilation[0], s * dilation[1]
+                window = (..., slice(h, h + (P - 1) * stride[0] + 1, stride[0]), slice(w, w + (Q - 1) * stride[1] + 1, stride[1]))
+                for k in range(0, K // groups, per_step):
+                    step = slice(k, k + per_step)
+                    terms = filters[:, step, :, r, s, None, None] - x[window].unsqueeze(2)  # [n, g, k, c, p, q]
+                    dx[window] += terms.clamp_(-1, 1).mul_(dy[:, :, step, None]).sum(2)
+        grad_input[n : n + samples] = dx[..., padding[0] : padding[0] + H, padding[1] : padding[1] + W].flatten(1, 2)
+    return grad_input
+
+
+def _grad_weight_torch(grad_output, input, weight, stride, padding, dilation, groups):
+    """dw = sum over n,p,q of dy * (x - w): a convolution's weight gradient, minus w times the sum of dy; in float32."""
+    dtype = _sum_dtype(weight.dtype)
+    grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    N = len(input)
+    samples = N
+    if input.dtype is not dtype and N > 0:  # converted copies, so in pieces
+        samples = max(1, _budget(input) // ((input[0].numel() + grad_output[0].numel()) * dtype.itemsize))
+    for n in range(0, N, max(samples, 1)):
+        x, dy = (t[n : n + samples].to(dtype) for t in (input, grad_output))
+        # The two terms cancel: TF32's ten bits are not enough here.
+        with _full_precision(x):
+            grad_weight += torch.nn.grad.conv2d_weight(x, weight.shape, dy, stride, padding, dilation, groups)
+    total = grad_output.sum((0, 2, 3), dtype=dtype)
+    return grad_weight.sub_(weight * total[:, None, None, None])
+
+
+@contextlib.contextmanager
+def _full_precision(tensor: Tensor) -> Iterator[None]:
+    """cuDNN convolutions without TF32. The flag is the process's, as all of cuDNN's are."""
+    if not tensor.is_cuda:
+        yield
+        return
+    # torch 2.9 gave each operator its own flag, and reading the old one fails where a user has set the new ones apart.
+    cudnn = torch.backends.cudnn
+    owner, name, off = (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
+    before = getattr(owner, name)
+    setattr(owner, name, off)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("adder2d", _adder2d_cpu if _device == "CPU" else _adder2d_cuda, _device)
+    _library.impl("adder2d_grad_input", _grad_input_torch, _device)
+    _library.impl("adder2d_grad_weight", _grad_weight_torch, _device)
+
+
+# ---- autograd
+
+
+class _Adder2d(torch.autograd.Function):
+    # torch.library.register_autograd would do, at four times the host time of a training call.
+
+    @staticmethod
+    def forward(input, weight, bias, stride, padding, dilation, groups):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _adder2d(input, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, bias, *ctx.geometry = inputs
+        ctx.save_for_backward(input, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight = ctx.saved_tensors
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = _grad_input(grad_output, input, weight, *ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            raw = _grad_weight(grad_output, input, weight, *ctx.geometry)
+            grad_weight = _adaptive_scaling(raw, _ETA).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_output.sum((0, 2, 3), dtype=_sum_dtype(ctx.bias_dtype)).to(ctx.bias_dtype)
+        return grad_input, grad_weight, grad_bias, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(
+            "adder2d has AdderNet's backward rule and no forward-mode derivative; use backward() or torch.autograd.grad."
+        )
+
+
+def _adaptive_scaling(grad_weight: Tensor, eta: float) -> Tensor:
+    """eta * sqrt(numel) * dw / |dw|, the published code's learning rate per layer."""
+    norm = torch.linalg.vector_norm(grad_weight).clamp(min=1e-12)
+    return grad_weight * (eta * math.sqrt(grad_weight.numel()) / norm)
+
+
+def _adder2d_autograd(input, weight, bias, stride, padding, dilation, groups):
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "adder2d does not work inside torch.func.grad, vjp, jvp and their kin: its backward is AdderNet's rule, "
+            "no derivative; use backward() or torch.autograd.grad."
+        )
+    needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    # Inside a dual level the Function is taken as well: it refuses tangents, where the plain call would drop them.
+    if (needs_grad and torch.is_grad_enabled()) or torch.autograd.forward_ad._current_level >= 0:
+        return _Adder2d.apply(input, weight, bias, stride, padding, dilation, groups)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _adder2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "adder2d has no second derivative: its backward is AdderNet's rule, no derivative; call backward() without "
+        "create_graph, or detach() the gradient."
+    )
+
+
+_library.impl("adder2d", _adder2d_autograd, "Autograd")
+torch.library.register_autograd("torch2trt_adder::adder2d_grad_input", _no_second_derivative, lib=_library)
+torch.library.register_autograd("torch2trt_adder::adder2d_grad_weight", _no_second_derivative, lib=_library)
+
+
+# ---- autocast: as for a convolution, all tensors take the autocast dtype
+# torch.library.register_autocast is newer than torch 2.4, and it fixes the dtype when it is called.
+
+
+def _autocast_kernel(device_type: str, key: torch._C.DispatchKey):
+    keys = torch._C.DispatchKeySet(key)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype is torch.float64:
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(device_type))
+
+    def adder2d_autocast(input, weight, bias, stride, padding, dilation, groups):
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return _adder2d(cast(input), cast(weight), cast(bias), stride, padding, dilation, groups)
+
+    return adder2d_autocast
+
+
+_library.impl("adder2d", _autocast_kernel("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
+_library.impl("adder2d", _autocast_kernel("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
