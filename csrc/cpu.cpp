@@ -66,7 +66,8 @@ inline __attribute__((always_inline)) void accumulate(KernelArgs const& a) {
   Float acc[kK][kF] = {};
   for (int64_t t = 0; t < a.taps; ++t) {
     Float x_frag[kF];
-    memcpy(x_frag, a.x + a.offset[t], sizeof(x_frag));
+#pragma GCC unroll 8
+    for (int f = 0; f < kF; ++f) memcpy(&x_frag[f], a.x + a.offset[t] + f * kLanes, sizeof(Float));
 #pragma GCC unroll 4
     for (int k = 0; k < kK; ++k) {
       float const w = a.w[k * a.w_stride + t];
@@ -74,11 +75,16 @@ inline __attribute__((always_inline)) void accumulate(KernelArgs const& a) {
       for (int f = 0; f < kF; ++f) add_abs_diff<Float, Int>(acc[k][f], x_frag[f], w);
     }
   }
+#pragma GCC unroll 4
   for (int k = 0; k < kK; ++k) {
-    Float sum[kF];
-    memcpy(sum, a.sums + k * a.sums_stride, sizeof(sum));
-    for (int f = 0; f < kF; ++f) sum[f] += acc[k][f];
-    memcpy(a.sums + k * a.sums_stride, sum, sizeof(sum));
+#pragma GCC unroll 8
+    for (int f = 0; f < kF; ++f) {
+      float* const sums = a.sums + k * a.sums_stride + f * kLanes;
+      Float sum;
+      memcpy(&sum, sums, sizeof(sum));
+      sum += acc[k][f];
+      memcpy(sums, &sum, sizeof(sum));
+    }
   }
 }
 
