@@ -1,0 +1,31 @@
+"""Adder layers (AdderNet) as a PyTorch operator and module and as a TensorRT plugin with its torch2trt converter.
+
+Importing this needs torch alone. Where torch2trt is installed, the import registers the converter with it.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import ops
+from .converter import convert
+from .module import Adder2d, adopt, register_adder_class
+
+__version__ = "0.1.0"
+__all__ = ["Adder2d", "adder2d", "adopt", "convert", "register_adder_class"]
+
+
+def adder2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    # Through the module: torch2trt hooks ops.adder2d by its qualified name.
+    return ops.adder2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+adder2d.__doc__ = ops.adder2d.__doc__
