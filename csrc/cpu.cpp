@@ -14,7 +14,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -271,11 +270,11 @@ class ThreadPool {
       add_workers(threads - 1);
       if (job.wanted > 0) jobs_.push_back(&job);
     }
-    for (int i = 1; i < threads; ++i) work_.notify_one();
+    for (int i = 1; i < threads; ++i) pthread_cond_signal(&work_);
     job.work(0);
     std::unique_lock<std::mutex> lock(mutex_);
     jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
-    done_.wait(lock, [&] { return job.active == 0; });
+    while (job.active != 0) pthread_cond_wait(&done_, mutex_.native_handle());
   }
 
  private:
@@ -307,7 +306,7 @@ class ThreadPool {
   [[noreturn]] void serve() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      work_.wait(lock, [this] { return !jobs_.empty(); });
+      while (jobs_.empty()) pthread_cond_wait(&work_, mutex_.native_handle());
       Job& job = *jobs_.front();
       int const slot = job.next_slot++;
       ++job.active;
@@ -315,13 +314,14 @@ class ThreadPool {
       lock.unlock();
       job.work(slot);
       lock.lock();
-      if (--job.active == 0) done_.notify_all();
+      if (--job.active == 0) pthread_cond_broadcast(&done_);
     }
   }
 
   static inline std::atomic<ThreadPool*> current_{nullptr};
   std::mutex mutex_;
-  std::condition_variable work_, done_;
+  // Not std::condition_variable, which ties the library to the libstdc++ of the compiler that built it (g++ 12: 3.4.30).
+  pthread_cond_t work_ = PTHREAD_COND_INITIALIZER, done_ = PTHREAD_COND_INITIALIZER;
   std::vector<Job*> jobs_;
   int workers_ = 0;
 };
