@@ -156,7 +156,7 @@ def build_library(library: Path, objects: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     partial = library.with_suffix(f".{os.getpid()}.so")
     print(run([*nvcc_command, "-shared", "-cudart=static", f"-L{lib_dir}", "-Xcompiler=-pthread",
-               f"-Xlinker=--version-script={ROOT / 'csrc' / 'exports.map'},--no-undefined",
+               f"-Xlinker=--version-script={ROOT / 'csrc' / 'exports.map'},--no-undefined,-z,nodelete",
                *map(str, compiled), "-o", str(partial)]), end="")
     partial.replace(library)
 
