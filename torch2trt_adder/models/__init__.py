@@ -1,0 +1,5 @@
+"""AdderNets as published: the article's network for handwritten digits, ResNet-20 for CIFAR and ResNet-50 for ImageNet."""
+from .mnist import AdderNetMnist, addernet_mnist
+from .resnet import ResNet, resnet20, resnet50
+
+__all__ = ["AdderNetMnist", "ResNet", "addernet_mnist", "resnet20", "resnet50"]

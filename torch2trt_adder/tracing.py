@@ -1,0 +1,338 @@
+"""What happens to adder layers inside a plain ``torch2trt(model, [x])``. Importing this file needs torch2trt and TensorRT.
+
+torch2trt runs the model while Python hooks turn each call that has a converter into layers of a TensorRT network. Three of
+its habits would make engines that are wrong without a word, so its ConversionContext is replaced by a stricter one:
+
+* A result without a converter becomes a constant of the engine. Here that raises, for any layer, as soon as the constant was
+  computed from the network's inputs.
+* In fp16_mode TensorRT may round an adder layer's sums, which pass 65504 in wide layers, to float16 before BatchNorm scales
+  them down; a ReLU then hides the -inf. Here the layers up to that point are held in float32.
+* The tensors of a finished conversion stay attached to inputs and parameters, where the next conversion trips over them.
+  Here they are removed.
+
+Foreign adder layers (see module.py) are traced as ours.
+"""
+import contextlib
+import math
+import sys
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorrt as trt
+import torch
+import torch2trt  # noqa: F401
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch2trt import get_arg, tensorrt_converter
+
+from . import ops, plugin
+from .module import Adder2d, _adopt_layer, _layer_fields
+
+host = sys.modules["torch2trt.torch2trt"]  # the attribute torch2trt.torch2trt is the function
+_size = torch.Tensor.size  # before torch2trt replaces it
+
+# ---- the converter
+
+@tensorrt_converter("torch2trt_adder.ops.adder2d")
+def convert_adder2d(ctx: "ConversionContext") -> None:
+    """One plugin layer for one call of adder2d, from a module or from a function."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    defaults = (None, None, None, 1, 0, 1, 1)
+    input, weight, bias, *geometry = (get_arg(ctx, names[i], i, defaults[i]) for i in range(len(names)))
+    output = ctx.method_return
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and ctx.flow.origin(tensor):
+            raise RuntimeError(f"adder2d in {ctx.place()}: the {name} is computed from the network's inputs, but an engine has "
+                               f"constant weights; compute the {name} from parameters only.")
+    input_trt = getattr(input, "_trt", None)
+    if input_trt is None:  # the same for every inference, or the network refuses it
+        input_trt = ctx.network.add_constant(tuple(input.shape), input.detach().cpu().numpy()).get_output(0)
+
+    half = output.dtype is torch.float16
+    if half and hasattr(trt.BuilderFlag, "FP16"):  # without the flag TensorRT 8 and 10 have no float16 plugin input or output
+        ctx.builder_config.set_flag(trt.BuilderFlag.FP16)
+    layer = plugin.add_adder2d(
+        ctx.network, input_trt, weight, bias, *geometry, trt.DataType.HALF if half else trt.DataType.FLOAT,
+        f"{ctx.current_module_name() or 'model'}:adder2d_{len(ctx.adder_layers)}",
+    )
+    output._trt = layer.get_output(0)
+    ctx.adder_layers[layer.name] = layer
+
+
+# ---- which tensors were computed from the network's inputs
+
+class _Origin(NamedTuple):
+    storage: StorageWeakRef
+    address: range  # of the data, empty unless it is in host memory
+    place: str  # what it is, in words
+
+
+class _Flow(TorchDispatchMode):
+    """Sees every operation of the traced model, however it is called."""
+
+    def __init__(self, ctx: "ConversionContext") -> None:
+        super().__init__()
+        self.ctx = ctx
+        self.origins: dict[int, _Origin] = {}  # by storage
+        self.seen: list[weakref.ref[Tensor]] = []
+        self.largest: dict[str, float] = {}  # magnitude in this run, by the name of the TensorRT tensor
+        self.adder_calls = 0
+        self.paused = False
+
+    def origin(self, tensor: Tensor) -> _Origin | None:
+        """Where `tensor` was computed from the network's inputs; None where it does not depend on them."""
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            return None
+        return self.origins.get(tensor.untyped_storage()._cdata)
+
+    def mark(self, tensor: Any, place: str) -> None:
+        if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            start = storage.data_ptr() if tensor.device.type == "cpu" else 0
+            address = range(start, start + storage.nbytes() if start else 0)
+            self.origins[storage._cdata] = _Origin(StorageWeakRef(storage), address, place)
+
+    def origin_of_array(self, array: np.ndarray) -> _Origin | None:
+        """As `origin`, for an array that shares its memory with a tensor, as tensor.numpy() does."""
+        address = array.__array_interface__["data"][0]
+        return next((o for o in self.origins.values() if address in o.address and not o.storage.expired()), None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        with self.ctx.unhooked():
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self.seen += map(weakref.ref, tensors)
+            for tensor in tensors:
+                self._measure(tensor)  # now: the operation may work in place
+            result = func(*args, **kwargs)
+            self.adder_calls += func.overloadpacket is torch.ops.torch2trt_adder.adder2d
+            name = func._schema.name.partition("::")[2]
+            sources = [o for o in map(self.origin, tensors) if o is not None]
+            if sources and not name.startswith("new_") and not name.endswith("_like"):  # those take shape and type alone
+                copies = name in ("detach", "alias", "_to_copy", "clone")
+                place = sources[0].place if copies else f"the result of {self.ctx.place()}"
+                for tensor in (*tree_leaves(result), *_written(func, args, kwargs)):
+                    self.mark(tensor, place)
+        return result
+
+    def _measure(self, tensor: Tensor) -> None:
+        itensor = getattr(tensor, "_trt", None)
+        if isinstance(itensor, trt.ITensor) and tensor.is_floating_point() and tensor.numel() > 0:
+            if itensor.name not in self.largest:
+                self.largest[itensor.name] = tensor.detach().abs().max().item()
+
+
+def _written(func: Any, args: tuple, kwargs: dict) -> list[Any]:
+    """The arguments that an operation writes to."""
+    named = zip((argument.name for argument in func._schema.arguments), args)
+    values = {**dict(named), **kwargs}
+    written = (a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return tree_leaves([values[name] for name in written if name in values])
+
+
+class _Network(host.NetworkWrapper):
+    """torch2trt's network, which takes no constant that was computed from the network's inputs."""
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = super().__getattr__(name)
+        if not name.startswith("add_"):
+            return attribute
+
+        def add(*args: Any, **kwargs: Any) -> Any:
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, np.ndarray):
+                    self._ctx.refuse(self._ctx.flow.origin_of_array(value))
+            return attribute(*args, **kwargs)
+
+        return add
+
+
+# ---- the conversion context
+
+class ConversionContext(host.ConversionContext):
+    """torch2trt's context with the differences that this file's first lines tell."""
+
+    def __init__(self, network: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(network, *args, **kwargs)
+        self.network = _Network(self, network)
+        self.flow = _Flow(self)
+        self.adder_layers: dict[str, Any] = {}
+        self.module: nn.Module = self.torch2trt_kwargs["module"]
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "ConversionContext":
+        _detach_trt([*self.module.parameters(), *self.module.buffers()])
+        with contextlib.ExitStack() as stack:
+            for name, layer in self.module.named_modules():
+                fields = _layer_fields(layer)
+                if fields is not None:
+                    ours = _adopt_layer(layer, fields, name or type(layer).__name__)
+                    stack.enter_context(_replaced_forward(layer, self._checked_forward(name, layer, ours)))
+            super().__enter__()
+            stack.callback(super().__exit__, None, None, None)
+            stack.enter_context(self.flow)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+        seen = [ref() for ref in self.flow.seen]
+        _detach_trt([*(t for t in seen if t is not None), *self.module.parameters(), *self.module.buffers()])
+
+    def add_inputs(self, torch_inputs: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
+        inputs = self.torch2trt_kwargs["inputs"]
+        leaves = [] if isinstance(inputs, host.Dataset) else tree_leaves(inputs)  # with those that torch2trt ignores
+        with self.unhooked():
+            tensors = [leaf for leaf in (*torch_inputs, *leaves) if isinstance(leaf, Tensor)]
+            _detach_trt(tensors)
+            for tensor in tensors:
+                self.flow.mark(tensor, f"an input of type {tensor.dtype}")
+            self.flow.seen += map(weakref.ref, tensors)
+        super().add_inputs(torch_inputs, *args, **kwargs)
+
+    def mark_outputs(self, torch_outputs: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
+        with self.unhooked():
+            for output in torch_outputs:
+                if not hasattr(output, "_trt"):
+                    self.refuse(self.flow.origin(output))
+        super().mark_outputs(torch_outputs, *args, **kwargs)
+        if len(self.adder_layers) != self.flow.adder_calls:
+            raise RuntimeError(
+                f"The model calls adder2d {self.flow.adder_calls} times, but the network has {len(self.adder_layers)} Adder2d "
+                "layers: call torch2trt_adder.adder2d or torch2trt_adder.ops.adder2d by that name, or use the Adder2d module."
+            )
+        if self.torch2trt_kwargs.get("fp16_mode"):
+            self._hold_float32()
+
+    @contextlib.contextmanager
+    def unhooked(self) -> Iterator[None]:
+        """Inside, torch works as always: no converter runs, and shapes add no layers."""
+        locked, hooked = self.lock, torch.Tensor.size
+        self.lock, torch.Tensor.size = True, _size
+        try:
+            with host.use_shape_wrapping(False):
+                yield
+        finally:
+            self.lock, torch.Tensor.size = locked, hooked
+
+    def place(self) -> str:
+        """The module that runs, in words."""
+        if not self.module_stack:
+            return "the model"
+        module = self.current_module()
+        name = self.module_name_map.get(module)
+        return f"layer {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+
+    def refuse(self, origin: _Origin | None) -> None:
+        """Raises where a value that depends on the inputs is about to become a constant."""
+        if origin is not None and not self.torch2trt_kwargs.get("allow_constants", False):
+            raise RuntimeError(
+                f"torch2trt has no converter for {origin.place} and would put its value for the example input into the engine as "
+                "a constant. If that is an adder layer, use torch2trt_adder.Adder2d or name its class with "
+                "torch2trt_adder.register_adder_class; else give torch2trt a converter for it. (allow_constants=True, given to "
+                "torch2trt, makes it a constant after all.)"
+            )
+
+    def _checked_forward(self, name: str, layer: nn.Module, ours: Adder2d) -> Callable[[Tensor], Tensor]:
+        """The forward of `ours`, compared with that of `layer`: a parameter named adder does not make an adder layer."""
+        theirs = layer.forward
+
+        def forward(input: Tensor) -> Tensor:
+            output = ours.forward(input)
+            with self.unhooked(), torch.no_grad():
+                self.flow.paused = True
+                try:
+                    _check_close(f"{name or 'model'} ({type(layer).__name__})", output, theirs(input.detach()), ours)
+                finally:
+                    self.flow.paused = False
+            return output
+
+        return forward
+
+    def _hold_float32(self) -> None:
+        """Holds every layer between an adder layer's float32 output and the next scaling layer in float32.
+
+        The scaling layer (BatchNorm) itself computes in float32, and its output is free, unless in this run it was still
+        within a factor of 16 of float16's largest value.
+        """
+        scaling = {getattr(trt.LayerType, name) for name in ("SCALE", "NORMALIZATION", "SOFTMAX") if hasattr(trt.LayerType, name)}
+        network = self.network._network  # the wrapper takes every layer that it returns for a new one
+        consumers = defaultdict(list)
+        for i in range(network.num_layers):
+            layer = network.get_layer(i)
+            for j in range(layer.num_inputs):
+                itensor = layer.get_input(j)
+                if itensor is not None:
+                    consumers[itensor.name].append(layer)
+        pending = [layer.get_output(0) for layer in self.adder_layers.values()]
+        pending = [itensor for itensor in pending if itensor.dtype == trt.DataType.FLOAT]
+        held: set[str] = set()
+        while pending:
+            for layer in consumers[pending.pop().name]:
+                outputs = {j: layer.get_output(j) for j in range(layer.num_outputs)}
+                outputs = {j: t for j, t in outputs.items() if t.dtype in (trt.DataType.FLOAT, trt.DataType.HALF)}
+                if layer.name in held or not outputs:  # the shape of a tensor has no range
+                    continue
+                held.add(layer.name)
+                layer.precision = trt.DataType.FLOAT
+                if layer.name in self.adder_layers:
+                    continue
+                # The magnitude is unknown for the network's outputs, which nothing reads.
+                largest = max(self.flow.largest.get(t.name, 0) for t in outputs.values())
+                if layer.type in scaling and largest <= torch.finfo(torch.float16).max / 16:
+                    continue
+                for j, itensor in outputs.items():
+                    layer.set_output_type(j, trt.DataType.FLOAT)
+                    pending.append(itensor)
+        if held and not self.torch2trt_kwargs.get("strict_type_constraints"):  # which asks for the same and excludes this flag
+            self.builder_config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+
+
+def _check_close(name: str, output: Tensor, expected: Tensor, ours: Adder2d) -> None:
+    """Raises where a foreign layer does not compute adder2d. Both sums are sequential at worst, and of one sign."""
+    same_shape = output.shape == expected.shape
+    difference = limit = math.nan
+    if same_shape:
+        y, y0 = output.double(), expected.double()
+        terms = y0.abs() if ours.b is None else y0.abs() + ours.b.detach().double().abs()[:, None, None]
+        eps = 2 * torch.finfo(expected.dtype).eps + 4 * torch.finfo(torch.float32).eps * math.sqrt(ours.adder[0].numel())
+        excess = (y - y0).abs() - eps * terms
+        if not bool((excess[y0.isfinite()] > 0).any()):
+            return
+        worst = excess.nan_to_num(0).argmax()
+        difference, limit = (y - y0).abs().flatten()[worst].item(), (eps * terms).flatten()[worst].item()
+    raise RuntimeError(
+        f"{name} holds a parameter `adder`, but does not compute adder2d: its output is {list(expected.shape)}, adder2d's "
+        f"{list(output.shape)}, the largest difference {difference:.3g} with {limit:.3g} allowed; give torch2trt a converter for it."
+    )
+
+
+@contextlib.contextmanager
+def _replaced_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    had = layer.__dict__.get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            del layer.forward
+        else:
+            layer.forward = had
+
+
+def _detach_trt(tensors: Sequence[Tensor]) -> None:
+    """Removes the TensorRT tensors that torch2trt has attached."""
+    for tensor in tensors:
+        if hasattr(tensor, "_trt"):
+            del tensor._trt
+
+
+host.ConversionContext = torch2trt.ConversionContext = ConversionContext
+plugin.register()
