@@ -113,39 +113,37 @@ def native_archs() -> list[str]:
     return [major + minor for major, minor in archs]
 
 
-def build_library(library: Path, objects: Path) -> None:
-    """Compiles csrc/ into the shared library `library`; objects of unchanged sources are taken from `objects`."""
+def build_library(library: Path) -> None:
+    """Compiles csrc/ into the shared library `library`. Objects stay in build/objects, named by all that went into them."""
     nvcc = find_nvcc()
     if nvcc is None:
         sys.exit("nvcc was not found: install a CUDA toolkit (11.8 or newer) and set CUDA_HOME or PATH, or install the nvcc "
-                 f"wheels: pip install {' '.join(map(shlex.quote, NVCC_WHEELS))}. `pip install .` does the latter by itself.")
+                 f"wheels: pip install {shlex.join(NVCC_WHEELS)}. `pip install .` does the latter by itself.")
     cxx = find_cxx()
-    nvcc_command = [str(nvcc), "-ccbin", cxx]
-    lib_dir = nvcc.parent.parent / "lib"  # where the wheels keep the CUDA runtime; nvcc itself only looks into lib64
-    version = run([str(nvcc), "--version"])
     jobs = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
-
+    cu = [str(nvcc), "-ccbin", cxx], ["-c", "-O3", "-std=c++17", *gencode_flags(nvcc), f"-Xcompiler={','.join(CXX_FLAGS)}"]
+    cpp = shlex.split(cxx), ["-c", "-std=c++17", *CXX_FLAGS]
+    versions = run([str(nvcc), "--version"]) + run([*cpp[0], "--version"])
     headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))
-    headers_hash = hashlib.sha256(b"".join(path.read_bytes() for path in headers))
-    cu_command = [*nvcc_command, "-c", "-O3", "-std=c++17", *gencode_flags(nvcc), f"--threads={jobs}",
-                  f"-Xcompiler={','.join(CXX_FLAGS)}"]
-    cpp_command = [*shlex.split(cxx), "-c", "-std=c++17", *CXX_FLAGS]
-
+    common = hashlib.sha256(b"".join(path.read_bytes() for path in headers) + versions.encode())
+    objects = ROOT / "build" / "objects"
     objects.mkdir(parents=True, exist_ok=True)
 
     def compile_source(source: Path) -> Path:
-        command = cu_command if source.suffix == ".cu" else cpp_command
-        digest = headers_hash.copy()
-        digest.update(repr((command, version)).encode() + source.read_bytes())
+        compiler, flags = cu if source.suffix == ".cu" else cpp
+        digest = common.copy()
+        digest.update(repr(flags).encode() + source.read_bytes())
         target = objects / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}.o")
-            print(shlex.join([*command, str(source)]), flush=True)
-            print(run([*command, str(source), "-o", str(partial)]), end="", flush=True)
+            threads = [f"--threads={jobs}"] if source.suffix == ".cu" else []
+            command = [*compiler, *flags, *threads, str(source), "-o", str(partial)]
+            print(shlex.join(command), flush=True)
+            print(run(command), end="", flush=True)
             partial.replace(target)
-            for old in objects.glob(f"{source.stem}-{'[0-9a-f]' * 16}.o"):
-                if old != target:
-                    old.unlink(missing_ok=True)
+            earlier = [path for path in objects.glob("*.o") if path.stem.startswith(f"{source.stem}-") and path != target]
+            for path in sorted(earlier, key=lambda path: path.stat().st_mtime)[:-3]:
+                path.unlink()
         return target
 
     # .cu first: they take longest.
@@ -155,7 +153,8 @@ def build_library(library: Path, objects: Path) -> None:
 
     library.parent.mkdir(parents=True, exist_ok=True)
     partial = library.with_suffix(f".{os.getpid()}.so")
-    print(run([*nvcc_command, "-shared", "-cudart=static", f"-L{lib_dir}", "-Xcompiler=-pthread",
+    # The wheels keep the CUDA runtime in lib, while nvcc looks into lib64. nodelete: worker threads stay in the library.
+    print(run([*cu[0], "-shared", "-cudart=static", f"-L{nvcc.parent.parent / 'lib'}", "-Xcompiler=-pthread",
                f"-Xlinker=--version-script={ROOT / 'csrc' / 'exports.map'},--no-undefined,-z,nodelete",
                *map(str, compiled), "-o", str(partial)]), end="")
     partial.replace(library)
@@ -168,7 +167,7 @@ class BuildLibrary(build_ext):
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        build_library(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp))
+        build_library(Path(self.get_ext_fullpath(ext.name)))
 
     def copy_extensions_to_source(self) -> None:
         # A process may have the old file loaded, so the new one replaces it by renaming.
