@@ -1,0 +1,148 @@
+"""The build: what the shared library exports and needs, the wheel around it, and what a build that cannot work says."""
+
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import torch2trt_adder
+from torch2trt_adder import library
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "torch2trt_adder"
+
+EXPORTS = {
+    "adder2d_check",
+    "adder2d_error_string",
+    "adder2d_fprop",
+    "adder2d_fprop_cpu",
+    "adder2d_fprop_workspace",
+    "adder2d_params_size",
+    "adder2d_register_plugin",
+    "getCreators",
+    "getPluginCreators",
+    "setLoggerFinder",
+}
+
+needs_nvcc = pytest.mark.skipif(
+    not (os.environ.get("CUDA_HOME") or shutil.which("nvcc") or os.path.exists("/usr/local/cuda/bin/nvcc")),
+    reason="no nvcc on this machine",
+)
+
+
+def tool(name: str, *arguments: object) -> str:
+    """What a tool of binutils prints; they come with g++."""
+    if shutil.which(name) is None:
+        pytest.skip(f"no {name} on this machine")
+    return subprocess.run([name, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+
+
+def setup(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "setup.py", *map(str, arguments)],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+# ---- the library
+
+
+def test_exports_exactly_the_interface():
+    lines = tool("nm", "--dynamic", "--defined-only", library.path()).splitlines()
+    assert {line.split()[-1] for line in lines} == EXPORTS
+
+
+def test_needs_nothing_but_the_system():
+    needed = re.findall(r"NEEDED.*\[(.*)\]", tool("readelf", "--dynamic", library.path()))
+    system = r"(libc|libm|libdl|librt|libpthread|libstdc\+\+|libgcc_s|ld-linux-[\w-]+)\.so\.\d+"
+    assert needed
+    assert [name for name in needed if not re.fullmatch(system, name)] == []
+
+
+def test_undefined_symbols_are_the_systems():
+    """So nothing of TensorRT, torch, Python or the CUDA runtime is looked up when the library is loaded."""
+    lines = [line.split() for line in tool("nm", "--dynamic", "--undefined-only", library.path()).splitlines()]
+    undefined = [name for kind, name in lines if kind == "U"]  # the rest is weak
+    assert any(name.startswith("malloc@") for name in undefined)
+    assert [name for name in undefined if not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_", name)] == []
+
+
+def test_libstdcxx_of_common_python_distributions_is_new_enough():
+    versions = re.findall(r"GLIBCXX_(\d+)\.(\d+)\.(\d+)", tool("nm", "--dynamic", library.path()))
+    assert max(tuple(map(int, version)) for version in versions) <= (3, 4, 25)  # that of torch's own wheels
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set on this architecture")
+@pytest.mark.parametrize("isa, registers", [("Baseline", "xmm"), ("Avx2", "ymm"), ("Avx512", "zmm")])
+def test_contains_the_kernel_of_each_instruction_set(isa, registers):
+    names = re.findall(rf"\S*{len(isa)}{isa}3run\S*", tool("nm", library.path()))
+    assert len(names) >= 8
+    for name in names:
+        code = tool("objdump", "--no-show-raw-insn", f"--disassemble={name}", library.path())
+        assert re.search(rf"subps .*%{registers}", code), name
+        assert set(re.findall(r"%([xyz]mm)\d", code)) <= {"xmm", registers}, name
+
+
+# ---- the wheel
+
+
+@needs_nvcc
+def test_wheel(tmp_path):
+    result = setup("build", "--build-base", tmp_path / "build", "egg_info", "--egg-base", tmp_path, "bdist_wheel", "-d", tmp_path)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"torch2trt_adder-{torch2trt_adder.__version__}-py3-none-linux_{platform.machine()}.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
+        assert names == modules | {"torch2trt_adder/libtorch2trt_adder.so"}
+        assert archive.read("torch2trt_adder/libtorch2trt_adder.so")[:4] == b"\x7fELF"
+        info = f"torch2trt_adder-{torch2trt_adder.__version__}.dist-info"
+        assert "torch2trt-adder = torch2trt_adder.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+        assert "Requires-Dist: torch>=2.4" in archive.read(f"{info}/METADATA").decode()
+
+
+# ---- builds that cannot work
+
+
+def failing_build(tmp_path: pathlib.Path, **environment: str) -> str:
+    result = setup("-q", "build_ext", "--build-lib", tmp_path, **environment)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.rglob("*.so")) == []
+    return result.stderr
+
+
+def test_cuda_home_without_nvcc(tmp_path):
+    stderr = failing_build(tmp_path, CUDA_HOME=str(tmp_path), PATH="")
+    assert f"CUDA_HOME is {tmp_path}, but {tmp_path}/bin/nvcc does not exist: point CUDA_HOME at a CUDA toolkit" in stderr
+
+
+@pytest.mark.skipif(os.path.exists("/usr/local/cuda/bin/nvcc"), reason="/usr/local/cuda has an nvcc")
+def test_no_nvcc(tmp_path):
+    stderr = failing_build(tmp_path, CUDA_HOME="", PATH="")
+    assert "nvcc was not found: install a CUDA toolkit" in stderr and "pip install 'nvidia-cuda-nvcc==" in stderr
+
+
+@needs_nvcc
+def test_no_host_compiler(tmp_path):
+    stderr = failing_build(tmp_path, CXX="no-such-g++")
+    assert "The C++ compiler no-such-g++ was not found: install it" in stderr
+
+
+@needs_nvcc
+def test_unknown_architecture(tmp_path):
+    stderr = failing_build(tmp_path, TORCH2TRT_ADDER_ARCHS="80;20")
+    assert "TORCH2TRT_ADDER_ARCHS names '20'" in stderr and "choose from" in stderr and "80" in stderr
+
+
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU here")
+def test_native_architecture_without_gpu(tmp_path):
+    assert "nvidia-smi shows no GPU here: name the architecture" in failing_build(tmp_path, TORCH2TRT_ADDER_ARCHS="native")

@@ -1,0 +1,167 @@
+"""The CPU kernel, beyond the cases that test_ops.py runs: instruction sets, threads, fork, memory, rounding."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from conftest import CASES, Case, assert_forward
+from torch2trt_adder import adder2d
+
+# What the kernel cuts in pieces: rows, columns, filters, the reduction; and what it treats apart: 1x1 maps, large dilation.
+LARGE = [
+    Case("many_rows", 1, 3, 301, 17, 5, 3, 3, padding=(1, 1)),
+    Case("wide_rows", 1, 130, 3, 1501, 2, 3, 3, padding=(1, 1)),
+    Case("many_filters", 1, 33, 5, 5, 203, 3, 3, padding=(1, 1)),
+    Case("one_pixel_maps", 71, 130, 1, 1, 67, 1, 1),
+    Case("large_dilation", 1, 3, 203, 205, 6, 3, 3, padding=(1, 1), dilation=(97, 101)),
+    Case("large_dilation_and_stride", 1, 2, 203, 205, 6, 3, 3, stride=(2, 3), dilation=(30, 31)),
+]
+
+
+@pytest.fixture
+def one_torch_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_large(case, memory_format):
+    x, w, b = case.tensors(memory_format=memory_format)
+    assert_forward(adder2d(x, w, b, *case.geometry), x, w, b, case.geometry)
+
+
+def test_equal_terms_do_not_drift():
+    """Equal terms round the same way each time: the worst case for a plain running sum."""
+    x, w = torch.full((1, 1024, 5, 5), 0.1), torch.full((4, 1024, 3, 3), -0.2)
+    assert_forward(adder2d(x, w), x, w, None, ((1, 1), (0, 0), (1, 1), 1))
+
+
+def test_no_input_is_copied_as_a_whole():
+    """Extra memory is bounded by tiles: 9 taps of a 100 MB input would be 900 MB as columns."""
+    script = """
+import resource, torch, torch2trt_adder
+x, w = torch.zeros(1, 25, 1024, 1024), torch.zeros(1, 25, 3, 3)
+torch2trt_adder.adder2d(x[:, :, :8, :8], w)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+y = torch2trt_adder.adder2d(x, w, None, 1, 1)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - y.numel() * 4)
+"""
+    assert int(run(script)) < 16 << 20
+
+
+# ---- instruction sets
+
+COMPUTE = f"""
+import hashlib, sys, torch
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+from conftest import CASES
+from torch2trt_adder import adder2d
+digest = hashlib.sha256()
+for case in CASES:
+    x, w, b = case.tensors()
+    digest.update(adder2d(x, w, b, *case.geometry).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def run(script: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def supports(isa: str) -> bool:
+    flag = {"baseline": "", "avx2": " avx2 ", "avx512": " avx512f "}[isa]
+    return flag in pathlib.Path("/proc/cpuinfo").read_text().replace("\n", " ")
+
+
+@pytest.fixture(scope="module")
+def digest_of_default() -> str:
+    return run(COMPUTE)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_bits(isa, digest_of_default):
+    if not supports(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    assert run(COMPUTE, TORCH2TRT_ADDER_CPU_ISA=isa) == digest_of_default
+
+
+def test_unknown_instruction_set_is_refused():
+    script = "import torch, torch2trt_adder\ntorch2trt_adder.adder2d(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))"
+    with pytest.raises(AssertionError, match="RuntimeError"):
+        run(script, TORCH2TRT_ADDER_CPU_ISA="sse9")
+
+
+# ---- threads
+
+
+def test_result_does_not_depend_on_threads(one_torch_thread):
+    x, w, b = LARGE[0].tensors()
+    alone = adder2d(x, w, b, *LARGE[0].geometry)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        assert torch.equal(adder2d(x, w, b, *LARGE[0].geometry), alone)
+
+
+def test_callers_at_once():
+    x, w, b = Case("", 4, 16, 32, 32, 16, 3, 3).tensors()
+    expected = adder2d(x, w, b)
+    wrong = []
+
+    def call() -> None:
+        torch.set_num_threads(3)
+        for _ in range(30):
+            if not torch.equal(adder2d(x, w, b), expected):
+                wrong.append(threading.current_thread().name)
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert wrong == []
+
+
+def test_fork():
+    """A child (a DataLoader's worker, say) has none of the threads that its parent's calls have started."""
+    script = """
+import os, torch, torch2trt_adder
+torch.set_num_threads(2)
+x, w = torch.randn(4, 16, 32, 32), torch.randn(16, 16, 3, 3)
+expected = torch2trt_adder.adder2d(x, w).numpy().tobytes()
+threads = len(os.listdir("/proc/self/task"))
+assert threads >= 2, threads
+children = []
+for _ in range(4):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch2trt_adder.adder2d(x, w).numpy().tobytes() == expected else 1)
+    children.append(child)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+    assert run(script) == "[0, 0, 0, 0]"
+
+
+def test_data_loader_workers():
+    class Layer(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return adder2d(x, w)
+
+    x, w, _ = CASES[2].tensors()
+    expected = adder2d(x, w)
+    for y in torch.utils.data.DataLoader(Layer(), batch_size=1, num_workers=2, timeout=60):
+        assert torch.equal(y[0], expected)
