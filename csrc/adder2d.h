@@ -51,6 +51,10 @@ __attribute__((visibility("default"))) char const* adder2d_check(Adder2dParams c
 // Bytes of device workspace that adder2d_fprop wants for this problem on the current device (0 where it wants none).
 __attribute__((visibility("default"))) size_t adder2d_fprop_workspace(Adder2dParams const* params);
 
+// Bytes of workspace that are enough for this layer whatever its N, H and W (and P and Q with them): what a caller reserves
+// before it knows the shapes. Only C, K, R, S and groups are looked at.
+__attribute__((visibility("default"))) size_t adder2d_fprop_workspace_bound(Adder2dParams const* params);
+
 // Enqueues y = adder2d(x, w) + b on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t, 0 for success;
 // invalid params and a workspace below adder2d_fprop_workspace give cudaErrorInvalidValue (1) and enqueue nothing.
 // Never synchronises or allocates; may be captured into a CUDA graph.

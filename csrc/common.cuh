@@ -39,12 +39,24 @@ __device__ __forceinline__ uint32_t smem_address(void const* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Copies 4 bytes to shared memory, or writes zero where `valid` is false (`src` is not read then).
-__device__ __forceinline__ void copy4_async(float* dst_smem, float const* src, bool valid) {
+// Copies 4 bytes to shared memory, or writes zero where `valid` is zero (`src` is not read then).
+__device__ __forceinline__ void copy4_async(float* dst_smem, float const* src, uint32_t valid) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(smem_address(dst_smem)), "l"(src), "r"(valid ? 4 : 0));
+  asm volatile(
+      "{\n  .reg .pred ignore;\n  setp.eq.u32 ignore, %2, 0;\n  cp.async.ca.shared.global [%0], [%1], 4, ignore;\n}\n" ::"r"(
+          smem_address(dst_smem)),
+      "l"(src), "r"(valid));
 #else
-  *dst_smem = valid ? *src : 0.f;
+  *dst_smem = valid != 0 ? *src : 0.f;
+#endif
+}
+
+// Copies 16 aligned bytes to shared memory, past the first-level cache.
+__device__ __forceinline__ void copy16_async(float* dst_smem, float const* src) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(smem_address(dst_smem)), "l"(src));
+#else
+  *reinterpret_cast<float4*>(dst_smem) = *reinterpret_cast<float4 const*>(src);
 #endif
 }
 
@@ -60,6 +72,35 @@ __device__ __forceinline__ void copy_wait() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending));
 #endif
+}
+
+// A kernel that lets the next one on its stream start early (sm_90 on), and that next kernel's wait for its results.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+__device__ __forceinline__ void wait_for_primary() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Launches a kernel that calls wait_for_primary before it reads what the kernel before it wrote.
+template <typename... Params, typename... Args>
+cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
+                             Args const&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 __device__ __forceinline__ float load_as_float(void const* base, int64_t index, int32_t type) {

@@ -14,6 +14,12 @@ FpropArgs make_fprop_args(Adder2dParams const& p) {
   args.div_Q = FastDiv(p.Q);
   args.div_RS = FastDiv(int64_t{p.R} * p.S);
   args.div_S = FastDiv(p.S);
+  args.step_s = p.dil_w * p.x_stride[3];
+  args.step_r = p.dil_h * p.x_stride[2] - p.S * args.step_s;
+  args.step_c = p.x_stride[1] - p.R * p.dil_h * p.x_stride[2];
+  args.y_vectors = p.y_type == ADDER2D_FLOAT32 && p.y_stride[3] == 1 && p.y_stride[2] == p.Q && args.NPQ % 4 == 0 &&
+                   int64_t{p.P} * p.Q % 4 == 0 && p.y_stride[0] % 4 == 0 && p.y_stride[1] % 4 == 0 &&
+                   reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
   return args;
 }
 
@@ -46,7 +52,17 @@ size_t adder2d_fprop_workspace(Adder2dParams const* params) {
   if (adder2d_check(params) != nullptr || params->N == 0 || wants_direct(*params)) return 0;
   Adder2dParams p = *params;
   p.N = images_per_launch(p);
-  return plan_fprop_simt(make_fprop_args(p)).workspace_bytes;
+  size_t bytes = plan_fprop_simt(make_fprop_args(p)).workspace_bytes;
+  p.N = params->N % p.N;  // the last launch of several; a smaller problem may be cut into more pieces
+  if (p.N != 0) {
+    size_t const last = plan_fprop_simt(make_fprop_args(p)).workspace_bytes;
+    if (last > bytes) bytes = last;
+  }
+  return bytes;
+}
+
+size_t adder2d_fprop_workspace_bound(Adder2dParams const* params) {
+  return params == nullptr || wants_direct(*params) ? 0 : fprop_simt_workspace_bound(make_fprop_args(*params));
 }
 
 int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {

@@ -15,17 +15,22 @@ struct FpropArgs {
   int32_t CRS;      // reduction length: Cg * R * S
   int32_t NPQ;      // output pixels of the whole batch
   FastDiv div_PQ, div_Q, div_RS, div_S;
+  // Elements of x from a tap to the next one along s; then from behind the last s to the next r; then from behind the last
+  // r to the next channel.
+  int64_t step_s, step_r, step_c;
+  bool y_vectors;   // four pixels from a multiple of 4 on are 16 aligned bytes of y
 };
 
-// How the tiled kernels cut the work: `ctas` thread blocks take equal shares of tiles * iterations steps. A share may end
-// inside a tile; the sums of such tiles go through the workspace and a second, small kernel ("stream-K").
+// How a tiled kernel cuts the work: one block for each tile of the output and split of the reduction. With more than one
+// split, sums go through the workspace and a second, small kernel adds them in order.
 struct FpropPlan {
-  int32_t tile;             // index into the family's table of tiles
+  int32_t tile;              // index into the family's table of tiles
   int32_t tiles_k, tiles_pq;
-  int32_t iterations;       // reduction steps of one tile
-  int32_t tiles;            // tiles_k * tiles_pq * groups
-  int32_t ctas;
-  size_t workspace_bytes;
+  int32_t tiles;             // tiles_k * tiles_pq * groups
+  int32_t slices;            // reduction steps of one tile
+  int32_t splits;
+  size_t packed_bytes;       // of packed weights at the start of the workspace, 0 for none
+  size_t workspace_bytes;    // all of it
 };
 
 FpropArgs make_fprop_args(Adder2dParams const& p);
@@ -36,6 +41,7 @@ cudaError_t launch_fprop_direct(FpropArgs const& args, cudaStream_t stream);
 
 // ---- fprop_simt.cu: implicit GEMM with float32 arithmetic
 FpropPlan plan_fprop_simt(FpropArgs const& args);
+size_t fprop_simt_workspace_bound(FpropArgs const& args);  // enough for every N, H, W
 cudaError_t launch_fprop_simt(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream);
 
 }  // namespace adder2d

@@ -3,6 +3,8 @@
 // A block owns a tile of kTileK filters by kTilePQ output pixels and steps through the reduction kTileC terms at a time;
 // asynchronous copies fill a ring of kStages slices in shared memory while a thread accumulates its 8 x 8 outputs. One
 // accumulated |x - w| is two float32 additions, so everything else in the inner loop is overhead to be kept small.
+#include <type_traits>
+
 #include "fprop.h"
 
 namespace adder2d {
@@ -10,18 +12,22 @@ namespace {
 
 // ---- traits
 
-// How the reduction is cut into slices, and which neighbours a warp loads together.
+// How a slice of the reduction is filled. The order of the terms is the fill's own.
 enum class Fill {
-  kPixels,    // a slice is kTileC channels of one tap; a warp loads neighbouring pixels (NCHW)
-  kChannels,  // a slice is kTileC channels of one tap; a warp loads neighbouring channels (NHWC)
-  kFlat,      // a slice is kTileC terms of the flattened (c, r, s); any channel count, strides and types
+  kTaps,      // kTileC terms of the flattened (c, r, s), as weights lie in memory; a warp loads neighbouring pixels
+  kAny,       // as kTaps for the kernels, strides and types that it does not take; converts while it copies
+  kPixels,    // kTileC channels of one tap, from packed weights; a warp loads neighbouring pixels (NCHW)
+  kChannels,  // kTileC channels of one tap, from packed weights; a warp loads neighbouring channels (NHWC)
 };
+template <Fill kFill>
+constexpr bool kIsPacked = kFill == Fill::kPixels || kFill == Fill::kChannels;
 
-template <int kTileK_, int kTilePQ_, int kTileC_, int kStages_>
+template <int kTileK_, int kTilePQ_, int kTileC_, int kStages_, int kUnroll_ = 8>
 struct Tile {
   static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;  // outputs of a block: filters, pixels
   static constexpr int kTileC = kTileC_;                      // reduction terms of a slice
   static constexpr int kStages = kStages_;                    // slices in flight
+  static constexpr int kUnroll = kUnroll_;                    // terms of the inner loop; a longer body misses the instruction cache
   static constexpr int kThreadK = 8, kThreadPQ = 8;           // outputs of a thread, as 2 x 4 by 2 x 4
   static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
   static constexpr int kLanesK = kTileK >= 32 ? 4 : kTileK / kThreadK, kLanesPQ = 32 / kLanesK;  // a warp's threads
@@ -33,6 +39,7 @@ struct Tile {
 
   static_assert(kThreads == 128, "the fill loops are laid out for 128 threads");
   static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
+  static_assert(kTileC % kUnroll == 0 && kUnroll % 2 == 0, "fragments alternate between two buffers");
   static_assert(kTileC % 8 == 0 && kTileK % 16 == 0, "8 lanes load along the reduction, 16 rows at a time");
   static_assert(kTilePQ % kThreads == 0 || kThreads % kTilePQ == 0, "threads must divide the pixels evenly");
 };
@@ -42,149 +49,27 @@ struct Pixel {
   int64_t offset;  // elements from x to the window's first tap, channel 0 of the group; may point before x
   int32_t h0, w0;
 };
-// One term of a flat slice. An absent term has dh = kOutside.
+constexpr int32_t kOutside = INT32_MIN;  // h0 + kOutside is no row of the input, for every h0 (W likewise)
+
+// One term of a kTaps slice. An absent term has no bit.
+struct Tap {
+  int32_t offset;  // elements from the window's first tap
+  uint32_t bit;    // 1 << (r * S + s)
+};
+// One term of a kAny slice. An absent term has dh = kOutside.
 struct Term {
-  int64_t offset;  // elements from the window's first tap
+  int64_t offset;
   int32_t dh, dw;
 };
-constexpr int32_t kOutside = INT32_MIN;  // h0 + kOutside is no row of the input, for every h0 (W likewise)
 
 template <class T, Fill kFill>
 struct Smem {
+  static constexpr bool kHasPixels = kFill != Fill::kTaps, kHasTerms = !kIsPacked<kFill>;
+  using TermType = std::conditional_t<kFill == Fill::kTaps, Tap, Term>;
   alignas(16) float stage[T::kStages][T::kStageFloats];
-  alignas(16) Pixel pixel[T::kTilePQ];
-  alignas(16) Term term[kFill == Fill::kFlat ? 2 : 1][kFill == Fill::kFlat ? T::kTileC : 1];
+  alignas(16) Pixel pixel[kHasPixels ? T::kTilePQ : 1];
+  alignas(16) TermType term[2][kHasTerms ? T::kThreads : 1];  // of the slices being filled, and of those that come next
 };
-
-// ---- fill
-
-// Walks the slices of one tile in order. For the tap fills: channels c .. c + kTileC - 1 of tap (r, s).
-struct Cursor {
-  int32_t slice, c, r, s;
-};
-
-template <class T, Fill kFill>
-__device__ __forceinline__ Cursor cursor_at(FpropArgs const& a, int32_t slice) {
-  Cursor cursor{slice, 0, 0, 0};
-  if constexpr (kFill != Fill::kFlat) {
-    int32_t rs;
-    cursor.c = a.div_RS.divmod(slice, &rs) * T::kTileC;
-    cursor.r = a.div_S.divmod(rs, &cursor.s);
-  }
-  return cursor;
-}
-
-template <class T, Fill kFill>
-__device__ __forceinline__ void advance(FpropArgs const& a, Cursor* cursor) {
-  ++cursor->slice;
-  if constexpr (kFill != Fill::kFlat) {
-    if (++cursor->s < a.p.S) return;
-    cursor->s = 0;
-    if (++cursor->r < a.p.R) return;
-    cursor->r = 0;
-    cursor->c += T::kTileC;
-  }
-}
-
-__device__ __forceinline__ bool inside(FpropArgs const& a, Pixel const& pixel, int32_t dh, int32_t dw) {
-  return static_cast<uint32_t>(pixel.h0 + dh) < static_cast<uint32_t>(a.p.H) &&
-         static_cast<uint32_t>(pixel.w0 + dw) < static_cast<uint32_t>(a.p.W);
-}
-
-// Terms of one flat slice, by the first kTileC threads; read one barrier later by fill_flat.
-template <class T>
-__device__ __forceinline__ void make_terms(FpropArgs const& a, int32_t slice, Term* term) {
-  int32_t const lane = threadIdx.x;
-  if (lane >= T::kTileC) return;
-  int32_t const j = slice * T::kTileC + lane;
-  Term t{0, kOutside, 0};
-  if (j < a.CRS) {
-    int32_t rs, s;
-    int32_t const c = a.div_RS.divmod(j, &rs);
-    int32_t const r = a.div_S.divmod(rs, &s);
-    t.dh = r * a.p.dil_h;
-    t.dw = s * a.p.dil_w;
-    t.offset = c * a.p.x_stride[1] + t.dh * a.p.x_stride[2] + t.dw * a.p.x_stride[3];
-  }
-  term[lane] = t;
-}
-
-// Copies one element, converting unless both sides are float32 (kCast).
-template <bool kCast>
-__device__ __forceinline__ void copy_element(float* dst, void const* base, int64_t index, int32_t type, bool valid) {
-  if constexpr (kCast) {
-    *dst = valid ? load_as_float(base, index, type) : 0.f;
-  } else {
-    copy4_async(dst, static_cast<float const*>(base) + index, valid);
-  }
-}
-
-// Weights of one slice, [kTileC][kPitchK]. A warp loads 8 terms of 4 filters.
-template <class T, Fill kFill, bool kCast>
-__device__ __forceinline__ void fill_w(FpropArgs const& a, Cursor const& cursor, int32_t first_k, int32_t end_k, float* w_smem) {
-  int32_t const lane_c = threadIdx.x % 8, row = threadIdx.x / 8;
-  int32_t const term_stride = kFill == Fill::kFlat ? 1 : a.p.R * a.p.S;
-  int32_t const first = kFill == Fill::kFlat ? cursor.slice * T::kTileC : (cursor.c * a.p.R + cursor.r) * a.p.S + cursor.s;
-  // For the tap fills `first` is c * R * S + r * S + s; all of kTileC channels exist.
-  int64_t index = int64_t{first_k + row} * a.CRS + first + lane_c * term_stride;
-#pragma unroll
-  for (int k = 0; k < T::kTileK; k += 16, index += int64_t{16} * a.CRS) {
-    bool const valid_k = first_k + row + k < end_k;
-#pragma unroll
-    for (int c = 0; c < T::kTileC; c += 8) {
-      bool const valid = valid_k && (kFill != Fill::kFlat || first + c + lane_c < a.CRS);
-      copy_element<kCast>(w_smem + (c + lane_c) * T::kPitchK + k + row, a.p.w, index + c * term_stride, a.p.w_type, valid);
-    }
-  }
-}
-
-// Pixels of one slice, [kTileC][kPitchPQ].
-template <class T, Fill kFill, bool kCast>
-__device__ __forceinline__ void fill_x(FpropArgs const& a, Cursor const& cursor, Pixel const* pixels, Term const* terms,
-                                       float* x_smem) {
-  if constexpr (kFill == Fill::kChannels) {
-    int32_t const lane_c = threadIdx.x % 8, row = threadIdx.x / 8;
-    int32_t const dh = cursor.r * a.p.dil_h, dw = cursor.s * a.p.dil_w;
-    int64_t const offset = dh * a.p.x_stride[2] + dw * a.p.x_stride[3] + (cursor.c + lane_c) * a.p.x_stride[1];
-    int64_t const step = 8 * a.p.x_stride[1];
-#pragma unroll
-    for (int i = 0; i < T::kTilePQ; i += 16) {
-      Pixel const pixel = pixels[i + row];
-      bool const valid = inside(a, pixel, dh, dw);
-      int64_t index = pixel.offset + offset;
-#pragma unroll
-      for (int c = 0; c < T::kTileC; c += 8, index += step)
-        copy_element<kCast>(x_smem + (c + lane_c) * T::kPitchPQ + i + row, a.p.x, index, a.p.x_type, valid);
-    }
-  } else {
-    // Threads side by side take pixels side by side; with fewer pixels than threads, the rows are shared out.
-    constexpr int kRows = T::kThreads > T::kTilePQ ? T::kThreads / T::kTilePQ : 1;
-    int32_t const lane = threadIdx.x % T::kTilePQ, row = kRows == 1 ? 0 : threadIdx.x / T::kTilePQ;
-#pragma unroll
-    for (int i = 0; i < T::kTilePQ; i += T::kThreads) {
-      Pixel const pixel = pixels[i + lane];
-      float* dst = x_smem + row * T::kPitchPQ + i + lane;
-      if constexpr (kFill == Fill::kPixels) {
-        int32_t const dh = cursor.r * a.p.dil_h, dw = cursor.s * a.p.dil_w;
-        bool const valid = inside(a, pixel, dh, dw);
-        int64_t index = pixel.offset + dh * a.p.x_stride[2] + dw * a.p.x_stride[3] + (cursor.c + row) * a.p.x_stride[1];
-        int64_t const step = kRows * a.p.x_stride[1];
-#pragma unroll
-        for (int c = 0; c < T::kTileC; c += kRows, index += step)
-          copy_element<kCast>(dst + c * T::kPitchPQ, a.p.x, index, a.p.x_type, valid);
-      } else {
-#pragma unroll
-        for (int c = 0; c < T::kTileC; c += kRows) {
-          Term const term = terms[c + row];
-          copy_element<kCast>(dst + c * T::kPitchPQ, a.p.x, pixel.offset + term.offset, a.p.x_type,
-                              inside(a, pixel, term.dh, term.dw));
-        }
-      }
-    }
-  }
-}
-
-// ---- tile
 
 // The tile's place in the output, and the place of a thread in the tile.
 template <class T>
@@ -206,202 +91,394 @@ struct TileView {
   __device__ __forceinline__ int32_t pixel(int j) const { return first_pixel + thread_pq + (j / 4) * (T::kTilePQ / 2) + j % 4; }
 };
 
-template <class T>
-__device__ __forceinline__ void make_pixels(FpropArgs const& a, TileView<T> const& view, Pixel* pixels) {
-  for (int i = threadIdx.x; i < T::kTilePQ; i += T::kThreads) {
-    int32_t const m = view.first_pixel + i;
-    Pixel pixel{0, 0, kOutside};
-    if (m < a.NPQ) {
-      int32_t pq, q;
-      int32_t const n = a.div_PQ.divmod(m, &pq);
-      int32_t const p = a.div_Q.divmod(pq, &q);
-      pixel.h0 = p * a.p.stride_h - a.p.pad_h;
-      pixel.w0 = q * a.p.stride_w - a.p.pad_w;
-      pixel.offset = n * a.p.x_stride[0] + int64_t{view.group} * a.Cg * a.p.x_stride[1] + pixel.h0 * a.p.x_stride[2] +
-                     pixel.w0 * a.p.x_stride[3];
-    }
-    pixels[i] = pixel;
+// ---- fill
+
+__device__ __forceinline__ bool inside(FpropArgs const& a, Pixel const& pixel, int32_t dh, int32_t dw) {
+  return static_cast<uint32_t>(pixel.h0 + dh) < static_cast<uint32_t>(a.p.H) &&
+         static_cast<uint32_t>(pixel.w0 + dw) < static_cast<uint32_t>(a.p.W);
+}
+
+__device__ __forceinline__ Pixel make_pixel(FpropArgs const& a, int32_t group, int32_t m) {
+  Pixel pixel{0, 0, kOutside};
+  if (m < a.NPQ) {
+    int32_t pq, q;
+    int32_t const n = a.div_PQ.divmod(m, &pq);
+    int32_t const p = a.div_Q.divmod(pq, &q);
+    pixel.h0 = p * a.p.stride_h - a.p.pad_h;
+    pixel.w0 = q * a.p.stride_w - a.p.pad_w;
+    pixel.offset = n * a.p.x_stride[0] + int64_t{group} * a.Cg * a.p.x_stride[1] + pixel.h0 * a.p.x_stride[2] +
+                   pixel.w0 * a.p.x_stride[3];
+  }
+  return pixel;
+}
+
+// Term j of the flattened (c, r, s).
+__device__ __forceinline__ Term make_term(FpropArgs const& a, int32_t j, int32_t* rs) {
+  int32_t s;
+  int32_t const c = a.div_RS.divmod(j, rs);
+  int32_t const r = a.div_S.divmod(*rs, &s);
+  Term term{0, r * a.p.dil_h, s * a.p.dil_w};
+  term.offset = c * a.p.x_stride[1] + term.dh * a.p.x_stride[2] + term.dw * a.p.x_stride[3];
+  return term;
+}
+
+// Copies one element, converting unless both sides are float32 (kAny).
+template <Fill kFill>
+__device__ __forceinline__ void copy_element(float* dst, void const* base, int64_t index, int32_t type, bool valid) {
+  if constexpr (kFill == Fill::kAny) {
+    *dst = valid ? load_as_float(base, index, type) : 0.f;
+  } else {
+    copy4_async(dst, static_cast<float const*>(base) + index, valid);
   }
 }
 
-// Accumulates slices first .. last - 1 of one tile into acc[filter][pixel].
-template <class T, Fill kFill, bool kCast>
-__device__ __forceinline__ void accumulate(FpropArgs const& a, TileView<T> const& view, int32_t first, int32_t last,
-                                           Smem<T, kFill>& smem, float (&acc)[T::kThreadK][T::kThreadPQ]) {
-  __syncthreads();  // the tile before may still be reading
-  make_pixels(a, view, smem.pixel);
-  if constexpr (kFill == Fill::kFlat) make_terms<T>(a, first, smem.term[first % 2]);
-  Cursor cursor = cursor_at<T, kFill>(a, first);
+// The fills of one tile, slice after slice: weights [kTileC][kPitchK], then pixels [kTileC][kPitchPQ].
+template <class T, Fill kFill>
+struct Filler {
+  static constexpr int kRowsK = T::kThreads / 8;  // unpacked weights: 8 threads side by side along the reduction
+  static constexpr int kTermSlices = T::kThreads / T::kTileC;  // slices whose terms are made at once, one by each thread
 
-  auto fill = [&] {
-    if (cursor.slice < last) {
-      float* const stage = smem.stage[(cursor.slice - first) % T::kStages];
-      fill_w<T, kFill, kCast>(a, cursor, view.first_k, view.end_k, stage);
-      fill_x<T, kFill, kCast>(a, cursor, smem.pixel, smem.term[kFill == Fill::kFlat ? cursor.slice % 2 : 0],
-                              stage + T::kTileC * T::kPitchK);
-      advance<T, kFill>(a, &cursor);
-      if constexpr (kFill == Fill::kFlat) make_terms<T>(a, cursor.slice, smem.term[cursor.slice % 2]);
+  FpropArgs const& a;
+  Smem<T, kFill>& smem;
+  int32_t origin, slice, made;  // the first slice; the next one; the first slice of the term table in use
+  int32_t r, s;          // packed fills: the slice's tap
+  int32_t rows_k;        // unpacked weights: filters of the tile from the thread's first one on
+  int64_t w_index;       // element of the weights that the thread copies first
+  int64_t x_offset;      // packed fills: elements from a window's first tap to the slice's tap and first channel
+  // kTaps: the pixels' first taps, and a bit for every tap inside the input.
+  static constexpr int kPixels = T::kThreads > T::kTilePQ ? 1 : T::kTilePQ / T::kThreads;
+  float const* window[kPixels];
+  uint32_t taps[kPixels];
+
+  __device__ __forceinline__ Filler(FpropArgs const& args, FpropPlan const& plan, Smem<T, kFill>& shared,
+                                    TileView<T> const& view, int32_t first_slice)
+      : a(args), smem(shared), origin(first_slice), slice(first_slice), made(first_slice), r(0), s(0) {
+    if constexpr (kFill == Fill::kTaps) {
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) {
+        Pixel const pixel = make_pixel(a, view.group, view.first_pixel + i * T::kThreads + threadIdx.x % T::kTilePQ);
+        window[i] = static_cast<float const*>(a.p.x) + pixel.offset;
+        taps[i] = 0;
+        uint32_t bit = 1;
+        for (int32_t dh = 0; dh < a.p.R * a.p.dil_h; dh += a.p.dil_h)
+          for (int32_t dw = 0; dw < a.p.S * a.p.dil_w; dw += a.p.dil_w, bit <<= 1)
+            if (inside(a, pixel, dh, dw)) taps[i] |= bit;
+      }
+    } else {
+      for (int i = threadIdx.x; i < T::kTilePQ; i += T::kThreads)
+        smem.pixel[i] = make_pixel(a, view.group, view.first_pixel + i);
     }
+    if constexpr (kIsPacked<kFill>) {
+      int32_t rs;
+      int32_t const c = a.div_RS.divmod(slice, &rs) * T::kTileC;
+      r = a.div_S.divmod(rs, &s);
+      x_offset = c * a.p.x_stride[1] + r * a.p.dil_h * a.p.x_stride[2] + s * a.p.dil_w * a.p.x_stride[3];
+      int32_t const pitch = plan.tiles_k * T::kTileK, row = threadIdx.x / (T::kTileK / 4);
+      w_index = (int64_t{view.group} * a.CRS + slice * T::kTileC + row) * pitch + view.first_k - view.group * a.Kg +
+                4 * (threadIdx.x % (T::kTileK / 4));
+    } else {
+      int32_t const row = threadIdx.x / 8, lane = threadIdx.x % 8;
+      rows_k = view.end_k - view.first_k - row;
+      w_index = int64_t{view.first_k + row} * a.CRS + int64_t{slice} * T::kTileC + lane;
+      make_terms(slice);
+    }
+  }
+
+  // Terms of kTermSlices slices from `first` on, into the half of the table that is not in use.
+  __device__ __forceinline__ void make_terms(int32_t first) const {
+    int32_t const j = first * T::kTileC + threadIdx.x;
+    int32_t rs = 0;
+    Term term{0, kOutside, 0};
+    if (j < a.CRS) term = make_term(a, j, &rs);
+    auto* const table = smem.term[(first - origin) / kTermSlices % 2];
+    if constexpr (kFill == Fill::kTaps) {
+      table[threadIdx.x] = Tap{static_cast<int32_t>(term.offset), j < a.CRS ? 1u << rs : 0u};
+    } else {
+      table[threadIdx.x] = term;
+    }
+  }
+
+  __device__ __forceinline__ void fill_w(FpropPlan const& plan, float* w_smem) const {
+    if constexpr (kIsPacked<kFill>) {
+      constexpr int kLanes = T::kTileK / 4, kRows = T::kThreads / kLanes;
+      int32_t const lane = threadIdx.x % kLanes, row = threadIdx.x / kLanes, pitch = plan.tiles_k * T::kTileK;
+      float const* src = static_cast<float const*>(a.p.workspace) + w_index;  // 16 bytes of a row a thread
+#pragma unroll
+      for (int j = 0; j < T::kTileC; j += kRows, src += int64_t{kRows} * pitch)
+        if (kRows <= T::kTileC || row < T::kTileC) copy16_async(w_smem + (j + row) * T::kPitchK + 4 * lane, src);
+    } else {
+      int32_t const row = threadIdx.x / 8, lane = threadIdx.x % 8;
+      int32_t const terms = a.CRS - slice * T::kTileC - lane;  // from the thread's first one on
+      float* const dst = w_smem + lane * T::kPitchK + row;
+      int64_t index = w_index;
+#pragma unroll
+      for (int k = 0; k < T::kTileK; k += kRowsK, index += int64_t{kRowsK} * a.CRS) {
+#pragma unroll
+        for (int j = 0; j < T::kTileC; j += 8)
+          copy_element<kFill>(dst + j * T::kPitchK + k, a.p.w, index + j, a.p.w_type, k < rows_k && j < terms);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void fill_x(float* x_smem) const {
+    int32_t const dh = r * a.p.dil_h, dw = s * a.p.dil_w;
+    if constexpr (kFill == Fill::kChannels) {
+      int32_t const row = threadIdx.x / 8, lane = threadIdx.x % 8;
+      int64_t const offset = x_offset + lane * a.p.x_stride[1];
+#pragma unroll
+      for (int i = 0; i < T::kTilePQ; i += kRowsK) {
+        Pixel const pixel = smem.pixel[i + row];
+        bool const valid = inside(a, pixel, dh, dw);
+#pragma unroll
+        for (int j = 0; j < T::kTileC; j += 8)
+          copy_element<kFill>(x_smem + (j + lane) * T::kPitchPQ + i + row, a.p.x,
+                              pixel.offset + offset + j * a.p.x_stride[1], a.p.x_type, valid);
+      }
+      return;
+    }
+    // Threads side by side take pixels side by side; with fewer pixels than threads, the terms are shared out.
+    constexpr int kShares = T::kThreads > T::kTilePQ ? T::kThreads / T::kTilePQ : 1, kTerms = T::kTileC / kShares;
+    int32_t const first = kShares == 1 ? 0 : threadIdx.x / T::kTilePQ * kTerms, lane = threadIdx.x % T::kTilePQ;
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) {
+      float* const dst = x_smem + first * T::kPitchPQ + i * T::kThreads + lane;
+      if constexpr (kFill == Fill::kTaps) {
+        Tap const* const table = &smem.term[(made - origin) / kTermSlices % 2][(slice - made) * T::kTileC + first];
+#pragma unroll
+        for (int j = 0; j < kTerms; j += 2) {
+          int4 const two = *reinterpret_cast<int4 const*>(table + j);
+          copy4_async(dst + j * T::kPitchPQ, window[i] + two.x, taps[i] & two.y);
+          copy4_async(dst + (j + 1) * T::kPitchPQ, window[i] + two.z, taps[i] & two.w);
+        }
+      } else {
+        Pixel const pixel = smem.pixel[i * T::kThreads + lane];
+        if constexpr (kFill == Fill::kPixels) {
+          bool const valid = inside(a, pixel, dh, dw);
+          float const* src = static_cast<float const*>(a.p.x) + pixel.offset + x_offset + first * a.p.x_stride[1];
+#pragma unroll
+          for (int j = 0; j < kTerms; ++j, src += a.p.x_stride[1]) copy4_async(dst + j * T::kPitchPQ, src, valid);
+        } else {
+#pragma unroll
+          for (int j = 0; j < kTerms; ++j) {
+            Term const term = smem.term[(made - origin) / kTermSlices % 2][(slice - made) * T::kTileC + first + j];
+            copy_element<kFill>(dst + j * T::kPitchPQ, a.p.x, pixel.offset + term.offset, a.p.x_type,
+                                inside(a, pixel, term.dh, term.dw));
+          }
+        }
+      }
+    }
+  }
+
+  // Starts the copies of the next slice. A barrier lies between two calls.
+  __device__ __forceinline__ void fill(FpropPlan const& plan, float* stage) {
+    fill_w(plan, stage);
+    fill_x(stage + T::kTileC * T::kPitchK);
+    if constexpr (kIsPacked<kFill>) {
+      w_index += T::kTileC * plan.tiles_k * T::kTileK;
+      x_offset += a.step_s;
+      if (++s == a.p.S) {
+        s = 0;
+        x_offset += a.step_r;
+        if (++r == a.p.R) {
+          r = 0;
+          x_offset += a.step_c + (T::kTileC - 1) * a.p.x_stride[1];
+        }
+      }
+    } else {
+      w_index += T::kTileC;
+      if (slice == made) make_terms(made + kTermSlices);
+      if (slice + 1 == made + kTermSlices) made += kTermSlices;
+    }
+    ++slice;
+  }
+};
+
+// ---- tile
+
+// Accumulates slices first .. last - 1 of one tile into acc[filter][pixel].
+template <class T, Fill kFill>
+__device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& plan, TileView<T> const& view,
+                                           int32_t first, int32_t last, Smem<T, kFill>& smem, float (&acc)[T::kThreadK][T::kThreadPQ]) {
+  Filler<T, kFill> filler(a, plan, smem, view, first);
+  int32_t fill_stage = 0;
+  auto fill = [&] {
+    if (filler.slice < last) filler.fill(plan, smem.stage[fill_stage]);
+    fill_stage = fill_stage + 1 == T::kStages ? 0 : fill_stage + 1;
     copy_commit();  // an empty group keeps the count that copy_wait relies on
   };
-
-  __syncthreads();
   for (int i = 0; i < T::kStages - 1; ++i) {
+    __syncthreads();
     fill();
-    if constexpr (kFill == Fill::kFlat) __syncthreads();
   }
-  int32_t slot = 0;
+
+  float w_frag[2][T::kThreadK], x_frag[2][T::kThreadPQ];
+  auto load = [&](float const* w_smem, float const* x_smem, int buffer) {
+    *reinterpret_cast<float4*>(&w_frag[buffer][0]) = *reinterpret_cast<float4 const*>(w_smem);
+    *reinterpret_cast<float4*>(&w_frag[buffer][4]) = *reinterpret_cast<float4 const*>(w_smem + T::kTileK / 2);
+    *reinterpret_cast<float4*>(&x_frag[buffer][0]) = *reinterpret_cast<float4 const*>(x_smem);
+    *reinterpret_cast<float4*>(&x_frag[buffer][4]) = *reinterpret_cast<float4 const*>(x_smem + T::kTilePQ / 2);
+  };
+
+  int32_t stage = 0;
   for (int32_t slice = first; slice < last; ++slice) {
     copy_wait<T::kStages - 2>();
     __syncthreads();
+    float const* w_smem = smem.stage[stage] + view.thread_k;
+    float const* x_smem = smem.stage[stage] + T::kTileC * T::kPitchK + view.thread_pq;
+    stage = stage + 1 == T::kStages ? 0 : stage + 1;
+    load(w_smem, x_smem, 0);
     fill();
-    float const* const w_smem = smem.stage[slot] + view.thread_k;
-    float const* const x_smem = smem.stage[slot] + T::kTileC * T::kPitchK + view.thread_pq;
-    slot = slot + 1 == T::kStages ? 0 : slot + 1;
+#pragma unroll 1
+    for (int c = 0; c < T::kTileC; c += T::kUnroll) {
 #pragma unroll
-    for (int c = 0; c < T::kTileC; ++c) {
-      float w_frag[T::kThreadK], x_frag[T::kThreadPQ];
-      *reinterpret_cast<float4*>(w_frag) = *reinterpret_cast<float4 const*>(w_smem + c * T::kPitchK);
-      *reinterpret_cast<float4*>(w_frag + 4) = *reinterpret_cast<float4 const*>(w_smem + c * T::kPitchK + T::kTileK / 2);
-      *reinterpret_cast<float4*>(x_frag) = *reinterpret_cast<float4 const*>(x_smem + c * T::kPitchPQ);
-      *reinterpret_cast<float4*>(x_frag + 4) = *reinterpret_cast<float4 const*>(x_smem + c * T::kPitchPQ + T::kTilePQ / 2);
+      for (int u = 0; u < T::kUnroll; ++u) {
+        // The fragments of the next term are on their way while this one is added. The slice's last term is read twice:
+        // what lies behind it is being filled.
+        int32_t const next = u + 1 < T::kUnroll || c + T::kUnroll < T::kTileC ? u + 1 : u;
+        load(w_smem + next * T::kPitchK, x_smem + next * T::kPitchPQ, (u + 1) % 2);
 #pragma unroll
-      for (int i = 0; i < T::kThreadK; ++i)
+        for (int i = 0; i < T::kThreadK; ++i)
 #pragma unroll
-        for (int j = 0; j < T::kThreadPQ; ++j) acc[i][j] += fabsf(x_frag[j] - w_frag[i]);
+          for (int j = 0; j < T::kThreadPQ; ++j) acc[i][j] += fabsf(x_frag[u % 2][j] - w_frag[u % 2][i]);
+      }
+      w_smem += T::kUnroll * T::kPitchK;
+      x_smem += T::kUnroll * T::kPitchPQ;
     }
   }
-  copy_wait<0>();
 }
 
-// Writes y = b - sum for kRows of the thread's filter rows starting at `row`; 16 bytes at a time where four of the
-// thread's outputs lie side by side in y.
-template <class T, int kRows>
-__device__ __forceinline__ void store(FpropArgs const& a, TileView<T> const& view, int32_t row,
-                                      float const (&acc)[kRows][T::kThreadPQ]) {
-  bool const rows_of_4 = a.p.y_type == ADDER2D_FLOAT32 && a.p.y_stride[3] == 1 && a.p.y_stride[2] == a.p.Q &&
-                         a.p.P * a.p.Q % 4 == 0 && a.p.y_stride[0] % 4 == 0 && a.p.y_stride[1] % 4 == 0 &&
-                         reinterpret_cast<uintptr_t>(a.p.y) % 16 == 0;
+// Writes y = b - sum for filter k and four pixels side by side; 16 bytes at once where they lie side by side in y.
+__device__ __forceinline__ void store4(FpropArgs const& a, int32_t k, int32_t pixel, float4 const& sum) {
+  float const b = a.p.b != nullptr ? load_as_float(a.p.b, k, a.p.w_type) : -0.f;  // -0 - sum is -sum, with its sign of zero
+  float const y[4] = {b - sum.x, b - sum.y, b - sum.z, b - sum.w};
+  int64_t const map = k * a.p.y_stride[1];
+  if (a.y_vectors) {
+    int32_t pq;
+    int32_t const n = a.div_PQ.divmod(pixel, &pq);
+    if (pixel < a.NPQ)
+      *reinterpret_cast<float4*>(static_cast<float*>(a.p.y) + n * a.p.y_stride[0] + map + pq) = make_float4(y[0], y[1], y[2], y[3]);
+    return;
+  }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int64_t offset[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      int32_t pq, q;
-      int32_t const n = a.div_PQ.divmod(view.pixel(half * 4 + j), &pq);
-      int32_t const p = a.div_Q.divmod(pq, &q);
-      offset[j] = n * a.p.y_stride[0] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
-      if (rows_of_4) break;
-    }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      int32_t const k = view.k(row + i);
-      if (k >= view.end_k) continue;
-      float const b = a.p.b != nullptr ? load_as_float(a.p.b, k, a.p.w_type) : -0.f;
-      float y[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) y[j] = b - acc[i][half * 4 + j];
-      if (rows_of_4) {
-        if (view.pixel(half * 4) < a.NPQ)
-          *reinterpret_cast<float4*>(static_cast<float*>(a.p.y) + offset[0] + k * a.p.y_stride[1]) =
-              make_float4(y[0], y[1], y[2], y[3]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          if (view.pixel(half * 4 + j) < a.NPQ) store_from_float(a.p.y, offset[j] + k * a.p.y_stride[1], a.p.y_type, y[j]);
-      }
-    }
+  for (int j = 0; j < 4; ++j) {
+    if (pixel + j >= a.NPQ) return;
+    int32_t pq, q;
+    int32_t const n = a.div_PQ.divmod(pixel + j, &pq);
+    int32_t const p = a.div_Q.divmod(pq, &q);
+    store_from_float(a.p.y, n * a.p.y_stride[0] + map + p * a.p.y_stride[2] + q * a.p.y_stride[3], a.p.y_type, y[j]);
   }
 }
 
 // ---- kernels
 
-// Share of block `block`: steps [share(block), share(block + 1)) of tiles * iterations.
-__device__ __forceinline__ int64_t share(FpropPlan const& plan, int32_t block) {
-  return int64_t{block} * plan.tiles * plan.iterations / plan.ctas;
-}
-// The block whose share holds `step`.
-__device__ __forceinline__ int32_t owner(FpropPlan const& plan, int64_t step) {
-  int64_t const total = int64_t{plan.tiles} * plan.iterations;
-  return static_cast<int32_t>(((step + 1) * plan.ctas + total - 1) / total - 1);
-}
-// A block leaves at most two unfinished tiles: the one that its share starts inside (0), the one that it ends inside (1).
+// Sums of one split of one tile in the workspace, 16 bytes a thread and item: [split][tile][item][thread].
 template <class T>
-__device__ __forceinline__ float4* partial_sums(FpropArgs const& a, int32_t block, int32_t which) {
-  return static_cast<float4*>(a.p.workspace) + (int64_t{block} * 2 + which) * (T::kTileK * T::kTilePQ / 4) + threadIdx.x;
+__device__ __forceinline__ int64_t partial_index(FpropPlan const& plan, int32_t split, int32_t tile, int32_t item) {
+  return ((int64_t{split} * plan.tiles + tile) * (T::kThreadK * T::kThreadPQ / 4) + item) * T::kThreads + threadIdx.x;
 }
 
-template <class T, Fill kFill, bool kCast>
+__device__ __forceinline__ float4* partial_sums(FpropArgs const& a, FpropPlan const& plan) {
+  return reinterpret_cast<float4*>(static_cast<char*>(a.p.workspace) + plan.packed_bytes);
+}
+
+// Weights [K, Cg, R, S] to [groups][Cg / channels][R * S][channels][pitch], zeros behind the filters of a group: in the
+// order of the slices. A block moves 32 filters by 32 terms through shared memory.
+constexpr int kPackTile = 32, kPackRows = 8;
+
+__global__ void __launch_bounds__(kPackTile * kPackRows)
+    adder2d_pack_kernel(__grid_constant__ FpropArgs const a, int32_t pitch, int32_t channels) {
+  __shared__ float tile[kPackTile][kPackTile + 1];
+  launch_dependents();
+  int32_t const group = blockIdx.z, lane = threadIdx.x % kPackTile, row = threadIdx.x / kPackTile;
+  int32_t const first_j = blockIdx.x * kPackTile, first_k = blockIdx.y * kPackTile;
+#pragma unroll
+  for (int i = row; i < kPackTile; i += kPackRows) {
+    bool const present = first_k + i < a.Kg && first_j + lane < a.CRS;
+    int64_t const index = (int64_t{group} * a.Kg + first_k + i) * a.CRS + first_j + lane;
+    tile[i][lane] = present ? static_cast<float const*>(a.p.w)[index] : 0.f;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = row; i < kPackTile; i += kPackRows) {
+    int32_t const j = first_j + i;
+    if (j >= a.CRS || first_k + lane >= pitch) break;
+    int32_t rs;
+    int32_t const c = a.div_RS.divmod(j, &rs);
+    int32_t const term = (c / channels * a.p.R * a.p.S + rs) * channels + c % channels;
+    static_cast<float*>(a.p.workspace)[(int64_t{group} * a.CRS + term) * pitch + first_k + lane] = tile[lane][i];
+  }
+}
+
+template <class T, Fill kFill>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     adder2d_fprop_simt_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ FpropPlan const plan) {
   extern __shared__ __align__(16) unsigned char smem_bytes[];
-  Smem<T, kFill>& smem = *reinterpret_cast<Smem<T, kFill>*>(smem_bytes);
-
-  int64_t step = share(plan, blockIdx.x);
-  int64_t const end = share(plan, blockIdx.x + 1);
-  while (step < end) {
-    int32_t const tile = static_cast<int32_t>(step / plan.iterations);
-    int32_t const first = static_cast<int32_t>(step - int64_t{tile} * plan.iterations);
-    int32_t const last = static_cast<int32_t>(min(int64_t{plan.iterations}, first + (end - step)));
-    TileView<T> const view(a, plan, tile);
-    float acc[T::kThreadK][T::kThreadPQ] = {};
-    accumulate<T, kFill, kCast>(a, view, first, last, smem, acc);
-    if (first == 0 && last == plan.iterations) {
-      store<T, T::kThreadK>(a, view, 0, acc);
-    } else {
-      float4* const partial = partial_sums<T>(a, blockIdx.x, first == 0);
+  launch_dependents();
+  TileView<T> const view(a, plan, blockIdx.x);
+  int32_t const split = blockIdx.y;
+  int32_t const first = plan.slices * split / plan.splits, last = plan.slices * (split + 1) / plan.splits;
+  float acc[T::kThreadK][T::kThreadPQ] = {};
+  if constexpr (kIsPacked<kFill>) wait_for_primary();
+  accumulate(a, plan, view, first, last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), acc);
 #pragma unroll
-      for (int i = 0; i < T::kThreadK * T::kThreadPQ / 4; ++i) {
-        float const* const v = &acc[i / 2][i % 2 * 4];
-        partial[i * T::kThreads] = make_float4(v[0], v[1], v[2], v[3]);
+  for (int i = 0; i < T::kThreadK; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float const* const v = &acc[i][half * 4];
+      float4 const sum = make_float4(v[0], v[1], v[2], v[3]);
+      if (plan.splits > 1) {
+        partial_sums(a, plan)[partial_index<T>(plan, split, blockIdx.x, i * 2 + half)] = sum;
+      } else if (view.k(i) < view.end_k) {
+        store4(a, view.k(i), view.pixel(half * 4), sum);
       }
     }
-    step += last - first;
   }
 }
 
-// Adds the partial sums of tile blockIdx.x in the order of their blocks, so that results repeat exactly.
-constexpr int kReduceRows = 2;  // filter rows of one block of the grid's y
-
+// Adds the splits of item blockIdx.y of tile blockIdx.x, in order, so that results repeat exactly.
 template <class T>
 __global__ void __launch_bounds__(T::kThreads)
     adder2d_fprop_reduce_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ FpropPlan const plan) {
-  int64_t const begin = int64_t{blockIdx.x} * plan.iterations;
-  int32_t const first_block = owner(plan, begin), last_block = owner(plan, begin + plan.iterations - 1);
-  if (first_block == last_block) return;
-  int32_t const row = blockIdx.y * kReduceRows;
-  float acc[kReduceRows][T::kThreadPQ] = {};
-  for (int32_t block = first_block; block <= last_block; ++block) {
-    float4 const* const partial = partial_sums<T>(a, block, share(plan, block) <= begin) + row * 2 * T::kThreads;
-#pragma unroll
-    for (int i = 0; i < kReduceRows * T::kThreadPQ / 4; ++i) {
-      float4 const v = partial[i * T::kThreads];
-      float* const sum = &acc[i / 2][i % 2 * 4];
-      sum[0] += v.x;
-      sum[1] += v.y;
-      sum[2] += v.z;
-      sum[3] += v.w;
-    }
+  TileView<T> const view(a, plan, blockIdx.x);
+  int32_t const item = blockIdx.y;
+  wait_for_primary();
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+  for (int32_t split = 0; split < plan.splits; ++split) {
+    float4 const v = partial_sums(a, plan)[partial_index<T>(plan, split, blockIdx.x, item)];
+    sum.x += v.x;
+    sum.y += v.y;
+    sum.z += v.z;
+    sum.w += v.w;
   }
-  store<T, kReduceRows>(a, TileView<T>(a, plan, blockIdx.x), row, acc);
+  if (view.k(item / 2) < view.end_k) store4(a, view.k(item / 2), view.pixel(item % 2 * 4), sum);
 }
 
 // ---- launcher
 
-template <class T, Fill kFill, bool kCast>
+template <class T, Fill kFill>
 cudaError_t launch_tile(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  auto const kernel = adder2d_fprop_simt_kernel<T, kFill, kCast>;
+  auto const kernel = adder2d_fprop_simt_kernel<T, kFill>;
   constexpr size_t kSmemBytes = sizeof(Smem<T, kFill>);
   if (kSmemBytes > 48 * 1024) {
     cudaError_t const error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<plan.ctas, T::kThreads, kSmemBytes, stream>>>(args, plan);
-  cudaError_t const error = cudaGetLastError();
-  if (error != cudaSuccess || plan.workspace_bytes == 0) return error;
-  dim3 const grid(plan.tiles, T::kThreadK / kReduceRows);
-  adder2d_fprop_reduce_kernel<T><<<grid, T::kThreads, 0, stream>>>(args, plan);
-  return cudaGetLastError();
+  dim3 const grid(plan.tiles, plan.splits);
+  cudaError_t error = cudaSuccess;
+  if (kIsPacked<kFill>) {
+    int32_t const pitch = plan.tiles_k * T::kTileK;
+    dim3 const pack_grid(ceil_div(args.CRS, kPackTile), ceil_div(pitch, kPackTile), args.p.groups);
+    adder2d_pack_kernel<<<pack_grid, kPackTile * kPackRows, 0, stream>>>(args, pitch, T::kTileC);
+    error = cudaGetLastError();
+    if (error == cudaSuccess) error = launch_dependent(kernel, grid, dim3(T::kThreads), kSmemBytes, stream, args, plan);
+  } else {
+    kernel<<<grid, T::kThreads, kSmemBytes, stream>>>(args, plan);
+    error = cudaGetLastError();
+  }
+  if (error != cudaSuccess || plan.splits == 1) return error;
+  return launch_dependent(adder2d_fprop_reduce_kernel<T>, dim3(plan.tiles, T::kThreadK * T::kThreadPQ / 4), dim3(T::kThreads), 0,
+                          stream, args, plan);
 }
 
 // Wide tiles first. Their kPlan entries below must be in the order of launch_fprop_simt.
@@ -418,70 +495,85 @@ constexpr TileSize size_of() {
   return {T::kTileK, T::kTilePQ, T::kTileC};
 }
 constexpr TileSize kTiles[] = {size_of<Tile64x128>(), size_of<Tile128x64>(), size_of<Tile32x256>(), size_of<Tile16x512>()};
-constexpr int32_t kBlocksPerSM = 3;
-constexpr int32_t kMinIterations = 4;  // a smaller share of a tile costs more than it saves
-
-bool wants_cast(FpropArgs const& a) { return a.p.x_type != ADDER2D_FLOAT32 || a.p.w_type != ADDER2D_FLOAT32; }
-
-Fill choose_fill(FpropArgs const& a) {
-  if (wants_cast(a) || a.Cg % 16 != 0) return Fill::kFlat;
-  return a.p.x_stride[1] == 1 && a.p.x_stride[3] != 1 ? Fill::kChannels : Fill::kPixels;
+Fill choose_fill(FpropArgs const& a, bool packed) {
+  if (a.p.x_type != ADDER2D_FLOAT32 || a.p.w_type != ADDER2D_FLOAT32) return Fill::kAny;
+  if (packed) return a.p.x_stride[1] == 1 && a.p.x_stride[3] != 1 ? Fill::kChannels : Fill::kPixels;
+  int64_t const reach = (a.Cg - 1) * a.p.x_stride[1] + int64_t{a.p.R - 1} * a.p.dil_h * a.p.x_stride[2] +
+                        int64_t{a.p.S - 1} * a.p.dil_w * a.p.x_stride[3];
+  return a.p.R * a.p.S <= 32 && reach <= INT32_MAX ? Fill::kTaps : Fill::kAny;
 }
 
 template <class T>
 cudaError_t launch_any_fill(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  if (wants_cast(args)) return launch_tile<T, Fill::kFlat, true>(args, plan, stream);
-  switch (choose_fill(args)) {
-    case Fill::kPixels: return launch_tile<T, Fill::kPixels, false>(args, plan, stream);
-    case Fill::kChannels: return launch_tile<T, Fill::kChannels, false>(args, plan, stream);
-    case Fill::kFlat: return launch_tile<T, Fill::kFlat, false>(args, plan, stream);
+  switch (choose_fill(args, plan.packed_bytes != 0)) {
+    case Fill::kTaps: return launch_tile<T, Fill::kTaps>(args, plan, stream);
+    case Fill::kAny: return launch_tile<T, Fill::kAny>(args, plan, stream);
+    case Fill::kPixels: return launch_tile<T, Fill::kPixels>(args, plan, stream);
+    case Fill::kChannels: return launch_tile<T, Fill::kChannels>(args, plan, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
+// Predicted cycles, from measurements on an H200 (docs/performance.md).
+constexpr double kPackCycles = 100e3;
+constexpr int32_t kMaxSplits = 64;
+constexpr int32_t kMaxSplitBlocks = 8;  // a multiprocessor; with it the workspace is bounded whatever the problem
+
+static double predict(int64_t tiles, int32_t splits, int32_t slices, TileSize const& size, int32_t multiprocessors) {
+  double const slice = 2.0 * size.k * size.pq * size.c / 128;  // cycles of one slice that has a multiprocessor to itself
+  int64_t const blocks = ceil_div(tiles * splits, int64_t{multiprocessors});  // of the busiest multiprocessor
+  // Blocks of one multiprocessor hide each other's waits.
+  double const hidden = blocks >= 3 ? 1.0 : blocks == 2 ? 1.2 : 1.8;
+  double const fixed = 3000.0;  // first copies and the epilogue, of which most is hidden too
+  double cycles = blocks * hidden * (ceil_div(slices, splits) * slice + fixed * 0.3) + fixed;
+  if (splits > 1) {
+    double const bytes = 2.0 * 4 * splits * tiles * size.k * size.pq;  // written and read again
+    cycles += 4000 + bytes / (multiprocessors * 12.0);
+  }
+  return cycles;
+}
+
 FpropPlan plan_fprop_simt(FpropArgs const& args) {
-  bool const flat = choose_fill(args) == Fill::kFlat;
-  int64_t const slots = int64_t{multiprocessor_count()} * kBlocksPerSM;
+  int32_t const multiprocessors = multiprocessor_count();
   FpropPlan best{};
-  double best_cost = 0;
+  double best_cycles = 0;
   for (int32_t index = 0; index < static_cast<int32_t>(sizeof(kTiles) / sizeof(kTiles[0])); ++index) {
     TileSize const& size = kTiles[index];
     FpropPlan plan{};
     plan.tile = index;
     plan.tiles_k = ceil_div(args.Kg, size.k);
     plan.tiles_pq = ceil_div(args.NPQ, size.pq);
-    plan.iterations = flat ? ceil_div(args.CRS, size.c) : args.CRS / size.c;
-    int64_t const tiles = int64_t{plan.tiles_k} * plan.tiles_pq * args.p.groups;
-    int64_t const total = tiles * plan.iterations;
-    plan.tiles = static_cast<int32_t>(tiles);
-    // Whole tiles while they fill the last wave well, equal shares of the work otherwise.
-    int64_t const waves = ceil_div(tiles, slots);
-    double const whole = static_cast<double>(waves * slots * plan.iterations);
-    double const equal = static_cast<double>(total) * 1.03;
-    int64_t ctas = tiles;
-    double steps = whole;
-    if (equal < whole) {
-      ctas = total / kMinIterations < slots ? total / kMinIterations : slots;
-      if (ctas < tiles && tiles < slots) ctas = tiles;
-      if (ctas > tiles && ctas / tiles * tiles > ctas * 9 / 10) ctas = ctas / tiles * tiles;  // cut every tile alike
-      steps = static_cast<double>(ceil_div(total, ctas)) * slots * 1.03;
-      if (steps >= whole) {
-        ctas = tiles;
-        steps = whole;
-      }
-    }
-    plan.ctas = static_cast<int32_t>(ctas);
-    if (total % ctas != 0 || total / ctas % plan.iterations != 0)
-      plan.workspace_bytes = static_cast<size_t>(ctas) * 2 * size.k * size.pq * sizeof(float);
-    double const cost = steps * size.c * (1.0 + (size.k + size.pq) * 0.0004);
-    if (index == 0 || cost < best_cost) {
+    plan.tiles = plan.tiles_k * plan.tiles_pq * args.p.groups;
+    plan.slices = ceil_div(args.CRS, size.c);
+    for (plan.splits = 1; plan.splits <= plan.slices && plan.splits <= kMaxSplits; ++plan.splits) {
+      int64_t const blocks = int64_t{plan.tiles} * plan.splits;
+      if (plan.splits > 1 && blocks > int64_t{kMaxSplitBlocks} * multiprocessors) break;
+      double const cycles = predict(plan.tiles, plan.splits, plan.slices, size, multiprocessors);
+      if (best_cycles != 0 && cycles >= best_cycles) continue;
+      plan.workspace_bytes = plan.splits > 1 ? static_cast<size_t>(blocks) * size.k * size.pq * sizeof(float) : 0;
       best = plan;
-      best_cost = cost;
+      best_cycles = cycles;
     }
   }
+  // Packing the weights is a small kernel of its own: worth it where the main one is long, and for NHWC.
+  bool const channels = args.p.x_stride[1] == 1 && args.p.x_stride[3] != 1;
+  if (args.Cg % 16 == 0 && args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 &&
+      (channels || best_cycles > kPackCycles))
+    best.packed_bytes = size_t{4} * args.p.groups * args.CRS * best.tiles_k * kTiles[best.tile].k;
+  best.workspace_bytes += best.packed_bytes;
   return best;
+}
+
+size_t fprop_simt_workspace_bound(FpropArgs const& args) {
+  int32_t widest = 0, largest = 0;
+  for (TileSize const& size : kTiles) {
+    widest = size.k > widest ? size.k : widest;
+    largest = size.k * size.pq > largest ? size.k * size.pq : largest;
+  }
+  size_t const packed = size_t{4} * args.p.groups * args.CRS * ceil_div(args.Kg, widest) * widest;
+  return packed + size_t{4} * kMaxSplitBlocks * multiprocessor_count() * largest;
 }
 
 cudaError_t launch_fprop_simt(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
