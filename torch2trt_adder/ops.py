@@ -63,11 +63,10 @@ def adder2d(
 
 # ---- schemas
 # No defaults: the dispatcher strips arguments equal to a default, and each Python kernel would have to repeat them.
-# fixed_stride_order: what the compiler hands over at run time has the layout that the fake implementation was shown.
 
 _library = torch.library.Library("torch2trt_adder", "DEF")
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_TAGS = (torch.Tag.pt2_compliant_tag,)
 _library.define(f"adder2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor", tags=_TAGS)
 _library.define(f"adder2d_grad_input(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor", tags=_TAGS)
 _library.define(f"adder2d_grad_weight(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor", tags=_TAGS)
@@ -283,7 +282,7 @@ def _adder2d_torch(input, weight, bias, stride, padding, dilation, groups):
     N, K, P, Q = _output_size(
         _size(input), _size(weight), None if bias is None else _size(bias), stride, padding, dilation, groups
     )
-    output = input.new_empty((N, K, P, Q)).contiguous(memory_format=_memory_format(input))
+    output = torch.empty((N, K, P, Q), dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
     padded = F.pad(input, (padding[1], padding[1], padding[0], padding[0]))
     kernel = _size(weight)[2:]
     filters = weight.reshape(groups, K // groups, -1)
