@@ -213,11 +213,11 @@ def _plan(
 
 
 def _adder2d_cuda(input, weight, bias, stride, padding, dilation, groups):
+    _check_tensors(input, weight, bias)
     device = input.get_device()
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _adder2d_cuda(input, weight, bias, stride, padding, dilation, groups)
-    _check_tensors(input, weight, bias)
     if input.dtype is torch.float64:
         return _adder2d_torch(input, weight, bias, stride, padding, dilation, groups)
     plan = _plan(

@@ -1,0 +1,322 @@
+"""The operator on a GPU: the forward kernels and the gradients, against float64 on the same rounded inputs."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+
+from conftest import CASES, Case, assert_forward, assert_grad_bias, assert_grad_input, assert_grad_weight, assert_within, bound
+from torch2trt_adder import Adder2d, adder2d, reference
+
+pytestmark = pytest.mark.gpu
+
+# Several tiles on each axis, and none of them full.
+LARGE = [
+    Case("three_by_three_56", 3, 64, 29, 31, 130, 3, 3, padding=(1, 1)),
+    Case("three_by_three_7", 9, 512, 7, 7, 257, 3, 3, padding=(1, 1)),
+    Case("pointwise_wide", 2, 259, 14, 14, 515, 1, 1),
+    Case("pointwise_strided", 2, 131, 15, 14, 67, 1, 1, stride=(2, 2)),
+    Case("lenet_second", 65, 20, 12, 12, 50, 5, 5),
+    Case("stem", 2, 3, 63, 65, 70, 7, 7, stride=(2, 2), padding=(3, 3)),
+    Case("long_reduction", 1, 2049, 3, 3, 66, 3, 3, padding=(1, 1)),
+    Case("depthwise_wide", 3, 515, 15, 13, 515, 3, 3, padding=(1, 1), groups=515),
+    Case("many_groups", 3, 96, 15, 13, 160, 3, 3, padding=(1, 1), groups=32),
+    Case("image", 1, 3, 301, 299, 5, 3, 3),
+    Case("large_kernel", 1, 2, 43, 41, 3, 17, 19),
+    Case("one_pixel", 1, 515, 1, 1, 131, 1, 1),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+PLAIN = LARGE[0]
+
+cases = pytest.mark.parametrize("case", CASES + LARGE, ids=lambda case: case.name)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+formats = pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+
+
+# ---- forward
+
+
+@cases
+@dtypes
+@formats
+def test_forward(case, dtype, memory_format):
+    x, w, b = case.tensors(dtype, "cuda", memory_format)
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    for bias in (None, b):
+        y = adder2d(x, w, bias, *case.geometry)
+        assert y.dtype is dtype and y.stride() == torch.empty(y.shape, memory_format=layout).stride()
+        assert_forward(y, x, w, bias, case.geometry)
+
+
+@cases
+def test_float64(case):
+    x, w, b = case.tensors(torch.float64, "cuda")
+    assert_forward(adder2d(x, w, b, *case.geometry), x, w, b, case.geometry)
+
+
+@dtypes
+def test_strided_tensors(dtype):
+    x, w, b = PLAIN.tensors(dtype, "cuda")
+    base = torch.randn(2 * PLAIN.N, PLAIN.C + 3, 2 * PLAIN.H, 3 * PLAIN.W, device="cuda").to(dtype)
+    views = [
+        base[::2, 1 : 1 + PLAIN.C, ::2, 2::3],
+        base[1::2, 3:, 1::2, ::3].transpose(2, 3),
+        base.to(memory_format=torch.channels_last)[::2, 1 : 1 + PLAIN.C, ::2, 2::3],
+        base[:, : PLAIN.C, :7, 1:8],  # rows that start off any vector's alignment
+        x[:1].expand(3, -1, -1, -1),
+        x[:, :1].expand(-1, PLAIN.C, -1, -1),
+        x[:, :, :, :1].expand(-1, -1, -1, 7),
+    ]
+    for view in views:
+        assert_forward(adder2d(view, w, b, 1, 1), view, w, b, PLAIN.geometry)
+    bias = torch.randn(2 * PLAIN.K, device="cuda").to(dtype)[::2]
+    weights = [
+        w.to(memory_format=torch.channels_last),
+        torch.randn(3, 3, PLAIN.C, PLAIN.K, device="cuda").to(dtype).permute(3, 2, 1, 0),
+        torch.randn(w.numel() + 1, device="cuda").to(dtype)[1:].view_as(w),  # contiguous, yet off alignment
+    ]
+    for weight in weights:
+        assert_forward(adder2d(x, weight, bias, 1, 1), x, weight, bias, PLAIN.geometry)
+
+
+@dtypes
+@formats
+def test_empty_batch(dtype, memory_format):
+    x, w, b = PLAIN.tensors(dtype, "cuda", memory_format)
+    x = x[:0].requires_grad_()
+    w.requires_grad_()
+    y = adder2d(x, w, b, 2, 1)
+    assert y.shape == (0, PLAIN.K, 15, 16) and y.dtype is dtype and y.device == x.device
+    y.sum().backward()
+    assert x.grad.shape == x.shape and w.grad.eq(0).all()
+
+
+@dtypes
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite(dtype, value):
+    """Exactly the windows that touch the value carry it; infinity minus infinity is NaN."""
+    x, w, _ = PLAIN.tensors(dtype, "cuda")
+    x[1, 3, 5, 4] = value
+    y = adder2d(x, w, None, 1, 1)
+    assert_forward(y, x, w, None, PLAIN.geometry)
+    assert int((~y.isfinite()).sum()) == 9 * PLAIN.K
+    w[2, 3, 1, 1] = value
+    y = adder2d(x, w, None, 1, 1)
+    assert_forward(y, x, w, None, PLAIN.geometry)
+    assert not y[:, 2].isfinite().any() and y[1, 2, 5, 4].isnan()
+
+
+def test_range_of_half():
+    """Up to 65504 a float16 sum is right, beyond it is -inf, never a wrong finite number; denormals are kept."""
+    x = torch.full((1, 64, 8, 8), 992.0, device="cuda").half()
+    w = torch.full((2, 64, 3, 3), -1000.0, device="cuda").half()
+    assert adder2d(x, w).eq(-float("inf")).all()
+    w[0] = 992.0
+    w[0, 5, 1, 1] = -60000.0
+    y = adder2d(x, w)
+    assert y[:, 0].eq(-60992.0).all() and y[:, 1].eq(-float("inf")).all()
+    tiny = torch.full((1, 8, 5, 5), 2.0**-24, device="cuda").half()
+    assert adder2d(tiny, torch.zeros(3, 8, 3, 3, device="cuda").half()).eq(-72 * 2.0**-24).all()
+
+
+@dtypes
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_same_result_twice(case, dtype):
+    x, w, b = case.tensors(dtype, "cuda")
+    first = adder2d(x, w, b, *case.geometry)
+    adder2d(-x, 2 * w, b, *case.geometry)  # leaves other numbers in the workspace
+    assert torch.equal(adder2d(x, w, b, *case.geometry), first)
+
+
+def test_beyond_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 14 << 30:
+        pytest.skip("needs 14 GB of free GPU memory")
+    x = torch.randn(33, 1, 8192, 8192, device="cuda", dtype=torch.float16)
+    assert x.numel() > 2**31
+    w = torch.tensor([0.375], device="cuda", dtype=torch.float16).view(1, 1, 1, 1)
+    y = adder2d(x, w)
+    for n in range(len(x)):
+        assert torch.equal(y[n], -(x[n] - w[0]).abs()), n
+    del y
+    w = torch.randn(1, 1, 3, 3, device="cuda").half()
+    y = adder2d(x, w, None, 1, 1)
+    for n in (0, 15, 16, 32):
+        crop = x[n : n + 1, :, -65:, -65:].double()
+        expected = reference.adder2d(crop, w.double(), None, 1, 1)[:, :, 1:, 1:]  # the first row lacks its neighbours
+        assert_within(y[n : n + 1, :, -64:, -64:], expected, bound(expected, expected.abs(), 9, torch.float16))
+
+
+def test_memory_is_bounded():
+    """The broadcast of this layer would take 14.8 GB."""
+    x = torch.randn(32, 64, 56, 56, device="cuda", requires_grad=True)
+    w = torch.randn(64, 64, 3, 3, device="cuda", requires_grad=True)
+    adder2d(x[:1], w, None, 1, 1).sum().backward()  # cuDNN's and the library's start-up
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = adder2d(x, w, None, 1, 1)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= y.numel() * 4 + (64 << 20)
+    y.backward(torch.ones_like(y))
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 2 << 30
+
+
+# ---- streams, graphs, devices
+
+
+def test_runs_on_the_current_stream():
+    data, w, _ = PLAIN.tensors(device="cuda")
+    x = torch.zeros_like(data)
+    adder2d(x, w, None, 1, 1)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # a launch on any other stream would read x before this copy
+        x.copy_(data)
+        y = adder2d(x, w, None, 1, 1)
+    stream.synchronize()
+    assert_forward(y, data, w, None, PLAIN.geometry)
+
+
+def test_two_streams_at_once():
+    problems = [case.tensors(device="cuda") for case in LARGE[:2]]
+    expected = [adder2d(*tensors, *case.geometry) for tensors, case in zip(problems, LARGE)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(20):
+        for tensors, case, stream in zip(problems, LARGE, streams):
+            with torch.cuda.stream(stream):
+                results.append(adder2d(*tensors, *case.geometry))
+    torch.cuda.synchronize()
+    for i, y in enumerate(results):
+        assert torch.equal(y, expected[i % 2])
+
+
+@pytest.mark.parametrize("case", [PLAIN, LARGE[6]], ids=lambda case: case.name)
+def test_cuda_graph(case):
+    x, w, b = case.tensors(device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        adder2d(x, w, b, *case.geometry)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        y = adder2d(x, w, b, *case.geometry)
+    for seed in (1, 2):
+        x.copy_(case.tensors(seed=seed)[0])
+        graph.replay()
+        assert_forward(y, x, w, b, case.geometry)
+
+
+def test_other_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, w, _ = PLAIN.tensors(device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    y = adder2d(x, w, None, 1, 1)
+    assert y.device == x.device and torch.cuda.current_device() == 0
+    assert_forward(y, x, w, None, PLAIN.geometry)
+
+
+def test_devices_differ():
+    x, w, _ = CASES[0].tensors()
+    with pytest.raises(RuntimeError, match="weight is on cpu and input on cuda:0; move"):
+        adder2d(x.cuda(), w)
+    with pytest.raises(RuntimeError, match="weight is on cuda:0 and input on cpu; move"):
+        adder2d(x, w.cuda())
+
+
+def test_errors():
+    x, w, _ = CASES[0].tensors(device="cuda")
+    with pytest.raises(ValueError, match="an input of 7 channels in 1 groups needs a weight"):
+        adder2d(x, w[:, :3])
+    with pytest.raises(TypeError, match="torch.int32 is not supported"):
+        adder2d(x.int(), w.int())
+    with pytest.raises(ValueError, match="does not fit the 5x9 input"):
+        adder2d(x, w.repeat(1, 1, 7, 7))
+    assert_forward(adder2d(x, w), x, w, None, CASES[0].geometry)  # the device is none the worse
+
+
+# ---- gradients
+
+
+@cases
+@dtypes
+@formats
+def test_gradients(case, dtype, memory_format):
+    x, w, b = (t.requires_grad_() for t in case.tensors(dtype, "cuda", memory_format))
+    y = adder2d(x, w, b, *case.geometry)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    assert x.grad.dtype is w.grad.dtype is b.grad.dtype is dtype
+    assert_grad_input(x.grad, dy, x, w, case.geometry)
+    assert_grad_weight(w.grad, dy, x, w, case.geometry)
+    assert_grad_bias(b.grad, dy)
+
+
+def test_weight_gradient_without_tf32():
+    """TF32 would read x = 1 + 2^-12 as 1, for every term."""
+    _, w, _ = PLAIN.tensors(device="cuda")
+    x = torch.full((PLAIN.N, PLAIN.C, PLAIN.H, PLAIN.W), 1 + 2.0**-12, device="cuda")
+    w.requires_grad_()
+
+    def flag():
+        cudnn = torch.backends.cudnn
+        return cudnn.conv.fp32_precision if hasattr(cudnn, "conv") else cudnn.allow_tf32
+
+    before = flag()
+    y = adder2d(x, w, None, 1, 1)
+    y.backward(torch.ones_like(y))
+    assert_grad_weight(w.grad, torch.ones_like(y), x, w, PLAIN.geometry)
+    assert flag() == before
+
+
+# ---- autocast, torch.library, torch.compile
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(dtype):
+    x, w, b = PLAIN.tensors(device="cuda")
+    w.requires_grad_()
+    with torch.autocast("cuda", dtype=dtype):
+        y = adder2d(x, w, b, 1, 1)
+    assert y.dtype is dtype
+    assert_forward(y, x.to(dtype), w.to(dtype), b.to(dtype), PLAIN.geometry)
+    y.float().sum().backward()
+    assert w.grad.dtype is torch.float32 and math.isclose(w.grad.norm(), math.sqrt(w.numel()) / 5, rel_tol=0.01)
+
+
+@formats
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck(memory_format, requires_grad, dtype):
+    case = next(case for case in CASES if case.name == "per_axis")
+    x, w, b = (t.requires_grad_(requires_grad) for t in case.tensors(dtype, "cuda", memory_format))
+    arguments = [list(v) if isinstance(v, tuple) else v for v in case.geometry]
+    torch.library.opcheck(torch.ops.torch2trt_adder.adder2d.default, (x, w, b, *arguments))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@formats
+def test_compile(backend, memory_format):
+    if backend == "inductor" and importlib.util.find_spec("triton") is None:
+        pytest.skip("inductor needs triton on a GPU")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        Adder2d(16, 24, 3, padding=1, bias=True), torch.nn.BatchNorm2d(24), torch.nn.ReLU(), Adder2d(24, 8, 3, 2)
+    ).cuda()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(4, 16, 13, 11, device="cuda").to(memory_format=memory_format)
+    results = []
+    for call in (model, compiled):
+        model.zero_grad()
+        y = call(x)
+        y.sum().backward()
+        results.append((y.detach(), model[3].adder.grad, model[0].adder.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
