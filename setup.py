@@ -6,7 +6,7 @@
 Environment variables:
     TORCH2TRT_ADDER_ARCHS  GPU architectures, e.g. "90" or "80;90"; "native" for the GPUs of this machine.
                            Default: every generation that nvcc knows, from DEFAULT_ARCHS.
-    CUDA_HOME              the CUDA toolkit (11.8 or newer). Default: nvcc on PATH, then /usr/local/cuda, then pip's wheels.
+    CUDA_HOME              the CUDA toolkit (11.8 or newer). Default: nvcc of PATH, /usr/local/cuda, or pip's wheels.
     CXX                    the host compiler. Default: g++.
     MAX_JOBS               compiler processes at a time. Default: the number of CPU cores.
 """
@@ -45,13 +45,13 @@ CXX_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
 
 
 def find_nvcc() -> Path | None:
-    """nvcc of CUDA_HOME, PATH, /usr/local/cuda or the wheels of NVCC_WHEELS, in this order; None where there is none."""
+    """nvcc of CUDA_HOME, PATH, /usr/local/cuda or the wheels of NVCC_WHEELS, in this order, else None."""
     home = os.environ.get("CUDA_HOME")
     if home:
         nvcc = Path(home, "bin", "nvcc")
         if not nvcc.is_file():
-            sys.exit(f"CUDA_HOME is {home}, but {nvcc} does not exist: point CUDA_HOME at a CUDA toolkit (11.8 or newer), "
-                     "or unset it to use nvcc from PATH, from /usr/local/cuda or from pip's wheels.")
+            sys.exit(f"CUDA_HOME is {home}, but {nvcc} does not exist: point CUDA_HOME at a CUDA toolkit (11.8 or "
+                     "newer), or unset it to use nvcc from PATH, from /usr/local/cuda or from pip's wheels.")
         return nvcc
     found = shutil.which("nvcc")
     if found:
@@ -65,8 +65,8 @@ def find_nvcc() -> Path | None:
 def find_cxx() -> str:
     cxx = os.environ.get("CXX", "g++")
     if not shutil.which(shlex.split(cxx)[0]):
-        sys.exit(f"The C++ compiler {cxx} was not found: install it (Debian, Ubuntu: apt install g++; Fedora: dnf install "
-                 "gcc-c++), or name another one in CXX.")
+        sys.exit(f"The C++ compiler {cxx} was not found: install it (Debian, Ubuntu: apt install g++; Fedora: dnf "
+                 "install gcc-c++), or name another one in CXX.")
     return cxx
 
 
@@ -74,12 +74,13 @@ def run(command: list[str]) -> str:
     """Runs a compiler and returns what it printed; ends the build with that text where it fails."""
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
-        sys.exit(f"{shlex.join(command)}\n{result.stdout}\n{command[0]} failed with exit code {result.returncode}: see above.")
+        sys.exit(f"{shlex.join(command)}\n{result.stdout}\n{command[0]} failed with exit code {result.returncode}, see "
+                 "above.")
     return result.stdout
 
 
 def gencode_flags(nvcc: Path) -> list[str]:
-    """nvcc's -gencode flags for TORCH2TRT_ADDER_ARCHS or, by default, for DEFAULT_ARCHS as far as this nvcc knows them."""
+    """nvcc's -gencode flags for TORCH2TRT_ADDER_ARCHS, else for those of DEFAULT_ARCHS that this nvcc knows."""
     known = re.findall(r"compute_(\d+)", run([str(nvcc), "--list-gpu-arch"]))
     asked = os.environ.get("TORCH2TRT_ADDER_ARCHS", "").strip()
     if asked == "native":
@@ -92,8 +93,8 @@ def gencode_flags(nvcc: Path) -> list[str]:
             archs.remove("101")  # two names of the same chip
     for arch in archs:
         if re.sub(r"[a-z]$", "", arch) not in known:
-            sys.exit(f"TORCH2TRT_ADDER_ARCHS names {arch!r}, which {nvcc} does not know: choose from {', '.join(known)} "
-                     "(e.g. TORCH2TRT_ADDER_ARCHS='80;90'), or use a CUDA toolkit that knows it.")
+            sys.exit(f"TORCH2TRT_ADDER_ARCHS names {arch!r}, which {nvcc} does not know: choose from "
+                     f"{', '.join(known)} (e.g. TORCH2TRT_ADDER_ARCHS='80;90'), or use a CUDA toolkit that knows it.")
     archs = sorted(set(archs), key=lambda arch: int(re.sub(r"\D", "", arch)))
     targets = {arch: f"sm_{arch}" for arch in archs}
     targets[archs[-1]] = f"[sm_{archs[-1]},compute_{archs[-1]}]"
@@ -114,15 +115,16 @@ def native_archs() -> list[str]:
 
 
 def build_library(library: Path) -> None:
-    """Compiles csrc/ into the shared library `library`. Objects stay in build/objects, named by all that went into them."""
+    """Compiles csrc/ into the shared library `library`. Objects stay in build/objects, named by what went into them."""
     nvcc = find_nvcc()
     if nvcc is None:
-        sys.exit("nvcc was not found: install a CUDA toolkit (11.8 or newer) and set CUDA_HOME or PATH, or install the nvcc "
-                 f"wheels: pip install {shlex.join(NVCC_WHEELS)}. `pip install .` does the latter by itself.")
+        sys.exit("nvcc was not found: install a CUDA toolkit (11.8 or newer) and set CUDA_HOME or PATH, or install the "
+                 f"nvcc wheels: pip install {shlex.join(NVCC_WHEELS)}. `pip install .` does the latter by itself.")
     cxx = find_cxx()
     jobs = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
-    cu = [str(nvcc), "-ccbin", cxx], ["-c", "-O3", "-std=c++17", *gencode_flags(nvcc), f"-Xcompiler={','.join(CXX_FLAGS)}"]
     cpp = shlex.split(cxx), ["-c", "-std=c++17", *CXX_FLAGS]
+    host_flags = ",".join(CXX_FLAGS)
+    cu = [str(nvcc), "-ccbin", cxx], ["-c", "-std=c++17", "-O3", *gencode_flags(nvcc), f"-Xcompiler={host_flags}"]
     versions = run([str(nvcc), "--version"]) + run([*cpp[0], "--version"])
     headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))
     common = hashlib.sha256(b"".join(path.read_bytes() for path in headers) + versions.encode())
@@ -141,9 +143,8 @@ def build_library(library: Path) -> None:
             print(shlex.join(command), flush=True)
             print(run(command), end="", flush=True)
             partial.replace(target)
-            earlier = [path for path in objects.glob("*.o") if path.stem.startswith(f"{source.stem}-") and path != target]
-            for path in sorted(earlier, key=lambda path: path.stat().st_mtime)[:-3]:
-                path.unlink()
+            for old in sorted(objects.glob(f"{source.stem}-*.o"), key=lambda path: path.stat().st_mtime)[:-4]:
+                old.unlink(missing_ok=True)
         return target
 
     # .cu first: they take longest.
@@ -153,7 +154,7 @@ def build_library(library: Path) -> None:
 
     library.parent.mkdir(parents=True, exist_ok=True)
     partial = library.with_suffix(f".{os.getpid()}.so")
-    # The wheels keep the CUDA runtime in lib, while nvcc looks into lib64. nodelete: worker threads stay in the library.
+    # -L: the wheels keep the CUDA runtime in lib, nvcc looks into lib64. nodelete: worker threads stay in the library.
     print(run([*cu[0], "-shared", "-cudart=static", f"-L{nvcc.parent.parent / 'lib'}", "-Xcompiler=-pthread",
                f"-Xlinker=--version-script={ROOT / 'csrc' / 'exports.map'},--no-undefined,-z,nodelete",
                *map(str, compiled), "-o", str(partial)]), end="")

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_cpu.py [--threads 2] [--seconds 1] [layer ...]
 
-Peers: `reference` is the formula as AdderNet's published code computes it (unfold, then one broadcast over all filters),
+Peers: `reference` is the formula as AdderNet's published code computes it (unfold, one broadcast over all filters),
 `cdist` is torch.cdist(p=1) on unfolded columns, `conv2d` is PyTorch's convolution of the same shape, as a yardstick.
 """
 
@@ -32,6 +32,7 @@ LAYERS = {
     "mnist-1": (64, 1, 28, 20, 5, 1, 0, 1),
     "mnist-2": (64, 20, 12, 50, 5, 1, 0, 1),
 }
+PEERS = "cdist", "reference", "conv2d"
 TEMPORARY_LIMIT = 4 << 30  # bytes: a peer that would need more is left out
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     print(f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}, float32 forward, median ms")
-    print(f"{'layer':<16} {'N,C,HxW,K,RxS':<22} {'adder2d':>9} {'GMAC/s':>7} {'cdist':>9} {'reference':>9} {'conv2d':>9}")
+    print(f"{'layer':<16} {'N,C,HxW,K,RxS':<22} {'adder2d':>9} {'GMAC/s':>7}", *(f"{peer:>9}" for peer in PEERS))
     for name in args.layers or LAYERS:
         N, C, H, K, R, stride, padding, groups = LAYERS[name]
         x, w = torch.randn(N, C, H, H), torch.randn(K, C // groups, R, R)
@@ -88,8 +89,9 @@ def main() -> None:
         ours = median_ms(lambda: torch2trt_adder.adder2d(x, w, None, stride, padding, 1, groups), args.seconds)
         other = {peer: median_ms(lambda: f(x, w, stride, padding), args.seconds) for peer, f in peers.items()}
         other["conv2d"] = median_ms(lambda: F.conv2d(x, w, None, stride, padding, 1, groups), args.seconds)
-        columns = " ".join(f"{other[p]:>9.3f}" if p in other else f"{'-':>9}" for p in ("cdist", "reference", "conv2d"))
-        print(f"{name:<16} {f'{N},{C},{H}x{H},{K},{R}x{R}':<22} {ours:>9.3f} {macs / ours / 1e6:>7.1f} {columns}", flush=True)
+        shape = f"{N},{C},{H}x{H},{K},{R}x{R}"
+        columns = (f"{other[peer]:>9.3f}" if peer in other else f"{'-':>9}" for peer in PEERS)
+        print(f"{name:<16} {shape:<22} {ours:>9.3f} {macs / ours / 1e6:>7.1f}", *columns, flush=True)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ namespace {
 
 // ---- kernel
 
-constexpr int kFilters = 4;       // filters that a kernel takes at once: each vector of x is loaded once for all of them
-constexpr int kMaxVectors = 8;    // most vectors along f that a kernel takes at once
-constexpr int64_t kTaps = 128;    // terms summed one after the other; longer sums are sums of such sums, which rounds less
-constexpr int64_t kBlockK = 32;   // filters whose sums are kept beside each other: with kTaps weights each they fill half of L1
+constexpr int kFilters = 4;      // filters that a kernel takes at once: a vector of x is loaded once for all of them
+constexpr int kMaxVectors = 8;   // most vectors along f that a kernel takes at once
+constexpr int64_t kTaps = 128;   // terms summed one after the other; longer sums add such sums up, which rounds less
+constexpr int64_t kBlockK = 32;  // filters summed side by side: their sums and kTaps weights each fit half of L1
 
 // sums[k][f] += sum over t < taps of |x[f + offset[t]] - w[k][t]| for a block of filters k and pixels f.
 struct KernelArgs {
@@ -121,8 +121,9 @@ template <typename Target>
 constexpr Isa make_isa() {
   return {Target::kLanes,
           Target::kVectors,
-          {Target::template run<1, 1>, Target::template run<1, 2>, Target::template run<1, 3>, Target::template run<1, 4>,
-           Target::template run<1, 5>, Target::template run<1, 6>, Target::template run<1, 7>, Target::template run<1, 8>},
+          {Target::template run<1, 1>, Target::template run<1, 2>, Target::template run<1, 3>,
+           Target::template run<1, 4>, Target::template run<1, 5>, Target::template run<1, 6>,
+           Target::template run<1, 7>, Target::template run<1, 8>},
           {Target::template run<kFilters, 1>, Target::template run<kFilters, 2>, Target::template run<kFilters, 3>,
            Target::template run<kFilters, 4>}};
 }
@@ -152,7 +153,7 @@ struct Axis {
     int64_t start;  // lines of the segments before it
   };
   std::vector<Segment> segments;
-  std::vector<int64_t> tap_segment, tap_line;  // output o of the tile reads tap t in line tap_line[t] + o of its segment
+  std::vector<int64_t> tap_segment, tap_line;  // tap t: output o reads line tap_line[t] + o
   int64_t lines = 0, longest = 0;              // of all segments together, of the longest one
 
   Axis(int64_t taps, int64_t dilation, int64_t stride, int64_t outputs) {
@@ -320,7 +321,7 @@ class ThreadPool {
 
   static inline std::atomic<ThreadPool*> current_{nullptr};
   std::mutex mutex_;
-  // Not std::condition_variable, which ties the library to the libstdc++ of the compiler that built it (g++ 12: 3.4.30).
+  // Not std::condition_variable: with it the library needs a libstdc++ as new as the compiler that built it.
   pthread_cond_t work_ = PTHREAD_COND_INITIALIZER, done_ = PTHREAD_COND_INITIALIZER;
   std::vector<Job*> jobs_;
   int workers_ = 0;
@@ -328,7 +329,7 @@ class ThreadPool {
 
 // ---- operator
 
-constexpr int64_t kTileFloats = 32 << 10;    // floats of a tile buffer: half of a small L2 cache
+constexpr int64_t kTileFloats = 48 << 10;     // floats of a tile buffer: within a thread's L2 cache, with the weights
 constexpr int64_t kTermsPerThread = 1 << 18;  // fewer are done before another thread has woken up
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -336,7 +337,11 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 class Fprop {
  public:
   Fprop(Adder2dParams const& p, Isa const& isa, int64_t threads)
-      : p_(p), isa_(isa), filters_(p.K / p.groups), crs_(int64_t(p.C) / p.groups * p.R * p.S), tile_(choose_tile(threads)) {
+      : p_(p),
+        isa_(isa),
+        filters_(p.K / p.groups),
+        crs_(int64_t(p.C) / p.groups * p.R * p.S),
+        tile_(choose_tile(threads)) {
     offsets_ = tile_.tap_offsets(p);
     workspace_floats_ = tile_.floats + slack() + kBlockK * kMaxVectors * isa_.lanes;
     workspace_.reset(static_cast<float*>(malloc(threads_ * workspace_floats_ * sizeof(float))));
@@ -384,7 +389,8 @@ class Fprop {
 
     float* const x_tile = workspace;
     float* const sums = workspace + tile_.floats + slack();
-    tile_.fill(x_tile, p_, static_cast<float const*>(p_.x) + n * p_.x_stride[0] + g * (p_.C / p_.groups) * p_.x_stride[1], p0, q0);
+    float const* const x = static_cast<float const*>(p_.x) + n * p_.x_stride[0];
+    tile_.fill(x_tile, p_, x + g * (p_.C / p_.groups) * p_.x_stride[1], p0, q0);
     std::fill_n(x_tile + tile_.floats, slack(), 0.f);
 
     int64_t const height = std::min(tile_.outputs_h, p_.P - p0), width = std::min(tile_.outputs_w, p_.Q - q0);
@@ -408,10 +414,10 @@ class Fprop {
   // sums[count][vectors * lanes] for the filters from k on and the pixels from `x` on.
   void sum_block(float const* x, int64_t k, int64_t count, int64_t vectors, float* sums) const {
     int64_t const stride = vectors * isa_.lanes;
+    float const* const w = static_cast<float const*>(p_.w) + k * crs_;
     std::fill_n(sums, count * stride, 0.f);
     for (int64_t t = 0; t < crs_; t += kTaps) {
-      KernelArgs args{x, offsets_.data() + t, static_cast<float const*>(p_.w) + k * crs_ + t, crs_, std::min(kTaps, crs_ - t),
-                      sums, stride};
+      KernelArgs args{x, offsets_.data() + t, w + t, crs_, std::min(kTaps, crs_ - t), sums, stride};
       int64_t i = 0;
       for (; i + kFilters <= count; i += kFilters) {
         isa_.filters[vectors - 1](args);
@@ -427,8 +433,8 @@ class Fprop {
   }
 
   // y = b - sums for the pixels f to f_end of the tile at (p0, q0), less those beyond the end of a row.
-  void store_block(float const* sums, int64_t stride, int64_t n, int64_t k, int64_t count, int64_t p0, int64_t q0, int64_t f,
-                   int64_t f_end, int64_t width) const {
+  void store_block(float const* sums, int64_t stride, int64_t n, int64_t k, int64_t count, int64_t p0, int64_t q0,
+                   int64_t f, int64_t f_end, int64_t width) const {
     float const* const b = p_.b == nullptr ? nullptr : static_cast<float const*>(p_.b) + k;
     float* const y = static_cast<float*>(p_.y) + n * p_.y_stride[0] + k * p_.y_stride[1];
     while (f < f_end) {
@@ -481,7 +487,8 @@ Adder2dParams batch_as_row(Adder2dParams p) {
 
 int32_t adder2d_fprop_cpu(Adder2dParams const* params, int32_t threads) {
   if (adder2d_check(params) != nullptr) return 1;
-  if (params->x_type != ADDER2D_FLOAT32 || params->w_type != ADDER2D_FLOAT32 || params->y_type != ADDER2D_FLOAT32) return 1;
+  for (int32_t const type : {params->x_type, params->w_type, params->y_type})
+    if (type != ADDER2D_FLOAT32) return 1;
   static Isa const* const isa = select_isa();
   if (isa == nullptr) return 3;
   if (params->N == 0) return 0;

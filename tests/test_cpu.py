@@ -12,7 +12,7 @@ import torch
 from conftest import CASES, Case, assert_forward
 from torch2trt_adder import adder2d
 
-# What the kernel cuts in pieces: rows, columns, filters, the reduction; and what it treats apart: 1x1 maps, large dilation.
+# What the kernel cuts in pieces: rows, columns, filters, sums; and what it treats apart: 1x1 maps, large dilation.
 LARGE = [
     Case("many_rows", 1, 3, 301, 17, 5, 3, 3, padding=(1, 1)),
     Case("wide_rows", 1, 130, 3, 1501, 2, 3, 3, padding=(1, 1)),
