@@ -34,8 +34,8 @@ if importlib.util.find_spec("torch2trt") and importlib.util.find_spec("tensorrt"
 def missing() -> str | None:
     """What `convert` lacks on this machine and how to get it, as one sentence; None where everything is there."""
     if not torch.cuda.is_available():
-        return (f"TensorRT needs an NVIDIA GPU and torch {torch.__version__} sees none (torch.cuda.is_available() is "
-                "False): use a machine with a GPU and a CUDA build of torch.")
+        return (f"torch {torch.__version__} finds no NVIDIA GPU here, on which TensorRT builds its engines: use a machine with a "
+                "GPU and a CUDA build of torch.")
     if not importlib.util.find_spec("tensorrt"):
         return "TensorRT is not installed: pip install 'tensorrt>=8.6,<11'."
     if not importlib.util.find_spec("torch2trt"):

@@ -1,0 +1,185 @@
+"""convert() without a GPU: its errors, and the bounds by which it judges an engine. Engines are in test_engines.py."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import torch2trt_adder
+from torch2trt_adder import Adder2d, converter
+from torch2trt_adder.models import addernet_mnist, resnet20
+
+
+def calibrated(model: nn.Module, *shape: int) -> nn.Module:
+    """`model` in eval mode, with the BatchNorm statistics of one random batch: untrained ones let ReLU cut everything off."""
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(shape))
+    return model.eval()
+
+
+# ---- errors: one sentence, before anything is converted
+
+def small() -> nn.Module:
+    return nn.Sequential(Adder2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu() -> None:
+    with pytest.raises(RuntimeError, match=r"^convert: torch .* finds no NVIDIA GPU here.*: use a machine with a GPU"):
+        torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)])
+
+
+@pytest.mark.parametrize("absent, remedy", [("tensorrt", "pip install 'tensorrt>=8.6,<11'"), ("torch2trt", "pip install git\\+")])
+def test_package_missing(monkeypatch: pytest.MonkeyPatch, absent: str, remedy: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None if name == absent else object())
+    assert converter.missing().lower().startswith(f"{absent} is not installed")
+    with pytest.raises(RuntimeError, match=remedy):
+        torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)])
+
+
+def test_torch2trt_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(converter, "_import_error", AttributeError("module 'tensorrt' has no attribute 'CalibrationAlgoType'"))
+    with pytest.raises(RuntimeError, match="torch2trt cannot be imported .*CalibrationAlgoType.*TensorRT 8.5 to 10"):
+        torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)])
+
+
+def test_training_mode() -> None:
+    with pytest.raises(ValueError, match=r"the model is in training mode.*model\.eval\(\)"):
+        torch2trt_adder.convert(small().train(), [torch.randn(1, 3, 8, 8)])
+    model = small()
+    model[1].train()
+    with pytest.raises(ValueError, match="layer '1' is in training mode"):
+        torch2trt_adder.convert(model, [torch.randn(1, 3, 8, 8)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_unsupported_input_dtype(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"input 0 is {dtype}.*\\.float\\(\\) or \\.half\\(\\)"):
+        torch2trt_adder.convert(small(), [torch.zeros(1, 3, 8, 8, dtype=dtype)])
+
+
+def test_unsupported_parameter_dtype() -> None:
+    with pytest.raises(TypeError, match="parameter '0.adder' is torch.bfloat16"):
+        torch2trt_adder.convert(small().bfloat16(), [torch.randn(1, 3, 8, 8)])
+
+
+@pytest.mark.parametrize("inputs", [{"x": torch.randn(1, 3, 8, 8)}, 3, None])
+def test_inputs_that_are_no_list(inputs: object) -> None:
+    with pytest.raises(TypeError, match=r"inputs must be a list or tuple.*write convert\(model, \[x\]\)"):
+        torch2trt_adder.convert(small(), inputs)
+
+
+def test_inputs_without_a_tensor() -> None:
+    with pytest.raises(TypeError, match="inputs holds no tensor"):
+        torch2trt_adder.convert(small(), [])
+
+
+def test_inputs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converter, "missing", lambda: None)
+    with pytest.raises(ValueError, match=r"input 0 is on cpu.*one GPU.*\.cuda\(\)"):
+        torch2trt_adder.convert(small(), torch.randn(1, 3, 8, 8))
+
+
+# ---- the comparison of engine and model
+
+def test_compare_raises_for_lost_values() -> None:
+    y0, bound = torch.tensor([1.0, -2.0]), torch.tensor(0.1)
+    converter._compare([torch.tensor([1.05, -2.05])], [y0], [bound], fp16=False)
+    with pytest.raises(RuntimeError, match="1 of 2 values in output 0 of the engine are infinite or NaN.*try fp16_mode=False"):
+        converter._compare([torch.tensor([1.0, -torch.inf])], [y0], [bound], fp16=True)
+    with pytest.raises(RuntimeError, match="1 of 2 values"):
+        converter._compare([torch.tensor([torch.nan, -2.0])], [y0], [bound], fp16=False)
+    with pytest.raises(RuntimeError, match=r"differs from PyTorch's by up to 0\.2, beyond the 0\.1 that rounding explains"):
+        converter._compare([torch.tensor([1.2, -2.0])], [y0], [bound], fp16=False)
+    with pytest.raises(RuntimeError, match=r"output 0 of the engine is \[1\], PyTorch's is \[2\]"):
+        converter._compare([torch.tensor([1.0])], [y0], [bound], fp16=False)
+
+
+NETWORKS = {
+    "addernet_mnist": (addernet_mnist, (8, 1, 28, 28)),
+    "resnet20": (resnet20, (8, 3, 32, 32)),
+    "adders_only": (lambda: nn.Sequential(Adder2d(3, 8, 3, stride=2), Adder2d(8, 5, 3, bias=True, groups=1)), (2, 3, 20, 20)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bounds_hold_float32_and_catch_a_wrong_tap(name: str) -> None:
+    """float32 against float64 stays within the bound; one of a layer's taps off by one does not."""
+    make, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    model = calibrated(make(), *shape)
+    x = torch.randn(shape)
+    bound = converter.rounding_bounds(model, [x])
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        expected = exact(x.double())
+        assert bound.dtype is torch.float64 and bound.shape == ()
+        assert (model(x) - expected).abs().max() <= bound
+        layer = next(layer for layer in exact.modules() if isinstance(layer, Adder2d))
+        layer.adder[:, 0, 0, 0] += 1
+        assert (exact(x.double()) - expected).abs().max() > bound
+
+
+def test_bounds_hold_float16_rounding() -> None:
+    """A network whose activations are rounded to float16 between the layers stays within the fp16 bound, not the fp32 one."""
+    torch.manual_seed(0)
+    model = calibrated(resnet20(), 8, 3, 32, 32)
+    x = torch.randn(8, 3, 32, 32)
+    narrow, wide = (converter.rounding_bounds(model, [x], fp16).item() for fp16 in (False, True))
+    with torch.no_grad():
+        expected = model(x)
+        for layer in model.modules():
+            if not isinstance(layer, Adder2d) and not list(layer.children()):
+                layer.register_forward_hook(lambda layer, inputs, output: output.half().float())
+        difference = (model(x.half().float()) - expected).abs().max().item()
+    assert narrow < difference <= wide
+
+
+def test_bounds_keep_the_output_structure() -> None:
+    class Several(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict:
+            return {"y": x * 2, "z": (x + 1, x.sum())}
+
+    bounds = converter.rounding_bounds(Several(), [torch.randn(3)])
+    assert set(bounds) == {"y", "z"} and len(bounds["z"]) == 2
+    assert all(0 < bound < 1e-5 for bound in (bounds["y"], *bounds["z"]))
+
+
+def test_bounds_leave_no_trace() -> None:
+    model, x = calibrated(resnet20(), 4, 3, 32, 32), torch.randn(2, 3, 32, 32)
+    before = copy.deepcopy(model.state_dict()), x.clone(), torch.get_rng_state()
+    converter.rounding_bounds(model, [x], fp16=True)
+    assert all(torch.equal(a, b) for a, b in zip(before[0].values(), model.state_dict().values()))
+    assert torch.equal(before[1], x) and torch.equal(before[2], torch.get_rng_state())
+
+
+# ---- foreign layers
+
+class adder2d(nn.Module):  # the published class's name and attributes
+    def __init__(self) -> None:
+        super().__init__()
+        self.stride, self.padding, self.bias = 1, 1, False
+        self.adder = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -torch.cdist(self.adder.flatten(1), nn.functional.unfold(x, 3, 1, 1, 1).mT, p=1).view(len(x), 4, *x.shape[2:])
+
+
+def test_adopted_copy_shares_parameters_and_leaves_the_model_alone() -> None:
+    model = nn.Sequential(adder2d(), nn.BatchNorm2d(4)).eval()
+    ours = converter._adopted_copy(model)
+    assert isinstance(ours[0], Adder2d) and isinstance(model[0], adder2d)
+    assert ours[0].adder is model[0].adder and ours[1].running_var is model[1].running_var
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(ours(x), model(x))
+
+
+def test_a_model_of_ours_is_not_copied() -> None:
+    model = small()
+    assert converter._adopted_copy(model) is model

@@ -1,0 +1,163 @@
+"""`torch2trt-adder demo`: trains a small AdderNet on handwritten digits, checks it, and converts it where that is possible."""
+import math
+import os
+import pathlib
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import converter, reference
+from .models import addernet_mnist
+from .module import Adder2d
+
+_BATCH = 64
+_TEST_IMAGES = 360  # a fifth of the 1,797 digits
+
+
+def run(epochs: int, checkpoint: pathlib.Path) -> None:
+    """Trains, shows the accuracy, writes the checkpoint, checks the layers, and with a GPU and TensorRT the engine.
+
+    Raises:
+        RuntimeError: a layer or the engine computes something else than it should.
+        OSError: the checkpoint cannot be written.
+    """
+    _check_writable(checkpoint)  # now: nobody wants to hear of it after the training
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    images, labels = _digits()
+    test_images, test_labels = images[:_TEST_IMAGES], labels[:_TEST_IMAGES]
+    model = addernet_mnist()
+    print(f"Training {type(model).__name__} on {len(images) - _TEST_IMAGES} handwritten digits, on {_name(device)}.")
+    _train(model.to(device), images[_TEST_IMAGES:].to(device), labels[_TEST_IMAGES:].to(device), epochs)
+    model.cpu().eval()
+    print(f"Accuracy on the other {_TEST_IMAGES} digits: {_accuracy(model, test_images, test_labels):.1%}.")
+    _save(model, checkpoint)
+    print(f"Checkpoint: {checkpoint}.")
+    for name, error, bound in _layer_errors(model, test_images[:16]):
+        print(f"Layer {name} on the CPU against the definition in float64: largest relative error {error:.1e}, allowed {bound:.1e}.")
+        if not error <= bound:
+            raise RuntimeError(f"layer {name} differs from the definition by {error:.1e}, more than rounding explains ({bound:.1e})")
+    reason = converter.missing()
+    if reason is None:
+        _compare_with_engine(model.cuda(), test_images.cuda(), test_labels.cuda())
+    else:
+        print("With an NVIDIA GPU, TensorRT and torch2trt, the demo would go on to convert this network to a TensorRT engine and "
+              f"compare its accuracy and latency with PyTorch's. {reason}")
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's 8x8 digits as [1797, 1, 28, 28] images with zero mean and unit variance, and their labels, shuffled."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = F.interpolate(torch.tensor(digits.images, dtype=torch.float32)[:, None], size=(28, 28), mode="bilinear")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return ((images - images.mean()) / images.std())[order], torch.tensor(digits.target)[order]
+
+
+def _train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
+    """The published recipe: SGD with momentum and a cosine schedule. The layers scale their own learning rate."""
+    steps = len(images) // _BATCH
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    model.train()
+    with tqdm(total=epochs * steps, unit="batch", mininterval=0.5) as progress:
+        for epoch in range(epochs):
+            order = torch.randperm(len(images)).to(images.device)
+            for batch in order[: steps * _BATCH].split(_BATCH):
+                loss = F.cross_entropy(model(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                progress.set_postfix(epoch=f"{epoch + 1}/{epochs}", loss=f"{loss.item():.3f}", refresh=False)
+                progress.update()
+
+
+@torch.no_grad()
+def _predictions(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([model(batch).argmax(1) for batch in images.split(_BATCH)])
+
+
+def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return (_predictions(model, images) == labels).float().mean().item()
+
+
+def _partial(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+def _check_writable(path: pathlib.Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        _partial(path).touch()
+        _partial(path).unlink()
+    except OSError as error:
+        raise OSError(f"the checkpoint cannot be written to {path} ({error.strerror}); name another file with --checkpoint") from error
+
+
+def _save(model: nn.Module, path: pathlib.Path) -> None:
+    """Written beside and renamed, so that the file is never half a checkpoint."""
+    try:
+        torch.save(model.state_dict(), _partial(path))
+        _partial(path).replace(path)
+    finally:
+        _partial(path).unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _layer_errors(model: nn.Module, images: Tensor) -> list[tuple[str, float, float]]:
+    """For each adder layer: its name, its largest relative error against float64, and the largest that rounding explains."""
+    errors = []
+
+    def compare(name: str) -> Callable:
+        def hook(layer: Adder2d, inputs: tuple[Tensor], output: Tensor) -> None:
+            exact = reference.adder2d(inputs[0].double(), layer.adder.double(), None, layer.stride, layer.padding,
+                                      layer.dilation, layer.groups)
+            eps = torch.finfo(output.dtype).eps
+            # All terms have one sign: the error of a sequential sum stays within this factor of the sum.
+            bound = eps + 2 * eps * math.sqrt(layer.adder[0].numel())
+            errors.append((name, ((output - exact) / exact).abs().max().item(), bound))
+        return hook
+
+    handles = [layer.register_forward_hook(compare(name)) for name, layer in model.named_modules() if isinstance(layer, Adder2d)]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return errors
+
+
+def _compare_with_engine(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    print(f"Converting to a TensorRT engine for batches of 1 to {_BATCH}.")
+    engine = converter.convert(model, [images[:_BATCH]], max_batch_size=_BATCH)
+    agree = int((_predictions(model, images) == _predictions(engine, images)).sum())
+    print(f"{'':<10}{'accuracy':>10}{'batch 1':>12}{f'batch {_BATCH}':>12}   (latency, median of 100 runs)")
+    for name, network in (("PyTorch", model), ("TensorRT", engine)):
+        one, many = (_latency(network, images[:batch]) for batch in (1, _BATCH))
+        print(f"{name:<10}{_accuracy(network, images, labels):>10.1%}{one:>9.3f} ms{many:>9.3f} ms")
+    print(f"Predictions agree on {agree} of {len(images)} digits.")
+
+
+@torch.no_grad()
+def _latency(network: nn.Module, images: Tensor) -> float:
+    """Milliseconds on the GPU, median of 100 runs after 20 others."""
+    times = []
+    for i in range(120):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        network(images)
+        end.record()
+        end.synchronize()
+        if i >= 20:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU ({torch.get_num_threads()} threads)"
