@@ -103,8 +103,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 # ---- the tolerance rule
-# A sum of L terms in the precision e errs by at most 2 * e * sqrt(L) times the sum of |terms| (measured: 0.46 * e * sqrt(L)
-# for normal draws), and rounding the result to its type by at most eps(type) relatively. All bounds are made of these two.
+# A sum of L terms in the precision e errs by at most 2 * e * sqrt(L) times the sum of |terms| (measured on normal
+# draws: 0.46 * e * sqrt(L)), and rounding the result to its type by at most eps(type) relatively. All bounds are made
+# of these two.
 
 
 def sum_eps(dtype: torch.dtype) -> float:
@@ -113,7 +114,7 @@ def sum_eps(dtype: torch.dtype) -> float:
 
 
 def bound(expected: Tensor, terms: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """The largest error of a result of type `dtype` whose exact value sums `length` terms of the given sum of |terms|."""
+    """The largest error of a `dtype` result whose exact value sums `length` terms; `terms` is the sum of |terms|."""
     kind = torch.finfo(dtype)
     return kind.eps * (expected.abs() + kind.tiny) + 2 * sum_eps(dtype) * math.sqrt(length) * terms
 
@@ -130,8 +131,8 @@ def assert_within(actual: Tensor, expected: Tensor, limit: Tensor) -> None:
     if excess.numel() > 0 and excess.max() > 0:
         at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
         raise AssertionError(
-            f"{int((excess > 0).sum())} of {excess.numel()} values beyond the bound; at {at} {actual[at]:.9g} instead of "
-            f"{expected[at]:.9g}, allowed {limit[at]:.3g}"
+            f"{int((excess > 0).sum())} of {excess.numel()} values beyond the bound; at {at} {actual[at]:.9g} instead "
+            f"of {expected[at]:.9g}, allowed {limit[at]:.3g}"
         )
 
 
@@ -179,5 +180,3 @@ def assert_grad_bias(db: Tensor, dy: Tensor) -> None:
     (dy,) = doubles(dy)
     expected = dy.sum((0, 2, 3))
     assert_within(db, expected, bound(expected, dy.abs().sum((0, 2, 3)), dy.numel() // dy.shape[1], db.dtype))
-
-

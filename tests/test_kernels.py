@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 
-from conftest import CASES, Case, assert_forward, assert_grad_bias, assert_grad_input, assert_grad_weight, assert_within, bound
+from conftest import (
+    CASES,
+    Case,
+    assert_forward,
+    assert_grad_bias,
+    assert_grad_input,
+    assert_grad_weight,
+    assert_within,
+    bound,
+)
 from torch2trt_adder import Adder2d, adder2d, reference
 
 pytestmark = pytest.mark.gpu
@@ -183,12 +192,12 @@ def test_runs_on_the_current_stream():
 
 def test_two_streams_at_once():
     problems = [case.tensors(device="cuda") for case in LARGE[:2]]
-    expected = [adder2d(*tensors, *case.geometry) for tensors, case in zip(problems, LARGE)]
+    expected = [adder2d(*tensors, *case.geometry) for tensors, case in zip(problems, LARGE, strict=False)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     results = []
     for _ in range(20):
-        for tensors, case, stream in zip(problems, LARGE, streams):
+        for tensors, case, stream in zip(problems, LARGE, streams, strict=False):
             with torch.cuda.stream(stream):
                 results.append(adder2d(*tensors, *case.geometry))
     torch.cuda.synchronize()

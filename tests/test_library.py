@@ -31,7 +31,9 @@ def test_packed_bytes_are_the_struct():
 
 def test_missing(fresh_load, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH2TRT_ADDER_LIBRARY", str(tmp_path / "nothing.so"))
-    with pytest.raises(RuntimeError, match=r"looked for at .*nothing\.so and is not there: build it with `pip install \.`"):
+    with pytest.raises(
+        RuntimeError, match=r"looked for at .*nothing\.so and is not there: build it with `pip install \.`"
+    ):
         fresh_load()
 
 
@@ -49,7 +51,7 @@ def test_other_version_of_the_header(fresh_load, monkeypatch):
 
     monkeypatch.setattr(library, "Adder2dParams", Longer)
     size = ctypes.sizeof(Longer)
-    with pytest.raises(RuntimeError, match=rf"another version of adder2d\.h \(Adder2dParams has {size - 8} bytes there, {size} here\)"):
+    with pytest.raises(
+        RuntimeError, match=rf"another version of adder2d\.h \(Adder2dParams has {size - 8} bytes there, {size} here\)"
+    ):
         fresh_load()
-
-

@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from conftest import CASES, Case, assert_forward, assert_grad_bias, assert_grad_input, assert_grad_weight
-from torch2trt_adder import adder2d, ops
+from conftest import CASES, assert_forward, assert_grad_bias, assert_grad_input, assert_grad_weight
+from torch2trt_adder import adder2d
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -60,7 +60,10 @@ def test_strided_tensors(dtype):
     ]
     for view in views:
         assert_forward(adder2d(view, w, b, 1, 1), view, w, b, SMALL.geometry)
-    weights = [w.to(memory_format=torch.channels_last), torch.randn(3, 3, SMALL.C, SMALL.K).to(dtype).permute(3, 2, 1, 0)]
+    weights = [
+        w.to(memory_format=torch.channels_last),
+        torch.randn(3, 3, SMALL.C, SMALL.K).to(dtype).permute(3, 2, 1, 0),
+    ]
     for weight in weights:
         y = adder2d(x, weight, torch.randn(2 * SMALL.K).to(dtype)[::2], 1, 1)
         assert y.is_contiguous()
@@ -131,12 +134,24 @@ def _ones(*size, dtype=torch.float32, device="cpu"):
 ERRORS = {
     "unbatched": (ValueError, r"input must be \[N, C, H, W\], got \[3, 6, 6\]", lambda x, w: (x[0], w)),
     "weight_rank": (ValueError, r"weight must be \[K, C / groups, R, S\], got \[3, 3, 3\]", lambda x, w: (x, w[0])),
-    "channels": (ValueError, r"an input of 2 channels in 1 groups needs a weight \[K, 2, R, S\]", lambda x, w: (x[:, :2], w)),
-    "stride": (ValueError, r"stride must be an int or a pair, each >= 1, got \[1, 0\]", lambda x, w: (x, w, None, (1, 0))),
+    "channels": (
+        ValueError,
+        r"an input of 2 channels in 1 groups needs a weight \[K, 2, R, S\]",
+        lambda x, w: (x[:, :2], w),
+    ),
+    "stride": (
+        ValueError,
+        r"stride must be an int or a pair, each >= 1, got \[1, 0\]",
+        lambda x, w: (x, w, None, (1, 0)),
+    ),
     "stride_triple": (ValueError, r"stride must .* got \[1, 1, 1\]", lambda x, w: (x, w, None, (1, 1, 1))),
     "padding": (ValueError, r"padding must .* each >= 0, got \[-1, -1\]", lambda x, w: (x, w, None, 1, -1)),
     "dilation": (ValueError, r"dilation must .* got \[0, 0\]", lambda x, w: (x, w, None, 1, 0, 0)),
-    "groups": (ValueError, r"groups must divide the 3 input channels and the 4 filters, got 2", lambda x, w: (x, w, None, 1, 0, 1, 2)),
+    "groups": (
+        ValueError,
+        r"groups must divide the 3 input channels and the 4 filters, got 2",
+        lambda x, w: (x, w, None, 1, 0, 1, 2),
+    ),
     "no_groups": (ValueError, r"groups must divide .* got 0", lambda x, w: (x, w, None, 1, 0, 1, 0)),
     "kernel_too_large": (
         ValueError,
@@ -146,9 +161,17 @@ ERRORS = {
     "no_rows": (ValueError, r"only the batch may be empty", lambda x, w: (x[:, :, :0], w, None, 1, 3)),
     "bias": (ValueError, r"bias must be \[4\], one value per filter, got \[3\]", lambda x, w: (x, w, x[0, 0, 0, :3])),
     "dtype": (TypeError, r"torch.int64 is not supported; convert", lambda x, w: (x.long(), w.long())),
-    "dtypes_differ": (TypeError, r"weight is torch.float32 and input is torch.float16; convert", lambda x, w: (x.half(), w)),
-    "bias_dtype": (TypeError, r"bias is torch.float64 and input is torch.float32", lambda x, w: (x, w, w[:, 0, 0, 0].double())),
-}  # fmt: skip
+    "dtypes_differ": (
+        TypeError,
+        r"weight is torch.float32 and input is torch.float16; convert",
+        lambda x, w: (x.half(), w),
+    ),
+    "bias_dtype": (
+        TypeError,
+        r"bias is torch.float64 and input is torch.float32",
+        lambda x, w: (x, w, w[:, 0, 0, 0].double()),
+    ),
+}
 
 
 @pytest.mark.parametrize("where", ["cpu", "meta", "compiled"])
@@ -160,7 +183,10 @@ def test_errors(name, where):
     call = adder2d
     if where == "compiled":
         torch._dynamo.reset()
-        call, kind = torch.compile(adder2d, backend="eager", fullgraph=True), Exception  # dynamo wraps what the fake raises
+        call, kind = (
+            torch.compile(adder2d, backend="eager", fullgraph=True),
+            Exception,
+        )  # dynamo wraps what the fake raises
     with pytest.raises(kind, match=pattern):
         call(*arguments)
 
@@ -231,7 +257,7 @@ class _Record(TorchDispatchMode):
 
 @pytest.mark.parametrize("wanted", ["x", "w", "b"])
 def test_only_wanted_gradients_are_computed(wanted):
-    tensors = dict(zip("xwb", SMALL.tensors()))
+    tensors = dict(zip("xwb", SMALL.tensors(), strict=True))
     tensors[wanted].requires_grad_()
     y = adder2d(*tensors.values(), 1, 1)
     with _Record() as record:
@@ -407,7 +433,7 @@ def test_jit_trace():
 
 
 def test_memory_is_bounded():
-    """Forward and backward of a layer whose broadcast takes 604 MB (float32) stay within 100 MB; the broadcast does not."""
+    """Forward and backward of a layer whose broadcast takes 604 MB (float32) stay within 100 MB."""
     program = r"""
         import pathlib, re, torch
         from torch2trt_adder import adder2d

@@ -24,8 +24,8 @@ class Adder2dParams(ctypes.Structure):
     ]
 
 
-# The same struct for `struct.pack`, in two pieces: packing costs a fraction of filling a ctypes.Structure, and the first
-# piece depends on shapes alone, so that a call has only the pointers to pack.
+# The same struct for `struct.pack`, which costs a fraction of filling a ctypes.Structure; in two pieces, because the
+# first depends on shapes alone, so that a call has only the pointers to pack.
 PROBLEM = struct.Struct("@20i8q")
 POINTERS = struct.Struct("@5PN")
 
@@ -36,7 +36,7 @@ def path() -> pathlib.Path:
     return pathlib.Path(override) if override else pathlib.Path(__file__).resolve().parent / FILE_NAME
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load() -> ctypes.CDLL:
     """The loaded library, with the prototypes of adder2d.h. Params go in as packed bytes or as a pointer.
 

@@ -13,8 +13,8 @@ from . import ops
 class Adder2d(nn.Module):
     """``y[n,k,p,q] = b[k] - sum over c,r,s of |x - adder[k,c,r,s]|`` on [N, C, H, W], with the gradients of AdderNet.
 
-    Constructor and parameter names are those of the published AdderNet code, whose checkpoints load with ``strict=True``;
-    dilation, groups and pairs for height and width come on top.
+    Constructor and parameter names are those of the published AdderNet code, whose checkpoints load with
+    ``strict=True``; dilation, groups and pairs for height and width come on top.
 
     Args:
         input_channel, output_channel: C and K.
@@ -49,7 +49,8 @@ class Adder2d(nn.Module):
                 raise ValueError(f"Adder2d: {name} must be an int >= 1, got {value!r}.")
         if input_channel % groups != 0 or output_channel % groups != 0:
             raise ValueError(
-                f"Adder2d: groups must divide input_channel {input_channel} and output_channel {output_channel}, got {groups}."
+                f"Adder2d: groups must divide input_channel {input_channel} and output_channel {output_channel}, "
+                f"got {groups}."
             )
         self.input_channel = input_channel
         self.output_channel = output_channel
@@ -112,8 +113,9 @@ def register_adder_class(cls: type[nn.Module], fields: LayerFields) -> None:
 
     Args:
         cls: the class; its subclasses count too.
-        fields: takes a layer of that class and returns a dict with ``weight`` (its parameter [K, C / groups, R, S]) and,
-            where they differ from the defaults of `adder2d`, ``bias``, ``stride``, ``padding``, ``dilation``, ``groups``.
+        fields: takes a layer of that class and returns a dict with ``weight`` (its parameter [K, C / groups, R, S])
+            and, where they differ from the defaults of `adder2d`, ``bias``, ``stride``, ``padding``, ``dilation``,
+            ``groups``.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register_adder_class: cls must be a subclass of torch.nn.Module, got {cls!r}.")
@@ -125,7 +127,7 @@ def adopt(model: nn.Module, inplace: bool = True) -> nn.Module:
 
     An adder layer is a module with a 4-D parameter ``adder`` and attributes ``stride`` and ``padding`` (``b``,
     ``dilation`` and ``groups`` are taken where it has them), or one of a class given to `register_adder_class`.
-    The new layer shares the old one's parameters (so device, dtype, requires_grad and an optimizer's hold on them stay),
+    The new layer shares the old one's parameters (so device, dtype, requires_grad and an optimizer's hold stay),
     its training mode and its forward and backward hooks, and a layer used in two places stays one layer. Nothing else
     moves: buffers, further parameters and attributes stay behind with the old layer, as do references to it
     other than its parents' registered children.
@@ -162,7 +164,9 @@ def _layer_fields(module: nn.Module) -> dict[str, Any] | None:
     if adder is None or adder.dim() != 4 or not (hasattr(module, "stride") and hasattr(module, "padding")):
         return None
     fields = {"weight": adder, "bias": module._parameters.get("b")}
-    fields.update({name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups") if hasattr(module, name)})
+    fields.update(
+        {name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups") if hasattr(module, name)}
+    )
     return fields
 
 
@@ -188,7 +192,9 @@ def _adopt_layer(module: nn.Module, fields: dict[str, Any], path: str) -> Adder2
             device="meta",
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"adopt: {path} ({type(module).__name__}) is no layer that Adder2d can stand for: {error}") from error
+        raise ValueError(
+            f"adopt: {path} ({type(module).__name__}) is no layer that Adder2d can stand for: {error}"
+        ) from error
     layer.adder, layer.b = weight, bias
     layer.training = module.training
     for name in _HOOKS:

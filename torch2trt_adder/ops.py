@@ -5,6 +5,7 @@ The gradients are AdderNet's rule and deliberately not the derivative; reference
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -38,9 +39,9 @@ def adder2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """The adder layer: ``y[n,k,p,q] = bias[k] - sum over c,r,s of |x - w[k,c,r,s]|``, taps in the padding reading x = 0.
+    """The adder layer: ``y[n,k,p,q] = bias[k] - sum over c,r,s of |x - w[k,c,r,s]|``, where padding reads x = 0.
 
-    Shapes, strides and padding are those of ``torch.nn.functional.conv2d``. Gradients follow the published AdderNet code:
+    Shapes, strides and padding are those of ``torch.nn.functional.conv2d``. Gradients follow the published code:
     ``dx = sum dy * clamp(w - x, -1, 1)``, and ``dw = sum dy * (x - w)`` rescaled to the norm ``sqrt(numel) / 5``.
 
     Args:
@@ -56,7 +57,7 @@ def adder2d(
     Raises:
         TypeError: a dtype that is not supported, or dtypes that differ.
         ValueError: shapes, stride, padding, dilation or groups that do not fit each other.
-        RuntimeError: tensors on different devices; a second derivative or forward-mode AD, which the rule does not have.
+        RuntimeError: tensors on different devices; a second derivative or forward-mode AD, which the rule has not.
     """
     return _adder2d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -68,8 +69,12 @@ _library = torch.library.Library("torch2trt_adder", "DEF")
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library.define(f"adder2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor", tags=_TAGS)
-_library.define(f"adder2d_grad_input(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor", tags=_TAGS)
-_library.define(f"adder2d_grad_weight(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor", tags=_TAGS)
+_library.define(
+    f"adder2d_grad_input(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor", tags=_TAGS
+)
+_library.define(
+    f"adder2d_grad_weight(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor", tags=_TAGS
+)
 
 _adder2d = torch.ops.torch2trt_adder.adder2d.default
 _grad_input = torch.ops.torch2trt_adder.adder2d_grad_input.default
@@ -90,7 +95,9 @@ def _output_size(
 ) -> tuple[int, int, int, int]:
     """[N, K, P, Q] from the sizes of the tensors, or a ValueError that says what does not fit."""
     if len(input) != 4:
-        raise ValueError(f"adder2d: input must be [N, C, H, W], got {list(input)}; add the missing axis with unsqueeze.")
+        raise ValueError(
+            f"adder2d: input must be [N, C, H, W], got {list(input)}; add the missing axis with unsqueeze."
+        )
     if len(weight) != 4:
         raise ValueError(f"adder2d: weight must be [K, C / groups, R, S], got {list(weight)}; reshape it to four axes.")
     (N, C, *image), (K, per_group, *kernel) = input, weight
@@ -121,14 +128,16 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     dtype = input.dtype
     if dtype not in _DTYPES:
         raise TypeError(
-            f"adder2d: dtype {dtype} is not supported; convert input and weight to torch.float32, torch.float16 or torch.bfloat16."
+            f"adder2d: dtype {dtype} is not supported; convert input and weight to torch.float32, torch.float16 or "
+            "torch.bfloat16."
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         if tensor.dtype is not dtype:
             raise TypeError(
-                f"adder2d: {name} is {tensor.dtype} and input is {dtype}; convert one of them, or call under torch.autocast."
+                f"adder2d: {name} is {tensor.dtype} and input is {dtype}; convert one of them, or call under "
+                "torch.autocast."
             )
         if tensor.device != input.device:
             raise RuntimeError(f"adder2d: {name} is on {tensor.device} and input on {input.device}; move one of them.")
@@ -245,8 +254,8 @@ def _adder2d_cuda(input, weight, bias, stride, padding, dilation, groups):
     if error:
         raise RuntimeError(
             f"adder2d: the launch on cuda:{device} failed with error {error}, "
-            f"{loaded.adder2d_error_string(error).decode()}; if the GPU is newer or older than the build of {library.path()}, "
-            "build that again on this machine."
+            f"{loaded.adder2d_error_string(error).decode()}; if the GPU is newer or older than the build of "
+            f"{library.path()}, build that again on this machine."
         )
     return output
 
@@ -271,7 +280,9 @@ def _adder2d_cpu(input, weight, bias, stride, padding, dilation, groups):
         input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr(), 0, 0
     )
     if library.load().adder2d_fprop_cpu(params, torch.get_num_threads()):
-        raise RuntimeError(f"adder2d: the CPU kernel refused an input {list(plan.size)}; please report it with its shapes.")
+        raise RuntimeError(
+            f"adder2d: the CPU kernel refused to compute an output {list(plan.size)}; please report the shapes of this call."
+        )
     return output.to(dtype)
 
 
@@ -324,29 +335,32 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _grad_input_torch(grad_output, input, weight, stride, padding, dilation, groups):
-    """dx = sum over k,r,s of dy * clamp(w - x, -1, 1): tap by tap, some filters at a time."""
-    (N, C, H, W), (K, per_group, R, S), (P, Q) = input.shape, weight.shape, grad_output.shape[2:]
+    """dx = sum over k,r,s of dy * clamp(w - x, -1, 1): tap by tap and filter by filter, for some samples at a time."""
+    (N, C, H, W), (K, _, R, S), (P, Q) = input.shape, weight.shape, grad_output.shape[2:]
     dtype = _sum_dtype(input.dtype)
     grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
-    filters = weight.to(dtype).view(groups, K // groups, per_group, R, S)
-    budget = _budget(input)
-    sample_bytes = max(C * P * Q, 1) * dtype.itemsize
-    samples = max(1, min(N, budget // sample_bytes))
-    per_step = max(1, budget // (samples * sample_bytes))  # filters of each group at a time
+    filters = weight.to(dtype).reshape(groups, K // groups, C // groups, 1, R, S)
+    samples = max(1, _budget(input) // (4 * C * P * Q * dtype.itemsize))  # x, the terms, their sum, and some of dy
     for n in range(0, N, samples):
-        x = F.pad(input[n : n + samples].to(dtype), (padding[1], padding[1], padding[0], padding[0]))
-        x = x.unflatten(1, (groups, per_group))  # [n, g, c, h, w]
-        dy = grad_output[n : n + samples].to(dtype).unflatten(1, (groups, K // groups))  # [n, g, k, p, q]
-        dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        for r in range(R):
-            for s in range(S):
-                h, w = r * dilation[0], s * dilation[1]
-                window = (..., slice(h, h + (P - 1) * stride[0] + 1, stride[0]), slice(w, w + (Q - 1) * stride[1] + 1, stride[1]))
-                for k in range(0, K // groups, per_step):
-                    step = slice(k, k + per_step)
-                    terms = filters[:, step, :, r, s, None, None] - x[window].unsqueeze(2)  # [n, g, k, c, p, q]
-                    dx[window] += terms.clamp_(-1, 1).mul_(dy[:, :, step, None]).sum(2)
-        grad_input[n : n + samples] = dx[..., padding[0] : padding[0] + H, padding[1] : padding[1] + W].flatten(1, 2)
+        x = F.pad(input[n : n + samples].to(dtype), (padding[1], padding[1], padding[0], padding[0])).transpose(0, 1)
+        dy = (
+            grad_output[n : n + samples].to(dtype).transpose(0, 1).reshape(groups, K // groups, 1, -1)
+        )  # [g, k, 1, npq]
+        dx = torch.zeros(x.shape, dtype=dtype, device=x.device)  # [c, n, h, w]
+        for r, s in itertools.product(range(R), range(S)):
+            rows, columns = (
+                slice(o * dilation[i], o * dilation[i] + (extent - 1) * stride[i] + 1, stride[i])
+                for i, (o, extent) in enumerate(((r, P), (s, Q)))
+            )
+            tap = x[:, :, rows, columns]
+            taps = tap.reshape(groups, C // groups, -1)  # [g, c, npq]
+            terms, total = torch.empty_like(taps), torch.zeros_like(taps)
+            for k in range(K // groups):
+                torch.sub(filters[:, k, :, :, r, s], taps, out=terms).clamp_(-1, 1)
+                total.addcmul_(terms, dy[:, k])
+            dx[:, :, rows, columns] += total.view(tap.shape)
+        dx = dx[:, :, padding[0] : padding[0] + H, padding[1] : padding[1] + W]
+        grad_input[n : n + samples] = dx.transpose(0, 1)
     return grad_input
 
 
@@ -375,7 +389,9 @@ def _full_precision(tensor: Tensor) -> Iterator[None]:
         return
     # torch 2.9 gave each operator its own flag, and reading the old one fails where a user has set the new ones apart.
     cudnn = torch.backends.cudnn
-    owner, name, off = (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
+    owner, name, off = (
+        (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
+    )
     before = getattr(owner, name)
     setattr(owner, name, off)
     try:
@@ -394,18 +410,15 @@ for _device in ("CPU", "CUDA"):
 
 
 class _Adder2d(torch.autograd.Function):
-    # torch.library.register_autograd would do, at four times the host time of a training call.
+    # torch.library.register_autograd, or a separate setup_context, would cost several times the host time.
 
     @staticmethod
-    def forward(input, weight, bias, stride, padding, dilation, groups):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _adder2d(input, weight, bias, stride, padding, dilation, groups)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, weight, bias, *ctx.geometry = inputs
+    def forward(ctx, input, weight, bias, stride, padding, dilation, groups):
         ctx.save_for_backward(input, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.geometry = stride, padding, dilation, groups
+        with torch._C._AutoDispatchBelowAutograd():
+            return _adder2d(input, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -423,7 +436,8 @@ class _Adder2d(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         raise RuntimeError(
-            "adder2d has AdderNet's backward rule and no forward-mode derivative; use backward() or torch.autograd.grad."
+            "adder2d has AdderNet's backward rule and no forward-mode derivative; use backward() or "
+            "torch.autograd.grad."
         )
 
 

@@ -24,7 +24,7 @@ def adder2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """y[n,k,p,q] = bias[k] - sum over c,r,s of |x - w[k,c,r,s]|; a tap in the padding reads x = 0 and contributes |w|."""
+    """y[n,k,p,q] = bias[k] - sum over c,r,s of |x - w[k,c,r,s]|; a tap in the padding reads x = 0 and adds |w|."""
     columns = _columns(input, weight, stride, padding, dilation, groups)
     filters = weight.flatten(1)  # [K, CRS]
     per_group = len(filters) // groups
@@ -49,7 +49,9 @@ def grad_input(
     per_group = len(filters) // groups
     grad_columns = torch.zeros_like(columns)
     for k, w in enumerate(filters):
-        grad_columns[:, k // per_group] += grad_maps[:, k, None] * (w[:, None] - columns[:, k // per_group]).clamp(-1, 1)
+        grad_columns[:, k // per_group] += grad_maps[:, k, None] * (w[:, None] - columns[:, k // per_group]).clamp(
+            -1, 1
+        )
     return F.fold(grad_columns.flatten(1, 2), input.shape[2:], weight.shape[2:], dilation, padding, stride)
 
 
@@ -79,17 +81,24 @@ def adaptive_scaling(grad_weight: Tensor, eta: float = 0.2) -> Tensor:
 
 
 def _columns(
-    input: Tensor, weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int], groups: int
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
 ) -> Tensor:
     """What every output pixel reads: [N, groups, CRS, PQ]."""
     return F.unfold(input, weight.shape[2:], dilation, padding, stride).unflatten(1, (groups, -1))
 
 
 def _output_shape(
-    input: Tensor, weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int]
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
 ) -> tuple[int, ...]:
     # The operator has the shapes of a convolution.
-    meta = F.conv2d(
-        input[:, :1].to("meta"), weight[:, :1].to("meta"), None, stride, padding, dilation
-    )
+    meta = F.conv2d(input[:, :1].to("meta"), weight[:, :1].to("meta"), None, stride, padding, dilation)
     return tuple(meta.shape)
