@@ -281,7 +281,7 @@ def _adder2d_cpu(input, weight, bias, stride, padding, dilation, groups):
     )
     if library.load().adder2d_fprop_cpu(params, torch.get_num_threads()):
         raise RuntimeError(
-            f"adder2d: the CPU kernel refused to compute an output {list(plan.size)}; please report the shapes of this call."
+            f"adder2d: the CPU kernel refused to compute an output {list(plan.size)}; please report this call's shapes."
         )
     return output.to(dtype)
 
