@@ -154,9 +154,9 @@ def build_library(library: Path) -> None:
 
     library.parent.mkdir(parents=True, exist_ok=True)
     partial = library.with_suffix(f".{os.getpid()}.so")
-    # -L: the wheels keep the CUDA runtime in lib, nvcc looks into lib64. nodelete: worker threads stay in the library.
+    # The wheels keep the CUDA runtime in lib, while nvcc looks into lib64.
     print(run([*cu[0], "-shared", "-cudart=static", f"-L{nvcc.parent.parent / 'lib'}", "-Xcompiler=-pthread",
-               f"-Xlinker=--version-script={ROOT / 'csrc' / 'exports.map'},--no-undefined,-z,nodelete",
+               f"-Xlinker=--version-script={ROOT / 'csrc' / 'exports.map'},--no-undefined",
                *map(str, compiled), "-o", str(partial)]), end="")
     partial.replace(library)
 

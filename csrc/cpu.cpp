@@ -9,8 +9,8 @@
 // Sections: kernel, instruction sets, tile, threads, operator.
 #include "adder2d.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
-#include <signal.h>
 
 #include <algorithm>
 #include <atomic>
@@ -19,7 +19,6 @@
 #include <exception>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <thread>
 #include <vector>
@@ -246,86 +245,43 @@ struct Tile {
 
 // ---- threads
 
-// Worker threads that stay between calls, because starting one costs more than a small layer. Not OpenMP: the library
-// would bring a second OpenMP run-time into torch's process. Several callers may use the pool at once.
-class ThreadPool {
- public:
-  // A child process has none of the threads of its parent: it starts over with a pool of its own.
-  static ThreadPool& instance() {
-    static int const registered = pthread_atfork(nullptr, nullptr, [] { current_ = nullptr; });
-    static_cast<void>(registered);
-    ThreadPool* pool = current_;
-    if (pool == nullptr) {
-      std::unique_ptr<ThreadPool> created(new ThreadPool);
-      if (current_.compare_exchange_strong(pool, created.get())) pool = created.release();
-    }
-    return *pool;  // never deleted: its threads may outlive every static object
-  }
+using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-  // Calls body(item, slot) once for each item below `items`, on the calling thread and at most `threads` - 1 others. No
-  // two calls with the same slot, 0 <= slot < threads, run at once. `body` must not throw.
-  void run(int64_t items, int threads, std::function<void(int64_t item, int slot)> const& body) {
-    Job job{&body, items, {0}, threads - 1, 1, 0};
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      add_workers(threads - 1);
-      if (job.wanted > 0) jobs_.push_back(&job);
-    }
-    for (int i = 1; i < threads; ++i) pthread_cond_signal(&work_);
-    job.work(0);
-    std::unique_lock<std::mutex> lock(mutex_);
-    jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
-    while (job.active != 0) pthread_cond_wait(&done_, mutex_.native_handle());
-  }
+// OpenMP's way to start a parallel region, of the OpenMP library that torch has brought into the process: its threads are
+// there and awake, while threads of our own would compete with them for the cores. Null where there is none, and in a
+// forked child, which has none of its parent's threads: OpenMP would wait for them for ever.
+Parallel process_openmp() {
+  static std::atomic<bool> forked{false};
+  static int const registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  static Parallel const parallel = registered == 0 ? (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel") : nullptr;
+  return forked ? nullptr : parallel;
+}
 
- private:
+// Calls body(item, slot) once for each item below `items`, on at most `threads` threads, the caller's among them. No two
+// calls with the same slot, 0 <= slot < threads, run at once. `body` must not throw.
+void run_on_threads(int64_t items, int64_t threads, std::function<void(int64_t item, int64_t slot)> const& body) {
   struct Job {
-    std::function<void(int64_t, int)> const* body;
-    int64_t items;
-    std::atomic<int64_t> next;
-    int wanted;     // workers that may still join; this and the following: under mutex_
-    int next_slot;
-    int active;     // workers on it
-
-    void work(int slot) {
-      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) (*body)(item, slot);
-    }
+    std::function<void(int64_t, int64_t)> const& body;
+    int64_t const items;
+    std::atomic<int64_t> next_item, next_slot;
+  } job{body, items, {0}, {0}};
+  auto const work = [](void* data) {
+    Job& job = *static_cast<Job*>(data);
+    int64_t const slot = job.next_slot++;
+    for (int64_t item; (item = job.next_item++) < job.items;) job.body(item, slot);
   };
-
-  void add_workers(int count) {
-    sigset_t all, old;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old);  // signals are the program's own threads' business
-    try {
-      for (; workers_ < count; ++workers_) std::thread([this] { serve(); }).detach();
-    } catch (std::exception const&) {
-      // The system grants no more threads: the work is done by those there are.
-    }
-    pthread_sigmask(SIG_SETMASK, &old, nullptr);
+  if (threads == 1) return work(&job);
+  if (Parallel const parallel = process_openmp()) return parallel(work, &job, threads, 0);
+  std::vector<std::thread> others;
+  others.reserve(threads);
+  try {
+    while (int64_t(others.size()) < threads - 1) others.emplace_back(work, &job);
+  } catch (std::exception const&) {
+    // The system grants no more threads: those that there are do all the work.
   }
-
-  [[noreturn]] void serve() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (;;) {
-      while (jobs_.empty()) pthread_cond_wait(&work_, mutex_.native_handle());
-      Job& job = *jobs_.front();
-      int const slot = job.next_slot++;
-      ++job.active;
-      if (--job.wanted == 0) jobs_.erase(jobs_.begin());
-      lock.unlock();
-      job.work(slot);
-      lock.lock();
-      if (--job.active == 0) pthread_cond_broadcast(&done_);
-    }
-  }
-
-  static inline std::atomic<ThreadPool*> current_{nullptr};
-  std::mutex mutex_;
-  // Not std::condition_variable: with it the library needs a libstdc++ as new as the compiler that built it.
-  pthread_cond_t work_ = PTHREAD_COND_INITIALIZER, done_ = PTHREAD_COND_INITIALIZER;
-  std::vector<Job*> jobs_;
-  int workers_ = 0;
-};
+  work(&job);
+  for (std::thread& other : others) other.join();
+}
 
 // ---- operator
 
@@ -349,11 +305,9 @@ class Fprop {
   }
 
   void run() {
-    auto const body = [this](int64_t item, int slot) { run_tile(item, workspace_.get() + slot * workspace_floats_); };
-    if (threads_ > 1)
-      ThreadPool::instance().run(items_, threads_, body);
-    else
-      for (int64_t item = 0; item < items_; ++item) body(item, 0);
+    run_on_threads(items_, threads_, [this](int64_t item, int64_t slot) {
+      run_tile(item, workspace_.get() + slot * workspace_floats_);
+    });
   }
 
  private:
