@@ -52,11 +52,11 @@ __device__ __forceinline__ void copy4_async(float* dst_smem, float const* src, u
 }
 
 // Copies 16 aligned bytes to shared memory, past the first-level cache.
-__device__ __forceinline__ void copy16_async(float* dst_smem, float const* src) {
+__device__ __forceinline__ void copy16_async(void* dst_smem, void const* src) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(smem_address(dst_smem)), "l"(src));
 #else
-  *reinterpret_cast<float4*>(dst_smem) = *reinterpret_cast<float4 const*>(src);
+  *static_cast<float4*>(dst_smem) = *static_cast<float4 const*>(src);
 #endif
 }
 

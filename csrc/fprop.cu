@@ -43,6 +43,10 @@ int32_t images_per_launch(Adder2dParams const& p) {
 // A tiled kernel needs enough filters a group to fill the short side of a tile.
 bool wants_direct(Adder2dParams const& p) { return p.K / p.groups < 8; }
 
+FpropPlan plan_tiled(FpropArgs const& args) {
+  return takes_fprop_half(args.p) ? plan_fprop_half(args) : plan_fprop_simt(args);
+}
+
 }  // namespace
 }  // namespace adder2d
 
@@ -52,17 +56,19 @@ size_t adder2d_fprop_workspace(Adder2dParams const* params) {
   if (adder2d_check(params) != nullptr || params->N == 0 || wants_direct(*params)) return 0;
   Adder2dParams p = *params;
   p.N = images_per_launch(p);
-  size_t bytes = plan_fprop_simt(make_fprop_args(p)).workspace_bytes;
+  size_t bytes = plan_tiled(make_fprop_args(p)).workspace_bytes;
   p.N = params->N % p.N;  // the last launch of several; a smaller problem may be cut into more pieces
   if (p.N != 0) {
-    size_t const last = plan_fprop_simt(make_fprop_args(p)).workspace_bytes;
+    size_t const last = plan_tiled(make_fprop_args(p)).workspace_bytes;
     if (last > bytes) bytes = last;
   }
   return bytes;
 }
 
 size_t adder2d_fprop_workspace_bound(Adder2dParams const* params) {
-  return params == nullptr || wants_direct(*params) ? 0 : fprop_simt_workspace_bound(make_fprop_args(*params));
+  if (params == nullptr || wants_direct(*params)) return 0;
+  FpropArgs const args = make_fprop_args(*params);
+  return takes_fprop_half(*params) ? fprop_half_workspace_bound(args) : fprop_simt_workspace_bound(args);
 }
 
 int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
@@ -79,9 +85,9 @@ int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
     if (wants_direct(p)) {
       error = launch_fprop_direct(args, stream);
     } else {
-      FpropPlan const plan = plan_fprop_simt(args);
+      FpropPlan const plan = plan_tiled(args);
       if (plan.workspace_bytes > p.workspace_bytes) return cudaErrorInvalidValue;
-      error = launch_fprop_simt(args, plan, stream);
+      error = takes_fprop_half(p) ? launch_fprop_half(args, plan, stream) : launch_fprop_simt(args, plan, stream);
     }
     if (error != cudaSuccess) return error;
   }

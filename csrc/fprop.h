@@ -19,6 +19,9 @@ struct FpropArgs {
   // r to the next channel.
   int64_t step_s, step_r, step_c;
   bool y_vectors;   // four pixels from a multiple of 4 on are 16 aligned bytes of y
+  // fprop_half alone: filters of a group in the packed weights, rounded up; whether all inputs are float16.
+  int32_t packed_pitch;
+  bool exact_halves;
 };
 
 // How a tiled kernel cuts the work: one block for each tile of the output and split of the reduction. With more than one
@@ -43,5 +46,11 @@ cudaError_t launch_fprop_direct(FpropArgs const& args, cudaStream_t stream);
 FpropPlan plan_fprop_simt(FpropArgs const& args);
 size_t fprop_simt_workspace_bound(FpropArgs const& args);  // enough for every N, H, W
 cudaError_t launch_fprop_simt(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream);
+
+// ---- fprop_half.cu: implicit GEMM with half pairs, summed by the tensor cores
+bool takes_fprop_half(Adder2dParams const& p);
+FpropPlan plan_fprop_half(FpropArgs const& args);
+size_t fprop_half_workspace_bound(FpropArgs const& args);
+cudaError_t launch_fprop_half(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream);
 
 }  // namespace adder2d

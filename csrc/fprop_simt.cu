@@ -5,7 +5,7 @@
 // accumulated |x - w| is two float32 additions, so everything else in the inner loop is overhead to be kept small.
 #include <type_traits>
 
-#include "fprop.h"
+#include "fprop_tiled.cuh"
 
 namespace adder2d {
 namespace {
@@ -33,6 +33,8 @@ struct Tile {
   static constexpr int kLanesK = kTileK >= 32 ? 4 : kTileK / kThreadK, kLanesPQ = 32 / kLanesK;  // a warp's threads
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
   static constexpr int kBlocksPerSM = 3;
+  static constexpr int kRowsK = kThreads / 8;           // filters loaded at once: 8 threads side by side along the reduction
+  static constexpr int kTermSlices = kThreads / kTileC;  // slices whose terms are made at once, one by each thread
   // Rows of shared memory are padded by 4 floats: loads along the reduction then store to 32 different banks.
   static constexpr int kPitchK = kTileK + 4, kPitchPQ = kTilePQ + 4;
   static constexpr int kStageFloats = kTileC * (kPitchK + kPitchPQ);
@@ -43,13 +45,6 @@ struct Tile {
   static_assert(kTileC % 8 == 0 && kTileK % 16 == 0, "8 lanes load along the reduction, 16 rows at a time");
   static_assert(kTilePQ % kThreads == 0 || kThreads % kTilePQ == 0, "threads must divide the pixels evenly");
 };
-
-// One output pixel of the tile: where its window starts. An absent pixel has w0 = kOutside.
-struct Pixel {
-  int64_t offset;  // elements from x to the window's first tap, channel 0 of the group; may point before x
-  int32_t h0, w0;
-};
-constexpr int32_t kOutside = INT32_MIN;  // h0 + kOutside is no row of the input, for every h0 (W likewise)
 
 // One term of a kTaps slice. An absent term has no bit.
 struct Tap {
@@ -73,44 +68,24 @@ struct Smem {
 
 // The tile's place in the output, and the place of a thread in the tile.
 template <class T>
-struct TileView {
-  int32_t group, first_k, end_k, first_pixel;  // filters first_k .. end_k - 1 of the whole layer
-  int32_t thread_k, thread_pq;                 // first output of the thread; its second half is kTileK / 2, kTilePQ / 2 on
+struct View : TilePlace {
+  static constexpr int kThreads = T::kThreads, kItems = T::kThreadK * T::kThreadPQ / 4;
+  int32_t thread_k, thread_pq;  // first output of the thread; its second half is kTileK / 2, kTilePQ / 2 on
 
-  __device__ __forceinline__ TileView(FpropArgs const& a, FpropPlan const& plan, int32_t tile) {
-    int32_t const k_tile = tile % plan.tiles_k, rest = tile / plan.tiles_k;
-    group = rest / plan.tiles_pq;
-    first_k = group * a.Kg + k_tile * T::kTileK;
-    end_k = (group + 1) * a.Kg;
-    first_pixel = rest % plan.tiles_pq * T::kTilePQ;
+  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile)
+      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ) {
     int32_t const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     thread_k = (warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ) * 4;
     thread_pq = (warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ) * 4;
   }
-  __device__ __forceinline__ int32_t k(int i) const { return first_k + thread_k + (i / 4) * (T::kTileK / 2) + i % 4; }
-  __device__ __forceinline__ int32_t pixel(int j) const { return first_pixel + thread_pq + (j / 4) * (T::kTilePQ / 2) + j % 4; }
+  // Item i: filter row i / 2 of the thread, the first or second four of its pixels.
+  __device__ __forceinline__ void store(FpropArgs const& a, int32_t item, float4 const& sum) const {
+    int32_t const row = item / 2, k = first_k + thread_k + row / 4 * (T::kTileK / 2) + row % 4;
+    if (k < end_k) store4(a, k, first_pixel + thread_pq + item % 2 * (T::kTilePQ / 2), sum);
+  }
 };
 
 // ---- fill
-
-__device__ __forceinline__ bool inside(FpropArgs const& a, Pixel const& pixel, int32_t dh, int32_t dw) {
-  return static_cast<uint32_t>(pixel.h0 + dh) < static_cast<uint32_t>(a.p.H) &&
-         static_cast<uint32_t>(pixel.w0 + dw) < static_cast<uint32_t>(a.p.W);
-}
-
-__device__ __forceinline__ Pixel make_pixel(FpropArgs const& a, int32_t group, int32_t m) {
-  Pixel pixel{0, 0, kOutside};
-  if (m < a.NPQ) {
-    int32_t pq, q;
-    int32_t const n = a.div_PQ.divmod(m, &pq);
-    int32_t const p = a.div_Q.divmod(pq, &q);
-    pixel.h0 = p * a.p.stride_h - a.p.pad_h;
-    pixel.w0 = q * a.p.stride_w - a.p.pad_w;
-    pixel.offset = n * a.p.x_stride[0] + int64_t{group} * a.Cg * a.p.x_stride[1] + pixel.h0 * a.p.x_stride[2] +
-                   pixel.w0 * a.p.x_stride[3];
-  }
-  return pixel;
-}
 
 // Term j of the flattened (c, r, s).
 __device__ __forceinline__ Term make_term(FpropArgs const& a, int32_t j, int32_t* rs) {
@@ -135,8 +110,6 @@ __device__ __forceinline__ void copy_element(float* dst, void const* base, int64
 // The fills of one tile, slice after slice: weights [kTileC][kPitchK], then pixels [kTileC][kPitchPQ].
 template <class T, Fill kFill>
 struct Filler {
-  static constexpr int kRowsK = T::kThreads / 8;  // unpacked weights: 8 threads side by side along the reduction
-  static constexpr int kTermSlices = T::kThreads / T::kTileC;  // slices whose terms are made at once, one by each thread
 
   FpropArgs const& a;
   Smem<T, kFill>& smem;
@@ -151,7 +124,7 @@ struct Filler {
   uint32_t taps[kPixels];
 
   __device__ __forceinline__ Filler(FpropArgs const& args, FpropPlan const& plan, Smem<T, kFill>& shared,
-                                    TileView<T> const& view, int32_t first_slice)
+                                    View<T> const& view, int32_t first_slice)
       : a(args), smem(shared), origin(first_slice), slice(first_slice), made(first_slice), r(0), s(0) {
     if constexpr (kFill == Fill::kTaps) {
 #pragma unroll
@@ -184,13 +157,13 @@ struct Filler {
     }
   }
 
-  // Terms of kTermSlices slices from `first` on, into the half of the table that is not in use.
+  // Terms of T::kTermSlices slices from `first` on, into the half of the table that is not in use.
   __device__ __forceinline__ void make_terms(int32_t first) const {
     int32_t const j = first * T::kTileC + threadIdx.x;
     int32_t rs = 0;
     Term term{0, kOutside, 0};
     if (j < a.CRS) term = make_term(a, j, &rs);
-    auto* const table = smem.term[(first - origin) / kTermSlices % 2];
+    auto* const table = smem.term[(first - origin) / T::kTermSlices % 2];
     if constexpr (kFill == Fill::kTaps) {
       table[threadIdx.x] = Tap{static_cast<int32_t>(term.offset), j < a.CRS ? 1u << rs : 0u};
     } else {
@@ -212,7 +185,7 @@ struct Filler {
       float* const dst = w_smem + lane * T::kPitchK + row;
       int64_t index = w_index;
 #pragma unroll
-      for (int k = 0; k < T::kTileK; k += kRowsK, index += int64_t{kRowsK} * a.CRS) {
+      for (int k = 0; k < T::kTileK; k += T::kRowsK, index += int64_t{T::kRowsK} * a.CRS) {
 #pragma unroll
         for (int j = 0; j < T::kTileC; j += 8)
           copy_element<kFill>(dst + j * T::kPitchK + k, a.p.w, index + j, a.p.w_type, k < rows_k && j < terms);
@@ -226,7 +199,7 @@ struct Filler {
       int32_t const row = threadIdx.x / 8, lane = threadIdx.x % 8;
       int64_t const offset = x_offset + lane * a.p.x_stride[1];
 #pragma unroll
-      for (int i = 0; i < T::kTilePQ; i += kRowsK) {
+      for (int i = 0; i < T::kTilePQ; i += T::kRowsK) {
         Pixel const pixel = smem.pixel[i + row];
         bool const valid = inside(a, pixel, dh, dw);
 #pragma unroll
@@ -243,7 +216,7 @@ struct Filler {
     for (int i = 0; i < kPixels; ++i) {
       float* const dst = x_smem + first * T::kPitchPQ + i * T::kThreads + lane;
       if constexpr (kFill == Fill::kTaps) {
-        Tap const* const table = &smem.term[(made - origin) / kTermSlices % 2][(slice - made) * T::kTileC + first];
+        Tap const* const table = &smem.term[(made - origin) / T::kTermSlices % 2][(slice - made) * T::kTileC + first];
 #pragma unroll
         for (int j = 0; j < kTerms; j += 2) {
           int4 const two = *reinterpret_cast<int4 const*>(table + j);
@@ -260,7 +233,7 @@ struct Filler {
         } else {
 #pragma unroll
           for (int j = 0; j < kTerms; ++j) {
-            Term const term = smem.term[(made - origin) / kTermSlices % 2][(slice - made) * T::kTileC + first + j];
+            Term const term = smem.term[(made - origin) / T::kTermSlices % 2][(slice - made) * T::kTileC + first + j];
             copy_element<kFill>(dst + j * T::kPitchPQ, a.p.x, pixel.offset + term.offset, a.p.x_type,
                                 inside(a, pixel, term.dh, term.dw));
           }
@@ -286,8 +259,8 @@ struct Filler {
       }
     } else {
       w_index += T::kTileC;
-      if (slice == made) make_terms(made + kTermSlices);
-      if (slice + 1 == made + kTermSlices) made += kTermSlices;
+      if (slice == made) make_terms(made + T::kTermSlices);
+      if (slice + 1 == made + T::kTermSlices) made += T::kTermSlices;
     }
     ++slice;
   }
@@ -297,7 +270,7 @@ struct Filler {
 
 // Accumulates slices first .. last - 1 of one tile into acc[filter][pixel].
 template <class T, Fill kFill>
-__device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& plan, TileView<T> const& view,
+__device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& plan, View<T> const& view,
                                            int32_t first, int32_t last, Smem<T, kFill>& smem, float (&acc)[T::kThreadK][T::kThreadPQ]) {
   Filler<T, kFill> filler(a, plan, smem, view, first);
   int32_t fill_stage = 0;
@@ -347,39 +320,7 @@ __device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& 
   }
 }
 
-// Writes y = b - sum for filter k and four pixels side by side; 16 bytes at once where they lie side by side in y.
-__device__ __forceinline__ void store4(FpropArgs const& a, int32_t k, int32_t pixel, float4 const& sum) {
-  float const b = a.p.b != nullptr ? load_as_float(a.p.b, k, a.p.w_type) : -0.f;  // -0 - sum is -sum, with its sign of zero
-  float const y[4] = {b - sum.x, b - sum.y, b - sum.z, b - sum.w};
-  int64_t const map = k * a.p.y_stride[1];
-  if (a.y_vectors) {
-    int32_t pq;
-    int32_t const n = a.div_PQ.divmod(pixel, &pq);
-    if (pixel < a.NPQ)
-      *reinterpret_cast<float4*>(static_cast<float*>(a.p.y) + n * a.p.y_stride[0] + map + pq) = make_float4(y[0], y[1], y[2], y[3]);
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if (pixel + j >= a.NPQ) return;
-    int32_t pq, q;
-    int32_t const n = a.div_PQ.divmod(pixel + j, &pq);
-    int32_t const p = a.div_Q.divmod(pq, &q);
-    store_from_float(a.p.y, n * a.p.y_stride[0] + map + p * a.p.y_stride[2] + q * a.p.y_stride[3], a.p.y_type, y[j]);
-  }
-}
-
 // ---- kernels
-
-// Sums of one split of one tile in the workspace, 16 bytes a thread and item: [split][tile][item][thread].
-template <class T>
-__device__ __forceinline__ int64_t partial_index(FpropPlan const& plan, int32_t split, int32_t tile, int32_t item) {
-  return ((int64_t{split} * plan.tiles + tile) * (T::kThreadK * T::kThreadPQ / 4) + item) * T::kThreads + threadIdx.x;
-}
-
-__device__ __forceinline__ float4* partial_sums(FpropArgs const& a, FpropPlan const& plan) {
-  return reinterpret_cast<float4*>(static_cast<char*>(a.p.workspace) + plan.packed_bytes);
-}
 
 // Weights [K, Cg, R, S] to [groups][Cg / channels][R * S][channels][pitch], zeros behind the filters of a group: in the
 // order of the slices. A block moves 32 filters by 32 terms through shared memory.
@@ -414,87 +355,46 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     adder2d_fprop_simt_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ FpropPlan const plan) {
   extern __shared__ __align__(16) unsigned char smem_bytes[];
   launch_dependents();
-  TileView<T> const view(a, plan, blockIdx.x);
-  int32_t const split = blockIdx.y;
-  int32_t const first = plan.slices * split / plan.splits, last = plan.slices * (split + 1) / plan.splits;
+  View<T> const view(a, plan, blockIdx.x);
+  int32_t const first = plan.slices * blockIdx.y / plan.splits, last = plan.slices * (blockIdx.y + 1) / plan.splits;
   float acc[T::kThreadK][T::kThreadPQ] = {};
   if constexpr (kIsPacked<kFill>) wait_for_primary();
   accumulate(a, plan, view, first, last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), acc);
 #pragma unroll
-  for (int i = 0; i < T::kThreadK; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float const* const v = &acc[i][half * 4];
-      float4 const sum = make_float4(v[0], v[1], v[2], v[3]);
-      if (plan.splits > 1) {
-        partial_sums(a, plan)[partial_index<T>(plan, split, blockIdx.x, i * 2 + half)] = sum;
-      } else if (view.k(i) < view.end_k) {
-        store4(a, view.k(i), view.pixel(half * 4), sum);
-      }
-    }
+  for (int item = 0; item < View<T>::kItems; ++item) {
+    float const* const v = &acc[item / 2][item % 2 * 4];
+    finish(a, plan, view, item, make_float4(v[0], v[1], v[2], v[3]));
   }
-}
-
-// Adds the splits of item blockIdx.y of tile blockIdx.x, in order, so that results repeat exactly.
-template <class T>
-__global__ void __launch_bounds__(T::kThreads)
-    adder2d_fprop_reduce_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ FpropPlan const plan) {
-  TileView<T> const view(a, plan, blockIdx.x);
-  int32_t const item = blockIdx.y;
-  wait_for_primary();
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-  for (int32_t split = 0; split < plan.splits; ++split) {
-    float4 const v = partial_sums(a, plan)[partial_index<T>(plan, split, blockIdx.x, item)];
-    sum.x += v.x;
-    sum.y += v.y;
-    sum.z += v.z;
-    sum.w += v.w;
-  }
-  if (view.k(item / 2) < view.end_k) store4(a, view.k(item / 2), view.pixel(item % 2 * 4), sum);
 }
 
 // ---- launcher
 
 template <class T, Fill kFill>
 cudaError_t launch_tile(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  auto const kernel = adder2d_fprop_simt_kernel<T, kFill>;
-  constexpr size_t kSmemBytes = sizeof(Smem<T, kFill>);
-  if (kSmemBytes > 48 * 1024) {
-    cudaError_t const error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
-    if (error != cudaSuccess) return error;
-  }
-  dim3 const grid(plan.tiles, plan.splits);
-  cudaError_t error = cudaSuccess;
   if (kIsPacked<kFill>) {
     int32_t const pitch = plan.tiles_k * T::kTileK;
-    dim3 const pack_grid(ceil_div(args.CRS, kPackTile), ceil_div(pitch, kPackTile), args.p.groups);
-    adder2d_pack_kernel<<<pack_grid, kPackTile * kPackRows, 0, stream>>>(args, pitch, T::kTileC);
-    error = cudaGetLastError();
-    if (error == cudaSuccess) error = launch_dependent(kernel, grid, dim3(T::kThreads), kSmemBytes, stream, args, plan);
-  } else {
-    kernel<<<grid, T::kThreads, kSmemBytes, stream>>>(args, plan);
-    error = cudaGetLastError();
+    dim3 const grid(ceil_div(args.CRS, kPackTile), ceil_div(pitch, kPackTile), args.p.groups);
+    adder2d_pack_kernel<<<grid, kPackTile * kPackRows, 0, stream>>>(args, pitch, T::kTileC);
+    cudaError_t const error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
   }
-  if (error != cudaSuccess || plan.splits == 1) return error;
-  return launch_dependent(adder2d_fprop_reduce_kernel<T>, dim3(plan.tiles, T::kThreadK * T::kThreadPQ / 4), dim3(T::kThreads), 0,
-                          stream, args, plan);
+  return launch_tiled<View<T>>(adder2d_fprop_simt_kernel<T, kFill>, sizeof(Smem<T, kFill>), kIsPacked<kFill>, args, plan, stream);
 }
 
-// Wide tiles first. Their kPlan entries below must be in the order of launch_fprop_simt.
 using Tile64x128 = Tile<64, 128, 16, 3>;
 using Tile128x64 = Tile<128, 64, 16, 3>;
 using Tile32x256 = Tile<32, 256, 8, 3>;
 using Tile16x512 = Tile<16, 512, 8, 3>;
 
-struct TileSize {
-  int32_t k, pq, c;
-};
 template <class T>
-constexpr TileSize size_of() {
-  return {T::kTileK, T::kTilePQ, T::kTileC};
-}
-constexpr TileSize kTiles[] = {size_of<Tile64x128>(), size_of<Tile128x64>(), size_of<Tile32x256>(), size_of<Tile16x512>()};
+constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC};
+// In the order of launch_fprop_simt.
+constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile128x64>, kSizeOf<Tile32x256>, kSizeOf<Tile16x512>};
+constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
+
+constexpr double kRate = 48;           // accumulated terms a cycle and multiprocessor, of 64
+constexpr double kPackCycles = 100e3;  // a shorter kernel does not earn the packing back
+
 Fill choose_fill(FpropArgs const& a, bool packed) {
   if (a.p.x_type != ADDER2D_FLOAT32 || a.p.w_type != ADDER2D_FLOAT32) return Fill::kAny;
   if (packed) return a.p.x_stride[1] == 1 && a.p.x_stride[3] != 1 ? Fill::kChannels : Fill::kPixels;
@@ -516,64 +416,21 @@ cudaError_t launch_any_fill(FpropArgs const& args, FpropPlan const& plan, cudaSt
 
 }  // namespace
 
-// Predicted cycles, from measurements on an H200 (docs/performance.md).
-constexpr double kPackCycles = 100e3;
-constexpr int32_t kMaxSplits = 64;
-constexpr int32_t kMaxSplitBlocks = 8;  // a multiprocessor; with it the workspace is bounded whatever the problem
-
-static double predict(int64_t tiles, int32_t splits, int32_t slices, TileSize const& size, int32_t multiprocessors) {
-  double const slice = 2.0 * size.k * size.pq * size.c / 128;  // cycles of one slice that has a multiprocessor to itself
-  int64_t const blocks = ceil_div(tiles * splits, int64_t{multiprocessors});  // of the busiest multiprocessor
-  // Blocks of one multiprocessor hide each other's waits.
-  double const hidden = blocks >= 3 ? 1.0 : blocks == 2 ? 1.2 : 1.8;
-  double const fixed = 3000.0;  // first copies and the epilogue, of which most is hidden too
-  double cycles = blocks * hidden * (ceil_div(slices, splits) * slice + fixed * 0.3) + fixed;
-  if (splits > 1) {
-    double const bytes = 2.0 * 4 * splits * tiles * size.k * size.pq;  // written and read again
-    cycles += 4000 + bytes / (multiprocessors * 12.0);
-  }
-  return cycles;
-}
-
 FpropPlan plan_fprop_simt(FpropArgs const& args) {
-  int32_t const multiprocessors = multiprocessor_count();
-  FpropPlan best{};
-  double best_cycles = 0;
-  for (int32_t index = 0; index < static_cast<int32_t>(sizeof(kTiles) / sizeof(kTiles[0])); ++index) {
-    TileSize const& size = kTiles[index];
-    FpropPlan plan{};
-    plan.tile = index;
-    plan.tiles_k = ceil_div(args.Kg, size.k);
-    plan.tiles_pq = ceil_div(args.NPQ, size.pq);
-    plan.tiles = plan.tiles_k * plan.tiles_pq * args.p.groups;
-    plan.slices = ceil_div(args.CRS, size.c);
-    for (plan.splits = 1; plan.splits <= plan.slices && plan.splits <= kMaxSplits; ++plan.splits) {
-      int64_t const blocks = int64_t{plan.tiles} * plan.splits;
-      if (plan.splits > 1 && blocks > int64_t{kMaxSplitBlocks} * multiprocessors) break;
-      double const cycles = predict(plan.tiles, plan.splits, plan.slices, size, multiprocessors);
-      if (best_cycles != 0 && cycles >= best_cycles) continue;
-      plan.workspace_bytes = plan.splits > 1 ? static_cast<size_t>(blocks) * size.k * size.pq * sizeof(float) : 0;
-      best = plan;
-      best_cycles = cycles;
-    }
-  }
-  // Packing the weights is a small kernel of its own: worth it where the main one is long, and for NHWC.
+  double cycles;
+  auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return ceil_div(a.CRS, size.c); };
+  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, kRate, &cycles);
   bool const channels = args.p.x_stride[1] == 1 && args.p.x_stride[3] != 1;
   if (args.Cg % 16 == 0 && args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 &&
-      (channels || best_cycles > kPackCycles))
-    best.packed_bytes = size_t{4} * args.p.groups * args.CRS * best.tiles_k * kTiles[best.tile].k;
-  best.workspace_bytes += best.packed_bytes;
-  return best;
+      (channels || cycles > kPackCycles))
+    plan.packed_bytes = size_t{4} * args.p.groups * args.CRS * plan.tiles_k * kTiles[plan.tile].k;
+  plan.workspace_bytes += plan.packed_bytes;
+  return plan;
 }
 
 size_t fprop_simt_workspace_bound(FpropArgs const& args) {
-  int32_t widest = 0, largest = 0;
-  for (TileSize const& size : kTiles) {
-    widest = size.k > widest ? size.k : widest;
-    largest = size.k * size.pq > largest ? size.k * size.pq : largest;
-  }
-  size_t const packed = size_t{4} * args.p.groups * args.CRS * ceil_div(args.Kg, widest) * widest;
-  return packed + size_t{4} * kMaxSplitBlocks * multiprocessor_count() * largest;
+  int32_t const pitch = ceil_div(args.Kg, 128) * 128;  // of the widest tile
+  return size_t{4} * args.p.groups * args.CRS * pitch + split_bytes_bound(kTiles, kTileCount);
 }
 
 cudaError_t launch_fprop_simt(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
