@@ -6,6 +6,7 @@ Importing this file needs torch alone. Where torch2trt is installed, it also imp
 import copy
 import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,9 +52,8 @@ def missing() -> str | None:
 def convert(model: nn.Module, inputs: Tensor | Sequence[Any], **torch2trt_kwargs: Any) -> nn.Module:
     """Converts `model` with torch2trt and checks the engine against PyTorch.
 
-    Foreign adder layers (see `adopt`) are converted on a copy that shares the parameters; `model` stays as it is. The
-    engine's outputs on `inputs` must agree with PyTorch's as far as rounding in this network can explain (see
-    `rounding_bounds`), and be finite where PyTorch's are.
+    Foreign adder layers (see `adopt`) are converted too; `model` stays as it is. The engine's outputs on `inputs` must agree
+    with PyTorch's as far as rounding in this network can explain (see `rounding_bounds`), and be finite where PyTorch's are.
 
     Args:
         model: a network in eval mode on a GPU; float32 or float16.
@@ -76,17 +76,16 @@ def convert(model: nn.Module, inputs: Tensor | Sequence[Any], **torch2trt_kwargs
         raise RuntimeError(f"convert: {reason}")
     _check_devices(model, example)
 
-    ours = _adopted_copy(model)
     fp16 = bool(torch2trt_kwargs.get("fp16_mode", False))
     with torch.no_grad(), torch.cuda.device(next(t.device for t in tree_leaves(example) if isinstance(t, Tensor))):
         expected = model(*example)
-        bounds = rounding_bounds(ours, example, fp16)
-        model_trt = torch2trt.torch2trt(ours, inputs, **torch2trt_kwargs)
+        model_trt = torch2trt.torch2trt(model, inputs, **torch2trt_kwargs)
         if model_trt.engine is None:
             raise RuntimeError("convert: TensorRT could not build an engine; its log above says why (log_level="
                                "tensorrt.Logger.INFO makes it say more).")
         # TRTModule frees a contiguous copy of its input before the engine has read it; a hook's result lives long enough.
         model_trt.register_forward_pre_hook(lambda module, args: tree_map(_contiguous, args))
+        bounds = rounding_bounds(_adopted_copy(model), example, fp16)
         flatten = model_trt.output_flattener.flatten
         _compare(flatten(model_trt(*example)), flatten(expected), flatten(bounds), fp16)
     return model_trt
@@ -173,7 +172,7 @@ def rounding_bounds(model: nn.Module, inputs: Sequence[Any], fp16: bool = False)
       its result stays float32 for `fp16`, its input is rounded where it is computed.
     * convolutions and matrix products over L terms: u * (1 + sqrt(L) / 4) of |y| + rms(y), for rounded factors and for
       partial sums of both signs, whose roundings add up like a random walk; in float32 on a GPU plus 2^-10 of it, since both
-      PyTorch and TensorRT may take TF32.
+      PyTorch and TensorRT may take TF32 (NVIDIA_TF32_OVERRIDE=0 forbids it to both).
     * everything else: u of |y|.
     """
     with torch.no_grad():
@@ -238,7 +237,7 @@ class _Rounding(TorchDispatchMode):
             return self.move(result, (torch.finfo(result.dtype).eps + sums) * size)
         if packet in _TERMS:
             relative = _unit(result, self.fp16) * (1 + math.sqrt(_TERMS[packet](args)) / 4)
-            if result.dtype is torch.float32 and result.is_cuda:
+            if result.dtype is torch.float32 and result.is_cuda and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
                 relative += 2**-10
             size = result.float().abs()
             return self.move(result, relative * (size + size.square().mean().sqrt()))
