@@ -1,4 +1,5 @@
 """The command `torch2trt-adder`, run as users run it."""
+
 import os
 import pathlib
 import re
@@ -27,7 +28,9 @@ def test_help_names_the_verbs() -> None:
         assert all(text in result.stdout for text in ("demo", "info", "torch2trt(model, [x])", "exit codes"))
 
 
-@pytest.mark.parametrize("arguments", [["frobnicate"], ["demo", "--epochs", "0"], ["demo", "--epochs", "many"], ["info", "--no"]])
+@pytest.mark.parametrize(
+    "arguments", [["frobnicate"], ["demo", "--epochs", "0"], ["demo", "--epochs", "many"], ["info", "--no"]]
+)
 def test_wrong_usage(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.returncode == 2 and "usage: torch2trt-adder" in result.stderr and "Traceback" not in result.stderr
@@ -52,8 +55,10 @@ def test_a_failure_is_one_sentence(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     result = run("demo", "--checkpoint", "file/x.pth", folder=tmp_path)
     assert result.returncode == 1
-    assert re.fullmatch(r"error: the checkpoint cannot be written to file/x\.pth \(.*\); name another file with --checkpoint\n",
-                        result.stderr)
+    assert re.fullmatch(
+        r"error: the checkpoint cannot be written to file/x\.pth \(.*\); name another file with --checkpoint\n",
+        result.stderr,
+    )
     assert result.stdout.splitlines()[-1] == "FAILED | torch2trt-adder demo --checkpoint file/x.pth"
 
 
@@ -64,7 +69,9 @@ def test_demo(tmp_path: pathlib.Path) -> None:
     assert lines[-1] == "PASSED | torch2trt-adder demo --epochs 2 --checkpoint out/digits.pth"
     accuracy = float(re.search(r"Accuracy on the other 360 digits: ([\d.]+)%", result.stdout)[1])
     assert accuracy > 50  # two epochs; guessing gives 10
-    assert len(re.findall(r"^Layer conv\d on the CPU against the definition in float64", result.stdout, re.MULTILINE)) == 2
+    assert (
+        len(re.findall(r"^Layer conv\d on the CPU against the definition in float64", result.stdout, re.MULTILINE)) == 2
+    )
     assert "44/44" in result.stderr  # the progress bar at its end
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["digits.pth"]
     addernet_mnist().load_state_dict(torch.load(tmp_path / "out" / "digits.pth", weights_only=True))

@@ -1,4 +1,5 @@
 """convert() without a GPU: its errors, and the bounds by which it judges an engine. Engines are in test_engines.py."""
+
 import copy
 
 import pytest
@@ -11,7 +12,7 @@ from torch2trt_adder.models import addernet_mnist, resnet20
 
 
 def calibrated(model: nn.Module, *shape: int) -> nn.Module:
-    """`model` in eval mode, with the BatchNorm statistics of one random batch: untrained ones let ReLU cut everything off."""
+    """`model` in eval mode, with BatchNorm statistics of a random batch: with untrained ones ReLU cuts all off."""
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
@@ -21,6 +22,7 @@ def calibrated(model: nn.Module, *shape: int) -> nn.Module:
 
 
 # ---- errors: one sentence, before anything is converted
+
 
 def small() -> nn.Module:
     return nn.Sequential(Adder2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()).eval()
@@ -32,7 +34,9 @@ def test_no_gpu() -> None:
         torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)])
 
 
-@pytest.mark.parametrize("absent, remedy", [("tensorrt", "pip install 'tensorrt>=8.6,<11'"), ("torch2trt", "pip install git\\+")])
+@pytest.mark.parametrize(
+    "absent, remedy", [("tensorrt", "pip install 'tensorrt>=8.6,<11'"), ("torch2trt", "pip install git\\+")]
+)
 def test_package_missing(monkeypatch: pytest.MonkeyPatch, absent: str, remedy: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None if name == absent else object())
@@ -44,7 +48,9 @@ def test_package_missing(monkeypatch: pytest.MonkeyPatch, absent: str, remedy: s
 def test_torch2trt_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(converter, "_import_error", AttributeError("module 'tensorrt' has no attribute 'CalibrationAlgoType'"))
+    monkeypatch.setattr(
+        converter, "_import_error", AttributeError("module 'tensorrt' has no attribute 'CalibrationAlgoType'")
+    )
     with pytest.raises(RuntimeError, match="torch2trt cannot be imported .*CalibrationAlgoType.*TensorRT 8.5 to 10"):
         torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)])
 
@@ -88,14 +94,19 @@ def test_inputs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- the comparison of engine and model
 
+
 def test_compare_raises_for_lost_values() -> None:
     y0, bound = torch.tensor([1.0, -2.0]), torch.tensor(0.1)
     converter._compare([torch.tensor([1.05, -2.05])], [y0], [bound], fp16=False)
-    with pytest.raises(RuntimeError, match="1 of 2 values in output 0 of the engine are infinite or NaN.*try fp16_mode=False"):
+    with pytest.raises(
+        RuntimeError, match="1 of 2 values in output 0 of the engine are infinite or NaN.*try fp16_mode=False"
+    ):
         converter._compare([torch.tensor([1.0, -torch.inf])], [y0], [bound], fp16=True)
     with pytest.raises(RuntimeError, match="1 of 2 values"):
         converter._compare([torch.tensor([torch.nan, -2.0])], [y0], [bound], fp16=False)
-    with pytest.raises(RuntimeError, match=r"differs from PyTorch's by up to 0\.2, beyond the 0\.1 that rounding explains"):
+    with pytest.raises(
+        RuntimeError, match=r"differs from PyTorch's by up to 0\.2, beyond the 0\.1 that rounding explains"
+    ):
         converter._compare([torch.tensor([1.2, -2.0])], [y0], [bound], fp16=False)
     with pytest.raises(RuntimeError, match=r"output 0 of the engine is \[1\], PyTorch's is \[2\]"):
         converter._compare([torch.tensor([1.0])], [y0], [bound], fp16=False)
@@ -104,7 +115,10 @@ def test_compare_raises_for_lost_values() -> None:
 NETWORKS = {
     "addernet_mnist": (addernet_mnist, (8, 1, 28, 28)),
     "resnet20": (resnet20, (8, 3, 32, 32)),
-    "adders_only": (lambda: nn.Sequential(Adder2d(3, 8, 3, stride=2), Adder2d(8, 5, 3, bias=True, groups=1)), (2, 3, 20, 20)),
+    "adders_only": (
+        lambda: nn.Sequential(Adder2d(3, 8, 3, stride=2), Adder2d(8, 5, 3, bias=True, groups=1)),
+        (2, 3, 20, 20),
+    ),
 }
 
 
@@ -127,7 +141,7 @@ def test_bounds_hold_float32_and_catch_a_wrong_tap(name: str) -> None:
 
 
 def test_bounds_hold_float16_rounding() -> None:
-    """A network whose activations are rounded to float16 between the layers stays within the fp16 bound, not the fp32 one."""
+    """A network with activations rounded to float16 between its layers is within the fp16 bound, not the fp32 one."""
     torch.manual_seed(0)
     model = calibrated(resnet20(), 8, 3, 32, 32)
     x = torch.randn(8, 3, 32, 32)
@@ -161,6 +175,7 @@ def test_bounds_leave_no_trace() -> None:
 
 # ---- foreign layers
 
+
 class adder2d(nn.Module):  # the published class's name and attributes
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +183,9 @@ class adder2d(nn.Module):  # the published class's name and attributes
         self.adder = nn.Parameter(torch.randn(4, 3, 3, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return -torch.cdist(self.adder.flatten(1), nn.functional.unfold(x, 3, 1, 1, 1).mT, p=1).view(len(x), 4, *x.shape[2:])
+        return -torch.cdist(self.adder.flatten(1), nn.functional.unfold(x, 3, 1, 1, 1).mT, p=1).view(
+            len(x), 4, *x.shape[2:]
+        )
 
 
 def test_adopted_copy_shares_parameters_and_leaves_the_model_alone() -> None:

@@ -1,12 +1,13 @@
 """Engines made by torch2trt, on a GPU with real TensorRT: plain torch2trt(model, [x]) and convert().
 
-Tolerance. An engine is compared with the same network in float64. What rounding may do to the output depends on the network:
-BatchNorm subtracts the large mean of an adder layer's sums and divides by their small spread, which magnifies the relative
-error of the sums, 2 * eps * sqrt(CRS) at most (conftest.py), by mean / spread; and the errors of all layers add up.
-converter.rounding_bounds carries the bounds of the single operations through the very network; test_converter.py shows that
-its result holds float32 (float16) arithmetic and still catches one wrong tap. Here the engine must stay within it, and it must
-be small itself.
+Tolerance. An engine is compared with the same network in float64. What rounding may do to the output depends on the
+network: BatchNorm subtracts the large mean of an adder layer's sums and divides by their small spread, which magnifies
+the relative error of the sums, 2 * eps * sqrt(CRS) at most (conftest.py), by mean / spread; and the errors of all
+layers add up. converter.rounding_bounds carries the bounds of the single operations through the very network;
+test_converter.py shows that its result holds float32 (float16) arithmetic and still catches one wrong tap. Here the
+engine must stay within it, and it must be small itself.
 """
+
 import copy
 import json
 import os
@@ -42,7 +43,7 @@ def torch2trt(*args, **kwargs) -> nn.Module:
 
 
 def calibrated(model: nn.Module, x: Tensor) -> nn.Module:
-    """`model` on the GPU in eval mode, its BatchNorm statistics those of x: untrained ones let ReLU cut everything off."""
+    """`model` on the GPU in eval mode, with BatchNorm statistics of x: with untrained ones ReLU cuts everything off."""
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
@@ -60,8 +61,10 @@ def check(engine: nn.Module, model: nn.Module, x: Tensor, fp16: bool = False) ->
     assert y.dtype == model(x).dtype and y.shape == exact.shape
     assert y.isfinite().all()
     largest, difference = exact.abs().max().item(), (y.double() - exact).abs().max().item()
-    print(f"{type(model).__name__} batch {len(x)}{' fp16' if fp16 else ''}: relative difference {difference / largest:.2e}, "
-          f"allowed {bound / largest:.2e}")
+    print(
+        f"{type(model).__name__} batch {len(x)}{' fp16' if fp16 else ''}: relative difference "
+        f"{difference / largest:.2e}, allowed {bound / largest:.2e}"
+    )
     assert bound < _SHARP[fp16 or x.dtype is torch.float16] * largest
     assert difference <= bound
 
@@ -80,13 +83,18 @@ def layer_names(engine: nn.Module) -> list[str]:
 
 # ---- networks
 
+
 class Block(nn.Module):
     """A nested module with a residual connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(Adder2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(),
-                                  nn.Sequential(Adder2d(channels, channels, (1, 3), padding=(0, 1), bias=True)))
+        self.body = nn.Sequential(
+            Adder2d(channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Sequential(Adder2d(channels, channels, (1, 3), padding=(0, 1), bias=True)),
+        )
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,11 +102,13 @@ class Block(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Strides, paddings, dilations and kernels that differ per axis, groups, depth-wise, bias, one filter, functional use."""
+    """Strides, paddings, dilations, kernels that differ per axis; groups, depth-wise, bias, one filter, a function."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(Adder2d(3, 24, (3, 5), stride=(1, 2), padding=(1, 3), bias=True), nn.BatchNorm2d(24), nn.ReLU())
+        self.stem = nn.Sequential(
+            Adder2d(3, 24, (3, 5), stride=(1, 2), padding=(1, 3), bias=True), nn.BatchNorm2d(24), nn.ReLU()
+        )
         self.dilated = nn.Sequential(Adder2d(24, 24, 3, padding=2, dilation=2, groups=4), nn.BatchNorm2d(24), nn.ReLU())
         self.depthwise = nn.Sequential(Adder2d(24, 24, 3, padding=(1, 0), groups=24), nn.BatchNorm2d(24), nn.ReLU())
         self.block = Block(24)
@@ -110,7 +120,9 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block(self.depthwise(self.dilated(self.stem(x))))
-        x = self.bn(torch2trt_adder.adder2d(x, self.weight, bias=self.bias, stride=(2, 1), padding=(0, 1), dilation=(1, 2)))
+        x = self.bn(
+            torch2trt_adder.adder2d(x, self.weight, bias=self.bias, stride=(2, 1), padding=(0, 1), dilation=(1, 2))
+        )
         return self.last_bn(self.last(F.relu(x)))
 
 
@@ -131,6 +143,7 @@ def network(name: str, batch: int = 64) -> tuple[nn.Module, Tensor, int]:
 
 
 # ---- plain torch2trt and convert
+
 
 @pytest.mark.parametrize("name", ["addernet_mnist", "mixed"])
 def test_torch2trt(name: str) -> None:
@@ -169,7 +182,9 @@ def test_convert_fp16(name: str) -> None:
 
 def test_dynamic_image_size() -> None:
     model, x, _ = network("mixed", 2)
-    engine = torch2trt(model, [x], min_shapes=[(1, 3, 12, 14)], opt_shapes=[(2, 3, 19, 26)], max_shapes=[(4, 3, 33, 40)])
+    engine = torch2trt(
+        model, [x], min_shapes=[(1, 3, 12, 14)], opt_shapes=[(2, 3, 19, 26)], max_shapes=[(4, 3, 33, 40)]
+    )
     for shape in ((1, 3, 12, 14), (2, 3, 19, 26), (3, 3, 33, 17), (4, 3, 33, 40)):
         check(engine, model, torch.randn(shape, device="cuda"))
 
@@ -220,6 +235,7 @@ def test_several_inputs_and_outputs() -> None:
 
 # ---- float16
 
+
 def test_half_model() -> None:
     """A float16 network keeps float16 between its layers, as in PyTorch."""
     torch.manual_seed(0)
@@ -249,7 +265,9 @@ WIDE = {  # the sums of every first layer pass float16's largest value, 65504
     "bias_bn_relu": lambda: nn.Sequential(_wide(bias=True), nn.BatchNorm2d(64), nn.ReLU()),
     "pool_bn_relu": lambda: nn.Sequential(_wide(), nn.MaxPool2d(2), nn.BatchNorm2d(64), nn.ReLU()),
     "sum_bn_relu": lambda: nn.Sequential(Sum(_wide(), _wide()), nn.BatchNorm2d(64), nn.ReLU()),
-    "bn_relu_adder_bn": lambda: nn.Sequential(_wide(), nn.BatchNorm2d(64), nn.ReLU(), Adder2d(64, 16, 3), nn.BatchNorm2d(16)),
+    "bn_relu_adder_bn": lambda: nn.Sequential(
+        _wide(), nn.BatchNorm2d(64), nn.ReLU(), Adder2d(64, 16, 3), nn.BatchNorm2d(16)
+    ),
     "adder_bn": lambda: nn.Sequential(_wide(), Adder2d(64, 16, 1), nn.BatchNorm2d(16)),
     "output": _wide,
 }
@@ -270,11 +288,19 @@ def test_fp16_with_sums_beyond_65504(name: str, convert: Callable) -> None:
 
 # ---- foreign layers
 
-class PublishedStyle(nn.Module):
-    """An adder layer as published code has it: im2col, then a broadcast difference; the batch goes through as channels."""
 
-    def __init__(self, input_channel: int, output_channel: int, kernel_size: int, stride: int = 1, padding: int = 0,
-                 bias: bool = False) -> None:
+class PublishedStyle(nn.Module):
+    """An adder layer as published code has it: im2col with the batch as channels, then a broadcast difference."""
+
+    def __init__(
+        self,
+        input_channel: int,
+        output_channel: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         self.stride, self.padding, self.kernel_size, self.bias = stride, padding, kernel_size, bias
         self.adder = nn.Parameter(torch.randn(output_channel, input_channel, kernel_size, kernel_size))
@@ -285,7 +311,9 @@ class PublishedStyle(nn.Module):
         n, _, h, w = x.size()
         k, r = self.adder.size(0), self.kernel_size
         p, q = ((size - r + 2 * self.padding) // self.stride + 1 for size in (h, w))
-        columns = F.unfold(x.view(1, -1, h, w), r, dilation=1, padding=self.padding, stride=self.stride).view(n, -1, p * q)
+        columns = F.unfold(x.view(1, -1, h, w), r, dilation=1, padding=self.padding, stride=self.stride).view(
+            n, -1, p * q
+        )
         columns = columns.permute(1, 2, 0).contiguous().view(columns.size(1), -1)
         output = -(self.adder.view(k, -1).unsqueeze(2) - columns.unsqueeze(0)).abs().sum(1)
         output = output.view(k, p, q, n).permute(3, 0, 1, 2).contiguous()
@@ -297,8 +325,12 @@ class PublishedStyle(nn.Module):
 def foreign() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 16, 12, device="cuda")
-    model = nn.Sequential(PublishedStyle(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(),
-                          nn.Sequential(PublishedStyle(8, 6, 3, stride=2, bias=True), nn.BatchNorm2d(6)))
+    model = nn.Sequential(
+        PublishedStyle(3, 8, 3, 1, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Sequential(PublishedStyle(8, 6, 3, stride=2, bias=True), nn.BatchNorm2d(6)),
+    )
     return calibrated(model, x), x
 
 
@@ -317,6 +349,7 @@ def test_foreign_layers(convert: Callable) -> None:
 
 
 # ---- a wrong engine is impossible
+
 
 class Unknown(nn.Module):
     """An adder layer that nobody can tell from its attributes, beside a path that torch2trt converts."""
@@ -355,12 +388,19 @@ class Direct(nn.Module):
         return F.relu(torch.ops.torch2trt_adder.adder2d(x, self.weight, None, [1, 1], [1, 1], [1, 1], 1))
 
 
-@pytest.mark.parametrize("model, reason", [
-    (Unknown, r"no converter for the result of the model \(Unknown\).*register_adder_class"),
-    (lambda: nn.Sequential(Unknown(), nn.ReLU()), r"no converter for the result of layer '0' \(Unknown\)"),
-    (lambda: nn.Sequential(NoAdder(), nn.ReLU()), r"0 \(NoAdder\) holds a parameter `adder`, but does not compute adder2d"),
-    (Direct, r"no converter for the result of the model \(Direct\)"),
-], ids=["unknown", "unknown_nested", "no_adder", "direct"])
+@pytest.mark.parametrize(
+    "model, reason",
+    [
+        (Unknown, r"no converter for the result of the model \(Unknown\).*register_adder_class"),
+        (lambda: nn.Sequential(Unknown(), nn.ReLU()), r"no converter for the result of layer '0' \(Unknown\)"),
+        (
+            lambda: nn.Sequential(NoAdder(), nn.ReLU()),
+            r"0 \(NoAdder\) holds a parameter `adder`, but does not compute adder2d",
+        ),
+        (Direct, r"no converter for the result of the model \(Direct\)"),
+    ],
+    ids=["unknown", "unknown_nested", "no_adder", "direct"],
+)
 @pytest.mark.parametrize("convert", [torch2trt, torch2trt_adder.convert], ids=["torch2trt", "convert"])
 def test_what_cannot_be_converted_raises(model: Callable, reason: str, convert: Callable) -> None:
     torch.manual_seed(0)
@@ -399,6 +439,7 @@ def test_devices() -> None:
 
 # ---- the engine
 
+
 @pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
 def test_no_reformat_of_constant_weights(fp16: bool) -> None:
     """Weights go into the plugin as they are: no kernel per inference prepares them."""
@@ -407,7 +448,11 @@ def test_no_reformat_of_constant_weights(fp16: bool) -> None:
     print("\n".join(names))
     plugins = [name for name in names if re.search(r"adder2d_\d+$", name) and not name.startswith("Reformat")]
     assert len(plugins) == layers
-    assert not [name for name in names if re.search(r"[Rr]eformat.*(Input Tensor [12] to .*adder2d|adder2d_\d+\.(weight|bias))", name)]
+    assert not [
+        name
+        for name in names
+        if re.search(r"[Rr]eformat.*(Input Tensor [12] to .*adder2d|adder2d_\d+\.(weight|bias))", name)
+    ]
 
 
 _LOAD = """

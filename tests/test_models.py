@@ -1,4 +1,5 @@
 """The networks: shapes, parameter names of the published checkpoints, layers."""
+
 import pytest
 import torch
 
@@ -36,26 +37,32 @@ def test_resnet50_has_the_published_names() -> None:
         assert list(resnet50().state_dict()) == expected
 
 
-@pytest.mark.parametrize("name, shape, stride, padding", [
-    ("layer1.0.conv1", (16, 16, 3, 3), 1, 1),
-    ("layer2.0.conv1", (32, 16, 3, 3), 2, 1),
-    ("layer2.0.conv2", (32, 32, 3, 3), 1, 1),
-    ("layer3.0.downsample.0", (64, 32, 1, 1), 2, 0),
-    ("layer3.2.conv2", (64, 64, 3, 3), 1, 1),
-])
+@pytest.mark.parametrize(
+    "name, shape, stride, padding",
+    [
+        ("layer1.0.conv1", (16, 16, 3, 3), 1, 1),
+        ("layer2.0.conv1", (32, 16, 3, 3), 2, 1),
+        ("layer2.0.conv2", (32, 32, 3, 3), 1, 1),
+        ("layer3.0.downsample.0", (64, 32, 1, 1), 2, 0),
+        ("layer3.2.conv2", (64, 64, 3, 3), 1, 1),
+    ],
+)
 def test_resnet20_layers(name: str, shape: tuple[int, ...], stride: int, padding: int) -> None:
     layer = resnet20().get_submodule(name)
     assert isinstance(layer, Adder2d)
     assert (tuple(layer.adder.shape), layer.stride, layer.padding) == (shape, (stride, stride), (padding, padding))
 
 
-@pytest.mark.parametrize("name, shape, stride, padding", [
-    ("layer1.0.conv1", (64, 64, 1, 1), 1, 0),
-    ("layer1.0.downsample.0", (256, 64, 1, 1), 1, 0),
-    ("layer2.0.conv1", (128, 256, 1, 1), 1, 0),
-    ("layer2.0.conv2", (128, 128, 3, 3), 2, 1),
-    ("layer4.2.conv3", (2048, 512, 1, 1), 1, 0),
-])
+@pytest.mark.parametrize(
+    "name, shape, stride, padding",
+    [
+        ("layer1.0.conv1", (64, 64, 1, 1), 1, 0),
+        ("layer1.0.downsample.0", (256, 64, 1, 1), 1, 0),
+        ("layer2.0.conv1", (128, 256, 1, 1), 1, 0),
+        ("layer2.0.conv2", (128, 128, 3, 3), 2, 1),
+        ("layer4.2.conv3", (2048, 512, 1, 1), 1, 0),
+    ],
+)
 def test_resnet50_layers(name: str, shape: tuple[int, ...], stride: int, padding: int) -> None:
     with torch.device("meta"):
         layer = resnet50().get_submodule(name)
@@ -71,11 +78,15 @@ def test_number_of_adder_layers() -> None:
         assert [count(addernet_mnist()), count(resnet20()), count(resnet50())] == [2, 20, 52]
 
 
-@pytest.mark.parametrize("model, shape, classes", [
-    (addernet_mnist, (2, 1, 28, 28), 10),
-    (lambda: resnet20(num_classes=100), (2, 3, 32, 32), 100),
-    (lambda: resnet50(num_classes=7), (1, 3, 64, 64), 7),
-], ids=["addernet_mnist", "resnet20", "resnet50"])
+@pytest.mark.parametrize(
+    "model, shape, classes",
+    [
+        (addernet_mnist, (2, 1, 28, 28), 10),
+        (lambda: resnet20(num_classes=100), (2, 3, 32, 32), 100),
+        (lambda: resnet50(num_classes=7), (1, 3, 64, 64), 7),
+    ],
+    ids=["addernet_mnist", "resnet20", "resnet50"],
+)
 def test_forward(model, shape: tuple[int, ...], classes: int) -> None:
     torch.manual_seed(0)
     network = model().train(shape[0] > 1)

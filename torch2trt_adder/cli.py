@@ -1,4 +1,5 @@
 """The command `torch2trt-adder`. Each verb is one call into another file."""
+
 import argparse
 import importlib
 import importlib.metadata
@@ -46,17 +47,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("torch2trt-adder", description=_DESCRIPTION, epilog=_EPILOG,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "torch2trt-adder",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"torch2trt-adder {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
     about = "train a small AdderNet on handwritten digits; with a GPU and TensorRT, convert it and compare"
-    demo = verbs.add_parser("demo", help=about, description=f"{about[0].upper()}{about[1:]}. Under a minute on two CPU cores.",
-                            epilog=_EPILOG)
-    demo.add_argument("--epochs", type=_positive, default=6, help="passes over the training digits (default: %(default)s)")
-    demo.add_argument("--checkpoint", type=pathlib.Path, default=pathlib.Path("addernet_mnist.pth"), metavar="FILE",
-                      help="where to write the trained parameters (default: %(default)s)")
+    demo = verbs.add_parser(
+        "demo",
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}. Under a minute on two CPU cores.",
+        epilog=_EPILOG,
+    )
+    demo.add_argument(
+        "--epochs", type=_positive, default=6, help="passes over the training digits (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--checkpoint",
+        type=pathlib.Path,
+        default=pathlib.Path("addernet_mnist.pth"),
+        metavar="FILE",
+        help="where to write the trained parameters (default: %(default)s)",
+    )
     demo.set_defaults(verb=_demo)
 
     about = "show torch, GPU, TensorRT, plugin library and torch2trt, and what each of them allows"
@@ -80,42 +96,41 @@ def _demo(options: argparse.Namespace) -> None:
 
 # ---- info
 
+
 def _info(options: argparse.Namespace) -> None:
-    for name, state, allows in _facts():
+    """What there is, its version or state, and what it allows."""
+
+    def show(name: str, state: str, allows: str) -> None:
         print(f"{name:<11}{state}\n{'':<11}{allows}")
 
-
-def _facts() -> list[tuple[str, str, str]]:
-    """What there is: name, version or state, what it allows."""
-    facts = [("torch", torch.__version__, "adder2d and Adder2d, forward and AdderNet's gradients, on the CPU"
-              + (" and on the GPU." if torch.cuda.is_available() else "; a GPU needs a CUDA build and an NVIDIA driver."))]
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(i)
-            facts.append((f"GPU {i}", f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}",
-                          "CUDA kernels and TensorRT engines; an engine runs only on the kind of GPU it was built on."))
-    else:
-        facts.append(("GPU", "none", "Without one, everything runs on the CPU except TensorRT engines."))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    where = "on the CPU and on the GPU." if gpus else "on the CPU; a GPU needs a CUDA build and an NVIDIA driver."
+    show("torch", torch.__version__, f"adder2d and Adder2d, forward and AdderNet's gradients, {where}")
+    for i in range(gpus):
+        major, minor = torch.cuda.get_device_capability(i)
+        state = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
+        show(f"GPU {i}", state, "CUDA kernels and TensorRT engines; an engine runs on the kind of GPU that built it.")
+    if not gpus:
+        show("GPU", "none", "Without one, everything runs on the CPU except TensorRT engines.")
 
     library.load()
-    facts.append(("library", str(library.path()), "Kernels and TensorRT plugin Adder2d in one file, for trtexec, Triton and C++ too."))
+    show("library", str(library.path()), "Kernels and TensorRT plugin in one file, for trtexec, Triton and C++ too.")
 
     module, version = _tensorrt()
     if module is None:
-        facts.append(("TensorRT", version, "pip install 'tensorrt>=8.6,<11' for torch2trt; the plugin itself serves 8.5 to 11."))
+        show("TensorRT", version, "pip install 'tensorrt>=8.6,<11' for torch2trt; the plugin itself serves 8.5 to 11.")
     else:
         plugin.register()
         kind = "IPluginV3" if int(version.partition(".")[0]) >= 10 else "IPluginV2DynamicExt"
-        facts.append(("TensorRT", version, f"The plugin Adder2d is registered as {kind}: engines with adder layers can be loaded."))
+        show("TensorRT", version, f"The plugin Adder2d is registered ({kind}): engines with adder layers load.")
 
-    state = _distribution("torch2trt")
     reason = converter.missing()
-    facts.append(("torch2trt", state, "torch2trt(model, [x]) and torch2trt_adder.convert(model, [x])." if reason is None
-                  else f"No conversion here. {reason}"))
-    return facts
+    allows = "torch2trt(model, [x]) and torch2trt_adder.convert(model, [x])."
+    show("torch2trt", _distribution("torch2trt"), allows if reason is None else f"No conversion here. {reason}")
 
 
 def _tensorrt() -> tuple[object | None, str]:
+    """TensorRT's module and version, or None and why there is none."""
     if not importlib.util.find_spec("tensorrt"):
         return None, "not installed"
     try:
@@ -136,5 +151,8 @@ def _distribution(name: str) -> str:
 
 def _versions() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return " | ".join([f"torch2trt-adder {__version__}", f"Python {platform.python_version()}", f"torch {torch.__version__}",
-                       f"TensorRT {_tensorrt()[1]}", f"torch2trt {_distribution('torch2trt')}", gpu])
+    python, torch2trt = platform.python_version(), _distribution("torch2trt")
+    return (
+        f"torch2trt-adder {__version__} | Python {python} | torch {torch.__version__} | TensorRT {_tensorrt()[1]} | "
+        f"torch2trt {torch2trt} | {gpu}"
+    )

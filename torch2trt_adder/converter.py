@@ -3,6 +3,7 @@
 Importing this file needs torch alone. Where torch2trt is installed, it also imports tracing.py, which makes a plain
 ``torch2trt(model, [x])`` work on adder layers.
 """
+
 import copy
 import importlib.util
 import math
@@ -29,36 +30,42 @@ if importlib.util.find_spec("torch2trt") and importlib.util.find_spec("tensorrt"
     except Exception as error:  # whatever it is, torch2trt cannot be called then, and `missing` tells why
         _import_error = error
     else:
-        from . import tracing
+        from . import tracing  # noqa: F401
 
 
 def missing() -> str | None:
     """What `convert` lacks on this machine and how to get it, as one sentence; None where everything is there."""
     if not torch.cuda.is_available():
-        return (f"torch {torch.__version__} finds no NVIDIA GPU here, on which TensorRT builds its engines: use a machine with a "
-                "GPU and a CUDA build of torch.")
+        return (
+            f"torch {torch.__version__} finds no NVIDIA GPU here, on which TensorRT builds its engines: use a "
+            "machine with a GPU and a CUDA build of torch."
+        )
     if not importlib.util.find_spec("tensorrt"):
         return "TensorRT is not installed: pip install 'tensorrt>=8.6,<11'."
     if not importlib.util.find_spec("torch2trt"):
         return "torch2trt is not installed: pip install git+https://github.com/NVIDIA-AI-IOT/torch2trt."
     if _import_error is not None:
-        return (f"torch2trt cannot be imported ({type(_import_error).__name__}: {_import_error}): torch2trt 0.5 works with "
-                "TensorRT 8.5 to 10.")
+        return (
+            f"torch2trt cannot be imported ({type(_import_error).__name__}: {_import_error}): torch2trt 0.5 works with "
+            "TensorRT 8.5 to 10."
+        )
     return None
 
 
 # ---- convert
 
+
 def convert(model: nn.Module, inputs: Tensor | Sequence[Any], **torch2trt_kwargs: Any) -> nn.Module:
     """Converts `model` with torch2trt and checks the engine against PyTorch.
 
-    Foreign adder layers (see `adopt`) are converted too; `model` stays as it is. The engine's outputs on `inputs` must agree
-    with PyTorch's as far as rounding in this network can explain (see `rounding_bounds`), and be finite where PyTorch's are.
+    Foreign adder layers (see `adopt`) are converted too; `model` stays as it is. The engine's outputs on `inputs` must
+    agree with PyTorch's as far as rounding in this network can explain (see `rounding_bounds`), and be finite where
+    PyTorch's are.
 
     Args:
         model: a network in eval mode on a GPU; float32 or float16.
         inputs: its positional arguments as a list or tuple, or one tensor; the example that torch2trt traces.
-        torch2trt_kwargs: fp16_mode, max_batch_size, min_shapes, opt_shapes, max_shapes and all else that torch2trt takes.
+        torch2trt_kwargs: fp16_mode, max_batch_size, min_shapes, opt_shapes, max_shapes and whatever torch2trt takes.
 
     Returns:
         torch2trt's TRTModule: called like `model`, saved with state_dict().
@@ -81,9 +88,11 @@ def convert(model: nn.Module, inputs: Tensor | Sequence[Any], **torch2trt_kwargs
         expected = model(*example)
         model_trt = torch2trt.torch2trt(model, inputs, **torch2trt_kwargs)
         if model_trt.engine is None:
-            raise RuntimeError("convert: TensorRT could not build an engine; its log above says why (log_level="
-                               "tensorrt.Logger.INFO makes it say more).")
-        # TRTModule frees a contiguous copy of its input before the engine has read it; a hook's result lives long enough.
+            raise RuntimeError(
+                "convert: TensorRT could not build an engine; its log above says why (log_level="
+                "tensorrt.Logger.INFO makes it say more)."
+            )
+        # TRTModule frees a contiguous copy of its input before the engine has read it; a hook's result lives on.
         model_trt.register_forward_pre_hook(lambda module, args: tree_map(_contiguous, args))
         bounds = rounding_bounds(_adopted_copy(model), example, fp16)
         flatten = model_trt.output_flattener.flatten
@@ -92,7 +101,7 @@ def convert(model: nn.Module, inputs: Tensor | Sequence[Any], **torch2trt_kwargs
 
 
 def _adopted_copy(model: nn.Module) -> nn.Module:
-    """`model` with its foreign adder layers adopted: a copy that shares parameters and buffers, or itself without any."""
+    """`model` with its foreign adder layers adopted: a copy that shares all tensors; itself without any."""
     if all(_layer_fields(layer) is None for layer in model.modules()):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -108,32 +117,44 @@ def _check_arguments(model: nn.Module, inputs: Any) -> Sequence[Any]:
     if not isinstance(inputs, (list, tuple)):
         if type(inputs).__module__.partition(".")[0] == "torch2trt" and len(inputs) > 0:  # one of torch2trt's datasets
             return _check_arguments(model, inputs[0])
-        raise TypeError(f"convert: inputs must be a list or tuple of the model's arguments, or a tensor, got "
-                        f"{type(inputs).__name__}; write convert(model, [x]).")
+        raise TypeError(
+            f"convert: inputs must be a list or tuple of the model's arguments, or a tensor, got "
+            f"{type(inputs).__name__}; write convert(model, [x])."
+        )
     for name, layer in model.named_modules():
         if layer.training:
-            raise ValueError(f"convert: {f'layer {name!r}' if name else 'the model'} is in training mode, where BatchNorm and "
-                             "dropout do not do what an engine does; call model.eval() first.")
-    named = [*((f"input {i}", t) for i, t in enumerate(tree_leaves(inputs)) if isinstance(t, Tensor)),
-             *((f"parameter {name!r}", t) for name, t in model.named_parameters())]
+            raise ValueError(
+                f"convert: {f'layer {name!r}' if name else 'the model'} is in training mode, where BatchNorm and "
+                "dropout do not do what an engine does; call model.eval() first."
+            )
+    named = [
+        *((f"input {i}", t) for i, t in enumerate(tree_leaves(inputs)) if isinstance(t, Tensor)),
+        *((f"parameter {name!r}", t) for name, t in model.named_parameters()),
+    ]
     for name, tensor in named:
         if tensor.dtype not in _DTYPES and not (tensor.dtype is torch.bool and name.startswith("input")):
-            raise TypeError(f"convert: {name} is {tensor.dtype}; torch2trt takes torch.float32 and torch.float16, so convert "
-                            "model and inputs with .float() or .half().")
+            raise TypeError(
+                f"convert: {name} is {tensor.dtype}; torch2trt takes torch.float32 and torch.float16, so convert "
+                "model and inputs with .float() or .half()."
+            )
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
         raise TypeError("convert: inputs holds no tensor; write convert(model, [x]) with an example input x.")
     return inputs
 
 
 def _check_devices(model: nn.Module, example: Sequence[Any]) -> None:
-    named = [*((f"input {i}", t) for i, t in enumerate(tree_leaves(example)) if isinstance(t, Tensor)),
-             *((f"parameter {name!r}", t) for name, t in model.named_parameters()),
-             *((f"buffer {name!r}", t) for name, t in model.named_buffers())]
+    named = [
+        *((f"input {i}", t) for i, t in enumerate(tree_leaves(example)) if isinstance(t, Tensor)),
+        *((f"parameter {name!r}", t) for name, t in model.named_parameters()),
+        *((f"buffer {name!r}", t) for name, t in model.named_buffers()),
+    ]
     device = named[0][1].device
     for name, tensor in named:
         if not tensor.is_cuda or tensor.device != device:
-            raise ValueError(f"convert: {name} is on {tensor.device}, but model and inputs must be on one GPU; move both with "
-                             ".cuda().")
+            raise ValueError(
+                f"convert: {name} is on {tensor.device}, but model and inputs must be on one GPU; move both with "
+                ".cuda()."
+            )
 
 
 def _compare(got: list[Tensor], expected: list[Tensor], bounds: list[Tensor], fp16: bool) -> None:
@@ -141,43 +162,52 @@ def _compare(got: list[Tensor], expected: list[Tensor], bounds: list[Tensor], fp
     remedy = "try fp16_mode=False" if fp16 else "please report this network"
     for i, (y, y0, bound) in enumerate(zip(got, expected, bounds, strict=True)):
         if y.shape != y0.shape:
-            raise RuntimeError(f"convert: output {i} of the engine is {list(y.shape)}, PyTorch's is {list(y0.shape)}; {remedy}.")
+            raise RuntimeError(
+                f"convert: output {i} of the engine is {list(y.shape)}, PyTorch's is {list(y0.shape)}; {remedy}."
+            )
         y, y0 = y.double(), y0.double()
         finite = y0.isfinite()
         lost = int((finite & ~y.isfinite()).sum())
         if lost > 0:
-            raise RuntimeError(f"convert: {lost} of {y.numel()} values in output {i} of the engine are infinite or NaN, where "
-                               f"PyTorch's are finite; {remedy}.")
+            raise RuntimeError(
+                f"convert: {lost} of {y.numel()} values in output {i} of the engine are infinite or NaN, where "
+                f"PyTorch's are finite; {remedy}."
+            )
         y, y0 = y[finite], y0[finite]
         if y.numel() == 0:
             continue
         difference, largest, limit = (y - y0).abs().max().item(), y0.abs().max().item(), bound.item()
         if difference > limit:
-            raise RuntimeError(f"convert: output {i} of the engine differs from PyTorch's by up to {difference:.3g}, beyond the "
-                               f"{limit:.3g} that rounding explains (largest value {largest:.3g}); {remedy}.")
+            raise RuntimeError(
+                f"convert: output {i} of the engine differs from PyTorch's by up to {difference:.3g}, beyond the "
+                f"{limit:.3g} that rounding explains (largest value {largest:.3g}); {remedy}."
+            )
 
 
 # ---- how far two correct implementations may differ
 
+
 def rounding_bounds(model: nn.Module, inputs: Sequence[Any], fp16: bool = False) -> Any:
-    """How far rounding alone may move each output of `model`: its output structure with a 0-d float64 tensor per tensor.
+    """How far rounding alone may move each output of `model`: a 0-d float64 tensor in the place of each tensor.
 
     A network's own condition decides that: BatchNorm subtracts a large mean from an adder layer's sums, which magnifies
     their rounding. So the bound is measured, not guessed: the model runs with the result of every operation moved by as
     much as rounding may move it there, up or down at random, `_TRIALS` times; the bound is `_FACTOR` times the largest
     change seen, the factor standing for the trials not made, plus one rounding of the output.
 
-    How much an operation's result may move, with u = eps / 2, one rounding of its type (float16's throughout for `fp16`):
+    How much an operation's result may move, with u = eps / 2 of its type, one rounding (of float16 for `fp16`):
     * adder2d: 2 * u + 2 * eps32 * sqrt(CRS) of |y| + |bias|, what sequential float32 sums of one sign stay within;
       its result stays float32 for `fp16`, its input is rounded where it is computed.
     * convolutions and matrix products over L terms: u * (1 + sqrt(L) / 4) of |y| + rms(y), for rounded factors and for
-      partial sums of both signs, whose roundings add up like a random walk; in float32 on a GPU plus 2^-10 of it, since both
-      PyTorch and TensorRT may take TF32 (NVIDIA_TF32_OVERRIDE=0 forbids it to both).
+      partial sums of both signs, whose roundings add up like a random walk; in float32 on a GPU plus 2^-10 of it, since
+      both PyTorch and TensorRT may take TF32 (NVIDIA_TF32_OVERRIDE=0 forbids it to both).
     * everything else: u of |y|.
     """
     with torch.no_grad():
         expected = model(*inputs)
-        bounds = tree_map(lambda t: torch.zeros((), dtype=torch.float64, device=t.device) if isinstance(t, Tensor) else t, expected)
+        bounds = tree_map(
+            lambda t: torch.zeros((), dtype=torch.float64, device=t.device) if isinstance(t, Tensor) else t, expected
+        )
         for trial in range(_TRIALS):
             rounding = _Rounding(fp16, seed=trial)
             with rounding:
@@ -242,6 +272,7 @@ class _Rounding(TorchDispatchMode):
             size = result.float().abs()
             return self.move(result, relative * (size + size.square().mean().sqrt()))
         writes = any(argument.alias_info is not None for argument in func._schema.arguments)
-        if writes or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args)):  # a view, in place, or a new constant
+        computes = any(isinstance(leaf, Tensor) for leaf in tree_leaves(args))
+        if writes or not computes:  # a view, in place, or a new constant
             return result
         return tree_map(self.move, result)

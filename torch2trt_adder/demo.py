@@ -1,4 +1,5 @@
-"""`torch2trt-adder demo`: trains a small AdderNet on handwritten digits, checks it, and converts it where that is possible."""
+"""`torch2trt-adder demo`: trains a small AdderNet on handwritten digits, checks it, and converts it if it can."""
+
 import math
 import os
 import pathlib
@@ -38,19 +39,26 @@ def run(epochs: int, checkpoint: pathlib.Path) -> None:
     _save(model, checkpoint)
     print(f"Checkpoint: {checkpoint}.")
     for name, error, bound in _layer_errors(model, test_images[:16]):
-        print(f"Layer {name} on the CPU against the definition in float64: largest relative error {error:.1e}, allowed {bound:.1e}.")
+        print(
+            f"Layer {name} on the CPU against the definition in float64: largest relative error {error:.1e}, allowed "
+            f"{bound:.1e}."
+        )
         if not error <= bound:
-            raise RuntimeError(f"layer {name} differs from the definition by {error:.1e}, more than rounding explains ({bound:.1e})")
+            raise RuntimeError(
+                f"layer {name} differs from the definition by {error:.1e}, more than rounding explains ({bound:.1e})"
+            )
     reason = converter.missing()
     if reason is None:
         _compare_with_engine(model.cuda(), test_images.cuda(), test_labels.cuda())
     else:
-        print("With an NVIDIA GPU, TensorRT and torch2trt, the demo would go on to convert this network to a TensorRT engine and "
-              f"compare its accuracy and latency with PyTorch's. {reason}")
+        print(
+            "With an NVIDIA GPU, TensorRT and torch2trt, the demo would go on to convert this network to a TensorRT "
+            f"engine and compare its accuracy and latency with PyTorch's. {reason}"
+        )
 
 
 def _digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 8x8 digits as [1797, 1, 28, 28] images with zero mean and unit variance, and their labels, shuffled."""
+    """scikit-learn's 8x8 digits as [1797, 1, 28, 28] images of mean 0 and variance 1, and their labels, shuffled."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -99,7 +107,9 @@ def _check_writable(path: pathlib.Path) -> None:
         _partial(path).touch()
         _partial(path).unlink()
     except OSError as error:
-        raise OSError(f"the checkpoint cannot be written to {path} ({error.strerror}); name another file with --checkpoint") from error
+        raise OSError(
+            f"the checkpoint cannot be written to {path} ({error.strerror}); name another file with --checkpoint"
+        ) from error
 
 
 def _save(model: nn.Module, path: pathlib.Path) -> None:
@@ -113,20 +123,32 @@ def _save(model: nn.Module, path: pathlib.Path) -> None:
 
 @torch.no_grad()
 def _layer_errors(model: nn.Module, images: Tensor) -> list[tuple[str, float, float]]:
-    """For each adder layer: its name, its largest relative error against float64, and the largest that rounding explains."""
+    """For each adder layer: name, largest relative error against float64, and the largest that rounding explains."""
     errors = []
 
     def compare(name: str) -> Callable:
         def hook(layer: Adder2d, inputs: tuple[Tensor], output: Tensor) -> None:
-            exact = reference.adder2d(inputs[0].double(), layer.adder.double(), None, layer.stride, layer.padding,
-                                      layer.dilation, layer.groups)
+            exact = reference.adder2d(
+                inputs[0].double(),
+                layer.adder.double(),
+                None,
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+                layer.groups,
+            )
             eps = torch.finfo(output.dtype).eps
             # All terms have one sign: the error of a sequential sum stays within this factor of the sum.
             bound = eps + 2 * eps * math.sqrt(layer.adder[0].numel())
             errors.append((name, ((output - exact) / exact).abs().max().item(), bound))
+
         return hook
 
-    handles = [layer.register_forward_hook(compare(name)) for name, layer in model.named_modules() if isinstance(layer, Adder2d)]
+    handles = [
+        layer.register_forward_hook(compare(name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, Adder2d)
+    ]
     model(images)
     for handle in handles:
         handle.remove()
@@ -160,4 +182,6 @@ def _latency(network: nn.Module, images: Tensor) -> float:
 
 
 def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU ({torch.get_num_threads()} threads)"
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU ({torch.get_num_threads()} threads)"
+    )

@@ -1,17 +1,18 @@
-"""What happens to adder layers inside a plain ``torch2trt(model, [x])``. Importing this file needs torch2trt and TensorRT.
+"""What happens to adder layers inside a plain ``torch2trt(model, [x])``. Importing it needs torch2trt.
 
-torch2trt runs the model while Python hooks turn each call that has a converter into layers of a TensorRT network. Three of
-its habits would make engines that are wrong without a word, so its ConversionContext is replaced by a stricter one:
+torch2trt runs the model while Python hooks turn each call that has a converter into layers of a TensorRT network. Three
+of its habits would make engines that are wrong without a word, so its ConversionContext is replaced by a stricter one:
 
-* A result without a converter becomes a constant of the engine. Here that raises, for any layer, as soon as the constant was
-  computed from the network's inputs.
-* In fp16_mode TensorRT may round an adder layer's sums, which pass 65504 in wide layers, to float16 before BatchNorm scales
-  them down; a ReLU then hides the -inf. Here the layers up to that point are held in float32.
-* The tensors of a finished conversion stay attached to inputs and parameters, where the next conversion trips over them.
-  Here they are removed.
+* A result without a converter becomes a constant of the engine. Here that raises, for any layer, as soon as the
+  constant was computed from the network's inputs.
+* In fp16_mode TensorRT may round an adder layer's sums, which pass 65504 in wide layers, to float16 before BatchNorm
+  scales them down; a ReLU then hides the -inf. Here the layers up to that point are held in float32.
+* The tensors of a finished conversion stay attached to inputs and parameters, where the next conversion trips over
+  them. Here they are removed.
 
 Foreign adder layers (see module.py) are traced as ours.
 """
+
 import contextlib
 import math
 import sys
@@ -30,13 +31,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch2trt import get_arg, tensorrt_converter
 
-from . import ops, plugin
+from . import plugin
 from .module import Adder2d, _adopt_layer, _layer_fields
 
 host = sys.modules["torch2trt.torch2trt"]  # the attribute torch2trt.torch2trt is the function
 _size = torch.Tensor.size  # before torch2trt replaces it
 
 # ---- the converter
+
 
 @tensorrt_converter("torch2trt_adder.ops.adder2d")
 def convert_adder2d(ctx: "ConversionContext") -> None:
@@ -47,17 +49,26 @@ def convert_adder2d(ctx: "ConversionContext") -> None:
     output = ctx.method_return
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and ctx.flow.origin(tensor):
-            raise RuntimeError(f"adder2d in {ctx.place()}: the {name} is computed from the network's inputs, but an engine has "
-                               f"constant weights; compute the {name} from parameters only.")
+            raise RuntimeError(
+                f"adder2d in {ctx.place()}: the {name} is computed from the network's inputs, but an engine has "
+                f"constant weights; compute the {name} from parameters only."
+            )
     input_trt = getattr(input, "_trt", None)
     if input_trt is None:  # the same for every inference, or the network refuses it
         input_trt = ctx.network.add_constant(tuple(input.shape), input.detach().cpu().numpy()).get_output(0)
 
     half = output.dtype is torch.float16
-    if half and hasattr(trt.BuilderFlag, "FP16"):  # without the flag TensorRT 8 and 10 have no float16 plugin input or output
+    if half and hasattr(trt.BuilderFlag, "FP16"):
+        # Without the flag, TensorRT 8 and 10 offer a plugin no float16 input and output.
         ctx.builder_config.set_flag(trt.BuilderFlag.FP16)
+    output_type = trt.DataType.HALF if half else trt.DataType.FLOAT
     layer = plugin.add_adder2d(
-        ctx.network, input_trt, weight, bias, *geometry, trt.DataType.HALF if half else trt.DataType.FLOAT,
+        ctx.network,
+        input_trt,
+        weight,
+        bias,
+        *geometry,
+        output_type,
         f"{ctx.current_module_name() or 'model'}:adder2d_{len(ctx.adder_layers)}",
     )
     output._trt = layer.get_output(0)
@@ -65,6 +76,7 @@ def convert_adder2d(ctx: "ConversionContext") -> None:
 
 
 # ---- which tensors were computed from the network's inputs
+
 
 class _Origin(NamedTuple):
     storage: StorageWeakRef
@@ -115,7 +127,8 @@ class _Flow(TorchDispatchMode):
             self.adder_calls += func.overloadpacket is torch.ops.torch2trt_adder.adder2d
             name = func._schema.name.partition("::")[2]
             sources = [o for o in map(self.origin, tensors) if o is not None]
-            if sources and not name.startswith("new_") and not name.endswith("_like"):  # those take shape and type alone
+            # zeros_like and its kin take shape and type from a tensor, no values.
+            if sources and not name.startswith("new_") and not name.endswith("_like"):
                 copies = name in ("detach", "alias", "_to_copy", "clone")
                 place = sources[0].place if copies else f"the result of {self.ctx.place()}"
                 for tensor in (*tree_leaves(result), *_written(func, args, kwargs)):
@@ -155,6 +168,7 @@ class _Network(host.NetworkWrapper):
 
 
 # ---- the conversion context
+
 
 class ConversionContext(host.ConversionContext):
     """torch2trt's context with the differences that this file's first lines tell."""
@@ -205,8 +219,9 @@ class ConversionContext(host.ConversionContext):
         super().mark_outputs(torch_outputs, *args, **kwargs)
         if len(self.adder_layers) != self.flow.adder_calls:
             raise RuntimeError(
-                f"The model calls adder2d {self.flow.adder_calls} times, but the network has {len(self.adder_layers)} Adder2d "
-                "layers: call torch2trt_adder.adder2d or torch2trt_adder.ops.adder2d by that name, or use the Adder2d module."
+                f"The model calls adder2d {self.flow.adder_calls} times, but the network has "
+                f"{len(self.adder_layers)} Adder2d layers: call torch2trt_adder.adder2d or "
+                "torch2trt_adder.ops.adder2d by that name, or use the Adder2d module."
             )
         if self.torch2trt_kwargs.get("fp16_mode"):
             self._hold_float32()
@@ -234,14 +249,14 @@ class ConversionContext(host.ConversionContext):
         """Raises where a value that depends on the inputs is about to become a constant."""
         if origin is not None and not self.torch2trt_kwargs.get("allow_constants", False):
             raise RuntimeError(
-                f"torch2trt has no converter for {origin.place} and would put its value for the example input into the engine as "
-                "a constant. If that is an adder layer, use torch2trt_adder.Adder2d or name its class with "
-                "torch2trt_adder.register_adder_class; else give torch2trt a converter for it. (allow_constants=True, given to "
-                "torch2trt, makes it a constant after all.)"
+                f"torch2trt has no converter for {origin.place} and would put its value for the example input into "
+                "the engine as a constant. If that is an adder layer, use torch2trt_adder.Adder2d or name its class "
+                "with torch2trt_adder.register_adder_class; else give torch2trt a converter for it. "
+                "(allow_constants=True, given to torch2trt, makes it a constant after all.)"
             )
 
     def _checked_forward(self, name: str, layer: nn.Module, ours: Adder2d) -> Callable[[Tensor], Tensor]:
-        """The forward of `ours`, compared with that of `layer`: a parameter named adder does not make an adder layer."""
+        """The forward of `ours`, compared with that of `layer`: a parameter named adder makes no adder layer."""
         theirs = layer.forward
 
         def forward(input: Tensor) -> Tensor:
@@ -259,10 +274,11 @@ class ConversionContext(host.ConversionContext):
     def _hold_float32(self) -> None:
         """Holds every layer between an adder layer's float32 output and the next scaling layer in float32.
 
-        The scaling layer (BatchNorm) itself computes in float32, and its output is free, unless in this run it was still
-        within a factor of 16 of float16's largest value.
+        The scaling layer (BatchNorm) itself computes in float32, and its output is free, unless in this run it was
+        still within a factor of 16 of float16's largest value.
         """
-        scaling = {getattr(trt.LayerType, name) for name in ("SCALE", "NORMALIZATION", "SOFTMAX") if hasattr(trt.LayerType, name)}
+        names = ("SCALE", "NORMALIZATION", "SOFTMAX")  # the second is newer than 8.5
+        scaling = [getattr(trt.LayerType, name) for name in names if hasattr(trt.LayerType, name)]
         network = self.network._network  # the wrapper takes every layer that it returns for a new one
         consumers = defaultdict(list)
         for i in range(network.num_layers):
@@ -291,7 +307,8 @@ class ConversionContext(host.ConversionContext):
                 for j, itensor in outputs.items():
                     layer.set_output_type(j, trt.DataType.FLOAT)
                     pending.append(itensor)
-        if held and not self.torch2trt_kwargs.get("strict_type_constraints"):  # which asks for the same and excludes this flag
+        # strict_type_constraints asks for the same, and excludes this flag.
+        if held and not self.torch2trt_kwargs.get("strict_type_constraints"):
             self.builder_config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
 
 
@@ -302,15 +319,17 @@ def _check_close(name: str, output: Tensor, expected: Tensor, ours: Adder2d) -> 
     if same_shape:
         y, y0 = output.double(), expected.double()
         terms = y0.abs() if ours.b is None else y0.abs() + ours.b.detach().double().abs()[:, None, None]
-        eps = 2 * torch.finfo(expected.dtype).eps + 4 * torch.finfo(torch.float32).eps * math.sqrt(ours.adder[0].numel())
+        sums = 2 * torch.finfo(torch.float32).eps * math.sqrt(ours.adder[0].numel())
+        eps = 2 * (torch.finfo(expected.dtype).eps + sums)
         excess = (y - y0).abs() - eps * terms
         if not bool((excess[y0.isfinite()] > 0).any()):
             return
         worst = excess.nan_to_num(0).argmax()
         difference, limit = (y - y0).abs().flatten()[worst].item(), (eps * terms).flatten()[worst].item()
     raise RuntimeError(
-        f"{name} holds a parameter `adder`, but does not compute adder2d: its output is {list(expected.shape)}, adder2d's "
-        f"{list(output.shape)}, the largest difference {difference:.3g} with {limit:.3g} allowed; give torch2trt a converter for it."
+        f"{name} holds a parameter `adder`, but does not compute adder2d: its output is {list(expected.shape)}, "
+        f"adder2d's {list(output.shape)}, the largest difference {difference:.3g} with {limit:.3g} allowed; give "
+        "torch2trt a converter for it."
     )
 
 

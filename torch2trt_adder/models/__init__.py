@@ -1,4 +1,5 @@
-"""AdderNets as published: the article's network for handwritten digits, ResNet-20 for CIFAR and ResNet-50 for ImageNet."""
+"""AdderNets as published: a LeNet for handwritten digits, ResNet-20 for CIFAR, ResNet-50 for ImageNet."""
+
 from .mnist import AdderNetMnist, addernet_mnist
 from .resnet import ResNet, resnet20, resnet50
 

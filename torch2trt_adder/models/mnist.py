@@ -1,4 +1,5 @@
 """A small AdderNet for handwritten digits: LeNet with adder layers in the place of its convolutions."""
+
 import torch
 from torch import Tensor, nn
 

@@ -61,8 +61,16 @@ class ResNet(nn.Module):
     Input [N, 3, H, W], output [N, num_classes].
     """
 
-    def __init__(self, stem: dict[str, nn.Module], block: type[BasicBlock] | type[Bottleneck], planes: list[int],
-                 blocks: list[int], pool: nn.Module, num_classes: int, fc_bias: bool) -> None:
+    def __init__(
+        self,
+        stem: dict[str, nn.Module],
+        block: type[BasicBlock] | type[Bottleneck],
+        planes: list[int],
+        blocks: list[int],
+        pool: nn.Module,
+        num_classes: int,
+        fc_bias: bool,
+    ) -> None:
         super().__init__()
         for name, layer in stem.items():
             self.add_module(name, layer)
@@ -99,10 +107,15 @@ def resnet20(num_classes: int = 10) -> ResNet:
 
 def resnet50(num_classes: int = 1000) -> ResNet:
     """ResNet-50 for 224x224 images (ImageNet): 3, 4, 6 and 3 bottleneck blocks with 64, 128, 256 and 512 filters."""
-    stem = {"conv1": nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), "bn1": nn.BatchNorm2d(64), "relu": nn.ReLU(),
-            "maxpool": nn.MaxPool2d(3, stride=2, padding=1)}
-    model = ResNet(stem, Bottleneck, [64, 128, 256, 512], [3, 4, 6, 3], nn.AdaptiveAvgPool2d((1, 1)), num_classes,
-                   fc_bias=True)
+    stem = {
+        "conv1": nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
+        "bn1": nn.BatchNorm2d(64),
+        "relu": nn.ReLU(),
+        "maxpool": nn.MaxPool2d(3, stride=2, padding=1),
+    }
+    model = ResNet(
+        stem, Bottleneck, [64, 128, 256, 512], [3, 4, 6, 3], nn.AdaptiveAvgPool2d((1, 1)), num_classes, fc_bias=True
+    )
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
