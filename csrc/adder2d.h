@@ -37,7 +37,7 @@ typedef struct Adder2dParams {
   void const* w;
   void const* b;  // bias [K], or null
   void* y;
-  void* workspace;         // adder2d_fprop_workspace bytes on the device, 16-byte aligned; null where that is 0
+  void* workspace;         // device memory, 16-byte aligned, or null
   size_t workspace_bytes;  // bytes at `workspace`
 } Adder2dParams;
 
@@ -51,13 +51,9 @@ __attribute__((visibility("default"))) char const* adder2d_check(Adder2dParams c
 // Bytes of device workspace that adder2d_fprop wants for this problem on the current device (0 where it wants none).
 __attribute__((visibility("default"))) size_t adder2d_fprop_workspace(Adder2dParams const* params);
 
-// Bytes of workspace that are enough for this layer whatever its N, H and W (and P and Q with them): what a caller reserves
-// before it knows the shapes. Only C, K, R, S and groups are looked at.
-__attribute__((visibility("default"))) size_t adder2d_fprop_workspace_bound(Adder2dParams const* params);
-
-// Enqueues y = adder2d(x, w) + b on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t, 0 for success;
-// invalid params and a workspace below adder2d_fprop_workspace give cudaErrorInvalidValue (1) and enqueue nothing.
-// Never synchronises or allocates; may be captured into a CUDA graph.
+// Enqueues y = adder2d(x, w) + b on `stream` (a cudaStream_t) of the current device. Any workspace will do, none too; below
+// adder2d_fprop_workspace it is slower. Returns a cudaError_t, 0 for success; invalid params give cudaErrorInvalidValue (1)
+// and enqueue nothing. Never synchronises or allocates; may be captured into a CUDA graph.
 __attribute__((visibility("default"))) int32_t adder2d_fprop(Adder2dParams const* params, void* stream);
 
 // The text of a cudaError_t returned above.

@@ -34,6 +34,8 @@ namespace {
 
 constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, and a tile may overhang the end
 
+constexpr size_t kMaxWorkspace = 64 << 20;
+
 // Images of one launch: all of them, or as many as keep N * P * Q an int32.
 int32_t images_per_launch(Adder2dParams const& p) {
   int64_t const images = kMaxPixels / (int64_t{p.P} * p.Q);
@@ -43,8 +45,8 @@ int32_t images_per_launch(Adder2dParams const& p) {
 // A tiled kernel needs enough filters a group to fill the short side of a tile.
 bool wants_direct(Adder2dParams const& p) { return p.K / p.groups < 8; }
 
-FpropPlan plan_tiled(FpropArgs const& args) {
-  return takes_fprop_half(args.p) ? plan_fprop_half(args) : plan_fprop_simt(args);
+FpropPlan plan_tiled(FpropArgs const& args, size_t workspace_bytes) {
+  return takes_fprop_half(args, workspace_bytes) ? plan_fprop_half(args, workspace_bytes) : plan_fprop_simt(args, workspace_bytes);
 }
 
 }  // namespace
@@ -56,19 +58,7 @@ size_t adder2d_fprop_workspace(Adder2dParams const* params) {
   if (adder2d_check(params) != nullptr || params->N == 0 || wants_direct(*params)) return 0;
   Adder2dParams p = *params;
   p.N = images_per_launch(p);
-  size_t bytes = plan_tiled(make_fprop_args(p)).workspace_bytes;
-  p.N = params->N % p.N;  // the last launch of several; a smaller problem may be cut into more pieces
-  if (p.N != 0) {
-    size_t const last = plan_tiled(make_fprop_args(p)).workspace_bytes;
-    if (last > bytes) bytes = last;
-  }
-  return bytes;
-}
-
-size_t adder2d_fprop_workspace_bound(Adder2dParams const* params) {
-  if (params == nullptr || wants_direct(*params)) return 0;
-  FpropArgs const args = make_fprop_args(*params);
-  return takes_fprop_half(*params) ? fprop_half_workspace_bound(args) : fprop_simt_workspace_bound(args);
+  return plan_tiled(make_fprop_args(p), kMaxWorkspace).workspace_bytes;
 }
 
 int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
@@ -85,9 +75,8 @@ int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
     if (wants_direct(p)) {
       error = launch_fprop_direct(args, stream);
     } else {
-      FpropPlan const plan = plan_tiled(args);
-      if (plan.workspace_bytes > p.workspace_bytes) return cudaErrorInvalidValue;
-      error = takes_fprop_half(p) ? launch_fprop_half(args, plan, stream) : launch_fprop_simt(args, plan, stream);
+      FpropPlan const plan = plan_tiled(args, p.workspace_bytes);
+      error = takes_fprop_half(args, p.workspace_bytes) ? launch_fprop_half(args, plan, stream) : launch_fprop_simt(args, plan, stream);
     }
     if (error != cudaSuccess) return error;
   }

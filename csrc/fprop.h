@@ -43,14 +43,12 @@ int32_t multiprocessor_count();
 cudaError_t launch_fprop_direct(FpropArgs const& args, cudaStream_t stream);
 
 // ---- fprop_simt.cu: implicit GEMM with float32 arithmetic
-FpropPlan plan_fprop_simt(FpropArgs const& args);
-size_t fprop_simt_workspace_bound(FpropArgs const& args);  // enough for every N, H, W
+FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes);
 cudaError_t launch_fprop_simt(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream);
 
 // ---- fprop_half.cu: implicit GEMM with half pairs, summed by the tensor cores
-bool takes_fprop_half(Adder2dParams const& p);
-FpropPlan plan_fprop_half(FpropArgs const& args);
-size_t fprop_half_workspace_bound(FpropArgs const& args);
+bool takes_fprop_half(FpropArgs const& args, size_t workspace_bytes);
+FpropPlan plan_fprop_half(FpropArgs const& args, size_t workspace_bytes);
 cudaError_t launch_fprop_half(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream);
 
 }  // namespace adder2d

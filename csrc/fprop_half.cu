@@ -326,6 +326,11 @@ constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile128x64>, kSizeOf
 constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 constexpr double kRate = 96;  // accumulated terms a cycle and multiprocessor
 
+// Bytes of the packed weights for tiles of tile_k filters.
+size_t packed_weights(FpropArgs const& a, int32_t tile_k) {
+  return size_t{2} * a.p.groups * ceil_div(a.Cg, 16) * 16 * a.p.R * a.p.S * ceil_div(a.Kg, tile_k) * tile_k;
+}
+
 // 8 channels of a pixel in one aligned load.
 bool has_channel_vectors(FpropArgs const& a) {
   return a.p.x_stride[1] == 1 && a.Cg % 8 == 0 && a.p.x_stride[0] % 8 == 0 && a.p.x_stride[2] % 8 == 0 &&
@@ -344,26 +349,23 @@ cudaError_t launch_any_source(FpropArgs const& args, FpropPlan const& plan, cuda
 
 }  // namespace
 
-bool takes_fprop_half(Adder2dParams const& p) {
-  if (p.x_type == ADDER2D_FLOAT32 || p.C / p.groups < 8) return false;  // slices of 16 channels would be mostly empty
+bool takes_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
+  // Slices of 16 channels would be mostly empty below 8. The weights must find room.
+  if (args.p.x_type == ADDER2D_FLOAT32 || args.Cg < 8 || packed_weights(args, 128) > workspace_bytes) return false;
   int device = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   return major >= 8;
 }
 
-FpropPlan plan_fprop_half(FpropArgs const& args) {
-  double cycles;
+FpropPlan plan_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
   auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return ceil_div(a.Cg, size.c) * a.p.R * a.p.S; };
-  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, kRate, &cycles);
-  plan.packed_bytes = size_t{2} * args.p.groups * plan.slices * kTiles[plan.tile].c * plan.tiles_k * kTiles[plan.tile].k;
+  double cycles;
+  FpropPlan plan =
+      choose_tile(args, kTiles, kTileCount, slices_of, kRate, workspace_bytes - packed_weights(args, 128), &cycles);
+  plan.packed_bytes = packed_weights(args, kTiles[plan.tile].k);
   plan.workspace_bytes += plan.packed_bytes;
   return plan;
-}
-
-size_t fprop_half_workspace_bound(FpropArgs const& args) {
-  int32_t const pitch = ceil_div(args.Kg, 128) * 128, channels = ceil_div(args.Cg, 16) * 16;
-  return size_t{2} * args.p.groups * channels * args.p.R * args.p.S * pitch + split_bytes_bound(kTiles, kTileCount);
 }
 
 cudaError_t launch_fprop_half(FpropArgs const& problem, FpropPlan const& plan, cudaStream_t stream) {

@@ -22,7 +22,7 @@ double predict(int64_t tiles, int32_t splits, int32_t slices, TileSize const& si
 }  // namespace
 
 FpropPlan choose_tile(FpropArgs const& args, TileSize const* sizes, int32_t count, int32_t (*slices_of)(FpropArgs const&, TileSize const&),
-                      double rate, double* cycles) {
+                      double rate, size_t workspace_bytes, double* cycles) {
   int32_t const multiprocessors = multiprocessor_count();
   FpropPlan best{};
   *cycles = 0;
@@ -36,21 +36,15 @@ FpropPlan choose_tile(FpropArgs const& args, TileSize const* sizes, int32_t coun
     plan.slices = slices_of(args, size);
     for (plan.splits = 1; plan.splits <= std::min(plan.slices, kMaxSplits); ++plan.splits) {
       int64_t const blocks = int64_t{plan.tiles} * plan.splits;
-      if (plan.splits > 1 && blocks > int64_t{kMaxSplitBlocks} * multiprocessors) break;
+      plan.workspace_bytes = plan.splits > 1 ? static_cast<size_t>(blocks) * size.k * size.pq * sizeof(float) : 0;
+      if (plan.splits > 1 && (blocks > int64_t{kMaxSplitBlocks} * multiprocessors || plan.workspace_bytes > workspace_bytes)) break;
       double const predicted = predict(plan.tiles, plan.splits, plan.slices, size, rate, multiprocessors);
       if (*cycles != 0 && predicted >= *cycles) continue;
-      plan.workspace_bytes = plan.splits > 1 ? static_cast<size_t>(blocks) * size.k * size.pq * sizeof(float) : 0;
       best = plan;
       *cycles = predicted;
     }
   }
   return best;
-}
-
-size_t split_bytes_bound(TileSize const* sizes, int32_t count) {
-  int32_t largest = 0;
-  for (int32_t i = 0; i < count; ++i) largest = std::max(largest, sizes[i].k * sizes[i].pq);
-  return sizeof(float) * kMaxSplitBlocks * multiprocessor_count() * largest;
 }
 
 }  // namespace adder2d

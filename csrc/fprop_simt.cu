@@ -416,21 +416,18 @@ cudaError_t launch_any_fill(FpropArgs const& args, FpropPlan const& plan, cudaSt
 
 }  // namespace
 
-FpropPlan plan_fprop_simt(FpropArgs const& args) {
-  double cycles;
+FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes) {
   auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return ceil_div(a.CRS, size.c); };
-  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, kRate, &cycles);
+  double cycles;
+  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, kRate, workspace_bytes, &cycles);
   bool const channels = args.p.x_stride[1] == 1 && args.p.x_stride[3] != 1;
+  size_t const packed_bytes = size_t{4} * args.p.groups * args.CRS * plan.tiles_k * kTiles[plan.tile].k;
   if (args.Cg % 16 == 0 && args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 &&
-      (channels || cycles > kPackCycles))
-    plan.packed_bytes = size_t{4} * args.p.groups * args.CRS * plan.tiles_k * kTiles[plan.tile].k;
-  plan.workspace_bytes += plan.packed_bytes;
+      (channels || cycles > kPackCycles) && plan.workspace_bytes + packed_bytes <= workspace_bytes) {
+    plan.packed_bytes = packed_bytes;
+    plan.workspace_bytes += packed_bytes;
+  }
   return plan;
-}
-
-size_t fprop_simt_workspace_bound(FpropArgs const& args) {
-  int32_t const pitch = ceil_div(args.Kg, 128) * 128;  // of the widest tile
-  return size_t{4} * args.p.groups * args.CRS * pitch + split_bytes_bound(kTiles, kTileCount);
 }
 
 cudaError_t launch_fprop_simt(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {

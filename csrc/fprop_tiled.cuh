@@ -147,14 +147,12 @@ struct TileSize {
 };
 
 constexpr int32_t kMaxSplits = 64;
-constexpr int32_t kMaxSplitBlocks = 8;  // a multiprocessor; with it the workspace is bounded whatever the problem
+constexpr int32_t kMaxSplitBlocks = 8;  // a multiprocessor
 
-// The best tile and number of splits for `slices_of(size)` slices a tile; `rate` is the family's accumulated terms a cycle
-// and multiprocessor. Sets all of the plan but packed_bytes. *cycles is the prediction.
+// The best tile and number of splits for `slices_of(size)` slices a tile, with split sums in at most `workspace_bytes`;
+// `rate` is the family's accumulated terms a cycle and multiprocessor. Sets all of the plan but packed_bytes. *cycles is the
+// prediction.
 FpropPlan choose_tile(FpropArgs const& args, TileSize const* sizes, int32_t count, int32_t (*slices_of)(FpropArgs const&, TileSize const&),
-                      double rate, double* cycles);
-
-// Bytes of the split sums, whatever the problem.
-size_t split_bytes_bound(TileSize const* sizes, int32_t count);
+                      double rate, size_t workspace_bytes, double* cycles);
 
 }  // namespace adder2d

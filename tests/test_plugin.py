@@ -246,6 +246,8 @@ def build_engine(
     y = layer.get_output(0)
     y.name = "y"
     network.mark_output(y)
+    if hasattr(trt.BuilderFlag, "FP16"):
+        y.dtype = types[y_dtype]  # weakly typed networks give float32 outputs unless told; strongly typed ones know
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if torch.float16 in (x_dtype, y_dtype) and hasattr(trt.BuilderFlag, "FP16"):
