@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     demo.add_argument(
-        "--epochs", type=_positive, default=6, help="passes over the training digits (default: %(default)s)"
+        "--epochs", type=_positive, default=8, help="passes over the training digits (default: %(default)s)"
     )
     demo.add_argument(
         "--checkpoint",
