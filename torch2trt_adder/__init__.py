@@ -9,10 +9,19 @@ from torch import Tensor
 
 from . import ops
 from .converter import convert
-from .module import Adder2d, adopt, register_adder_class
+from .module import Adder2d, adderize, adopt, register_adder_class, scale_gradients, set_eta
 
 __version__ = "0.1.0"
-__all__ = ["Adder2d", "adder2d", "adopt", "convert", "register_adder_class"]
+__all__ = [
+    "Adder2d",
+    "adder2d",
+    "adderize",
+    "adopt",
+    "convert",
+    "register_adder_class",
+    "scale_gradients",
+    "set_eta",
+]
 
 
 def adder2d(
@@ -23,9 +32,10 @@ def adder2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    eta: float | None = ops.ETA,
 ) -> Tensor:
     # Through the module: torch2trt hooks ops.adder2d by its qualified name.
-    return ops.adder2d(input, weight, bias, stride, padding, dilation, groups)
+    return ops.adder2d(input, weight, bias, stride, padding, dilation, groups, eta)
 
 
 adder2d.__doc__ = ops.adder2d.__doc__

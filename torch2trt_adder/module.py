@@ -1,7 +1,10 @@
-"""The adder layer as a module, and ``adopt``, which puts it in the place of somebody else's adder layers."""
+"""The adder layer as a module, the options of its training, and what puts it in the place of other layers: ``adopt``
+for somebody else's adder layers, ``adderize`` for convolutions.
+"""
 
 import copy
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +24,15 @@ class Adder2d(nn.Module):
         kernel_size, stride, padding, dilation: one int, or a pair for height and width.
         bias: whether the layer has a bias ``b`` (the attribute ``bias`` is this flag, as in the published code).
         groups: divides C and K; groups == C makes the layer depth-wise.
+        eta: of the adaptive scaling of the weight gradient inside backward(); None leaves that gradient as it is, for
+            `scale_gradients` to scale it later. May be changed at any time.
 
     Attributes:
         adder: parameter [K, C / groups, R, S].
         b: parameter [K], or None without a bias.
 
     Raises:
-        ValueError: a size, stride, padding, dilation or groups that cannot be.
+        ValueError: a size, stride, padding, dilation, groups or eta that cannot be.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class Adder2d(nn.Module):
         bias: bool = False,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
+        eta: float | None = ops.ETA,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -59,6 +65,8 @@ class Adder2d(nn.Module):
         self.padding = _pair("padding", padding, 0)
         self.dilation = _pair("dilation", dilation, 1)
         self.groups = groups
+        ops.check_eta("Adder2d", eta)
+        self.eta = eta
         self.bias = bool(bias)
         size = (output_channel, input_channel // groups, *self.kernel_size)
         self.adder = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
@@ -73,11 +81,12 @@ class Adder2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         # Through the module: torch2trt hooks the function by its qualified name.
-        return ops.adder2d(input, self.adder, self.b, self.stride, self.padding, self.dilation, self.groups)
+        return ops.adder2d(input, self.adder, self.b, self.stride, self.padding, self.dilation, self.groups, self.eta)
 
     def extra_repr(self) -> str:
         text = f"{self.input_channel}, {self.output_channel}, kernel_size={self.kernel_size}, stride={self.stride}"
-        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("bias", False)):
+        defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "bias": False, "eta": ops.ETA}
+        for name, default in defaults.items():
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
         return text
@@ -88,6 +97,65 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
         raise ValueError(f"Adder2d: {name} must be an int or a pair of ints, each >= {least}, got {value!r}.")
     return pair
+
+
+# ---- the adaptive scaling, outside of backward()
+
+
+def set_eta(model: nn.Module, eta: float | None) -> nn.Module:
+    """Sets `eta` of all adder layers of a network and returns the network."""
+    ops.check_eta("set_eta", eta)
+    for layer in _adder_layers("set_eta", model).values():
+        layer.eta = eta
+    return model
+
+
+@torch.no_grad()
+def scale_gradients(model: nn.Module, eta: float = ops.ETA) -> None:
+    """Scales the gradient of every `adder` to the norm ``eta * sqrt(numel)``: AdderNet's rule, just before the step.
+
+    By default a layer does this inside backward(), as the published code does. Whatever multiplies gradients afterwards
+    is then lost or wrong: GradScaler divides the scaled gradient by its loss scale (65536 at first), so that the adder
+    layers hardly learn; accumulating n batches adds n scaled gradients, whatever their norms were; several GPUs average
+    gradients of which each was scaled by itself. Scaling once, when the gradient is complete, is right for all of them
+    and equals the published rule on the whole batch::
+
+        set_eta(model, None)                    # once: backward() leaves the gradient as it is
+        ...
+        scaler.scale(loss).backward()           # as often as there are batches to accumulate
+        scaler.unscale_(optimizer)              # where there is a GradScaler
+        scale_gradients(model)
+        scaler.step(optimizer)
+
+    A layer that is used several times in one pass has its sum scaled once. Gradients that are None, zero or not finite
+    stay None, zero or not finite (GradScaler skips the step).
+
+    Raises:
+        ValueError: a layer that has scaled its gradient inside backward() already; a network without adder layers.
+    """
+    if eta is None:
+        raise ValueError("scale_gradients: eta must be a finite number above 0, got None.")
+    ops.check_eta("scale_gradients", eta)
+    layers = _adder_layers("scale_gradients", model)
+    for path, layer in layers.items():
+        if layer.eta is not None:
+            raise ValueError(
+                f"scale_gradients: layer {path} has scaled its gradient in backward() already (its eta is "
+                f"{layer.eta}); call set_eta(model, None) before training."
+            )
+    for adder in {layer.adder for layer in layers.values()}:
+        if adder.grad is not None:
+            adder.grad.copy_(ops.adaptive_scaling(adder.grad, eta))
+
+
+def _adder_layers(caller: str, model: nn.Module) -> dict[str, Adder2d]:
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, Adder2d)}
+    if not layers:
+        raise ValueError(
+            f"{caller}: {type(model).__name__} has no Adder2d layer; adopt() makes them from other adder layers, "
+            "adderize() from convolutions."
+        )
+    return layers
 
 
 # ---- adopting foreign layers
@@ -146,11 +214,7 @@ def adopt(model: nn.Module, inplace: bool = True) -> nn.Module:
         fields = _layer_fields(module)
         if fields is not None:
             adopted[module] = _adopt_layer(module, fields, path or type(module).__name__)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in adopted:
-                parent._modules[name] = adopted[child]
-    return adopted.get(model, model)
+    return _replace(model, adopted)
 
 
 def _layer_fields(module: nn.Module) -> dict[str, Any] | None:
@@ -196,7 +260,127 @@ def _adopt_layer(module: nn.Module, fields: dict[str, Any], path: str) -> Adder2
             f"adopt: {path} ({type(module).__name__}) is no layer that Adder2d can stand for: {error}"
         ) from error
     layer.adder, layer.b = weight, bias
-    layer.training = module.training
-    for name in _HOOKS:
-        setattr(layer, name, getattr(module, name))
+    return layer
+
+
+def _replace(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Puts new layers in the place of old ones, with their training mode and hooks; returns the network."""
+    for old, new in layers.items():
+        new.training = old.training
+        for name in _HOOKS:
+            setattr(new, name, getattr(old, name))
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in layers:
+                parent._modules[name] = layers[child]
+    return layers.get(model, model)
+
+
+# ---- replacing convolutions
+
+
+def adderize(
+    model: nn.Module,
+    keep_first: bool = True,
+    keep_last: bool = True,
+    keep_shortcuts: bool = False,
+    exclude: Collection[str] = (),
+    eta: float | None = ops.ETA,
+    inplace: bool = True,
+) -> nn.Module:
+    """Replaces the convolutions (`torch.nn.Conv2d`) of a network by adder layers, and returns the network.
+
+    As in the paper, the first and the last layer stay convolutions (a classifier that is `torch.nn.Linear` stays
+    anyway), and the 1x1 convolutions on the shortcuts of a ResNet become adder layers. "First" and "last" go by the
+    order in which the network registers its layers.
+
+    The new layers have the geometry, device, dtype, training mode, hooks and frozen state of the old ones, and new
+    weights, N(0, 1) as published: a trained convolution's weights mean nothing to an adder layer, whose weights have
+    the scale of its inputs. So the network is to be trained, and it needs BatchNorm behind each adder layer.
+
+    Args:
+        model: any module.
+        keep_first: leaves the first convolution alone.
+        keep_last: leaves the last convolution alone, unless a `torch.nn.Linear` comes after it.
+        keep_shortcuts: leaves the 1x1 convolutions alone whose path has a part "downsample" or "shortcut", the names in
+            torchvision's ResNets and in common code for CIFAR.
+        exclude: paths of modules, as in `named_modules()`; they and what they contain are left alone.
+        eta: of the new layers.
+        inplace: False works on a deep copy and leaves `model` alone.
+
+    Raises:
+        ValueError: a convolution that no adder layer can stand for (a `padding_mode` other than "zeros", padding "same"
+            that differs on both sides, a subclass of Conv2d), named by its path; a path in `exclude` that the network
+            does not have; nothing to replace.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    modules = dict(model.named_modules())
+    for path in exclude:
+        if path not in modules:
+            raise ValueError(f"adderize: exclude names {path!r}, but {type(model).__name__} has no such module.")
+    convolutions = [path for path, module in modules.items() if isinstance(module, nn.Conv2d)]
+    ends = [path for path, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)]
+    kept = {*convolutions[: int(keep_first)], *ends[len(ends) - int(keep_last) :]}
+    layers: dict[nn.Module, nn.Module] = {}
+    for path in convolutions:
+        module, parts = modules[path], path.split(".")
+        on_shortcut = "downsample" in parts or "shortcut" in parts
+        if (
+            path in kept
+            or any(path == other or path.startswith(f"{other}.") for other in exclude)
+            or (keep_shortcuts and on_shortcut and module.kernel_size == (1, 1))
+        ):
+            continue
+        layers[module] = _adderize_layer(module, path, eta)
+    if not layers:
+        raise ValueError(
+            f"adderize: {type(model).__name__} has no convolution to replace; {len(convolutions)} of its layers are "
+            "Conv2d, and all of them are kept by keep_first, keep_last, keep_shortcuts or exclude."
+        )
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules.values()):
+        warnings.warn(
+            f"adderize: {type(model).__name__} has no BatchNorm; the sums of adder layers are large and negative, and "
+            "train only with BatchNorm behind each of them.",
+            stacklevel=2,
+        )
+    return _replace(model, layers)
+
+
+def _adderize_layer(module: nn.Conv2d, path: str, eta: float | None) -> Adder2d:
+    remedy = "change it, or name it in `exclude`."
+    if type(module) is not nn.Conv2d:
+        raise ValueError(f"adderize: {path} is a {type(module).__name__}, not plainly torch.nn.Conv2d; {remedy}")
+    if module.padding_mode != "zeros":
+        raise ValueError(
+            f"adderize: {path} pads with {module.padding_mode!r}, and adder layers with zeros only; put the padding "
+            f"into a layer of its own (torch.nn.functional.pad), {remedy}"
+        )
+    padding = module.padding
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        if any(t % 2 for t in total):
+            raise ValueError(
+                f"adderize: {path} has padding 'same' and kernel {module.kernel_size}, which needs more padding on one "
+                f"side than on the other; put the padding into a layer of its own (torch.nn.functional.pad), {remedy}"
+            )
+        padding = tuple(t // 2 for t in total)
+    layer = Adder2d(
+        module.in_channels,
+        module.out_channels,
+        module.kernel_size,
+        module.stride,
+        padding,
+        module.bias is not None,
+        module.dilation,
+        module.groups,
+        eta,
+        device=module.weight.device,
+        dtype=module.weight.dtype,
+    )
+    layer.adder.requires_grad_(module.weight.requires_grad)
+    if layer.b is not None:
+        layer.b.requires_grad_(module.bias.requires_grad)
     return layer

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from . import library
 _TEMPORARY_BYTES = {"cpu": 4 << 20}
 _TEMPORARY_BYTES_DEFAULT = 64 << 20
 
-_ETA = 0.2  # of the adaptive scaling in the published code
+ETA = 0.2  # of the adaptive scaling in the published code
 
 _KERNEL_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # Adder2dType
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -38,11 +39,12 @@ def adder2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    eta: float | None = ETA,
 ) -> Tensor:
     """The adder layer: ``y[n,k,p,q] = bias[k] - sum over c,r,s of |x - w[k,c,r,s]|``, where padding reads x = 0.
 
     Shapes, strides and padding are those of ``torch.nn.functional.conv2d``. Gradients follow the published code:
-    ``dx = sum dy * clamp(w - x, -1, 1)``, and ``dw = sum dy * (x - w)`` rescaled to the norm ``sqrt(numel) / 5``.
+    ``dx = sum dy * clamp(w - x, -1, 1)``, and ``dw = sum dy * (x - w)`` rescaled to the norm ``eta * sqrt(numel)``.
 
     Args:
         input: [N, C, H, W] of any strides; float32, float16 or bfloat16 (sums are float32), or float64 (slow).
@@ -50,16 +52,27 @@ def adder2d(
         bias: [K] or None, dtype and device of the input.
         stride, padding, dilation: one int, or a pair for height and width.
         groups: divides C and K.
+        eta: of the adaptive scaling; None for the raw sum, as mixed precision, gradient accumulation and several GPUs
+            want it (`scale_gradients` says why).
 
     Returns:
         [N, K, P, Q] with the input's dtype, channels_last where the input is, else contiguous.
 
     Raises:
         TypeError: a dtype that is not supported, or dtypes that differ.
-        ValueError: shapes, stride, padding, dilation or groups that do not fit each other.
+        ValueError: shapes, stride, padding, dilation or groups that do not fit each other; eta not above 0.
         RuntimeError: tensors on different devices; a second derivative or forward-mode AD, which the rule has not.
     """
-    return _adder2d(input, weight, bias, stride, padding, dilation, groups)
+    if eta == ETA or not (weight.requires_grad and torch.is_grad_enabled()):
+        return _adder2d(input, weight, bias, stride, padding, dilation, groups)
+    check_eta("adder2d", eta)
+    return _adder2d_eta(input, weight, bias, stride, padding, dilation, groups, eta)
+
+
+def check_eta(caller: str, eta: float | None) -> None:
+    """Raises a ValueError unless `eta` is None or a finite number above 0."""
+    if eta is not None and not 0 < eta < math.inf:
+        raise ValueError(f"{caller}: eta must be None or a finite number above 0, got {eta!r}.")
 
 
 # ---- schemas
@@ -69,6 +82,11 @@ _library = torch.library.Library("torch2trt_adder", "DEF")
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library.define(f"adder2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor", tags=_TAGS)
+# The same operator with another scaling of its weight gradient. Autograd turns it into adder2d, so that what leaves
+# training (exported graphs, engines) knows one operator without training's options.
+_library.define(
+    f"adder2d_eta(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, float? eta) -> Tensor", tags=_TAGS
+)
 _library.define(
     f"adder2d_grad_input(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor", tags=_TAGS
 )
@@ -77,6 +95,7 @@ _library.define(
 )
 
 _adder2d = torch.ops.torch2trt_adder.adder2d.default
+_adder2d_eta = torch.ops.torch2trt_adder.adder2d_eta.default
 _grad_input = torch.ops.torch2trt_adder.adder2d_grad_input.default
 _grad_weight = torch.ops.torch2trt_adder.adder2d_grad_weight.default
 
@@ -172,6 +191,7 @@ def _grad_weight_fake(grad_output, input, weight, stride, padding, dilation, gro
 
 
 torch.library.register_fake("torch2trt_adder::adder2d", _adder2d_fake, lib=_library)
+torch.library.register_fake("torch2trt_adder::adder2d_eta", lambda *args: _adder2d_fake(*args[:-1]), lib=_library)
 torch.library.register_fake("torch2trt_adder::adder2d_grad_input", _grad_input_fake, lib=_library)
 torch.library.register_fake("torch2trt_adder::adder2d_grad_weight", _grad_weight_fake, lib=_library)
 
@@ -367,58 +387,80 @@ def _grad_input_torch(grad_output, input, weight, stride, padding, dilation, gro
 def _grad_weight_torch(grad_output, input, weight, stride, padding, dilation, groups):
     """dw = sum over n,p,q of dy * (x - w): a convolution's weight gradient, minus w times the sum of dy; in float32."""
     dtype = _sum_dtype(weight.dtype)
-    grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-    N = len(input)
+    N, size = len(input), list(weight.shape)
+    if N == 0:
+        return torch.zeros(size, dtype=dtype, device=weight.device)
+    # cuDNN has a Winograd kernel (13x13 tiles) for this size alone, which torch does not exclude with TF32 and which is
+    # as inaccurate. One more column, of zeros and dropped again, keeps it out.
+    widen = int(input.is_cuda and size[2:] == [5, 5] and tuple(stride) == tuple(dilation) == (1, 1))
+    widened = (*size[:3], size[3] + widen)
     samples = N
-    if input.dtype is not dtype and N > 0:  # converted copies, so in pieces
+    if input.dtype is not dtype:  # converted copies, so in pieces
         samples = max(1, _budget(input) // ((input[0].numel() + grad_output[0].numel()) * dtype.itemsize))
-    for n in range(0, N, max(samples, 1)):
+    convolved = None
+    for n in range(0, N, samples):
         x, dy = (t[n : n + samples].to(dtype) for t in (input, grad_output))
-        # The two terms cancel: TF32's ten bits are not enough here.
-        with _full_precision(x):
-            grad_weight += torch.nn.grad.conv2d_weight(x, weight.shape, dy, stride, padding, dilation, groups)
+        if widen:
+            x = F.pad(x, (0, widen))
+        with _cudnn_precision(x, exact=input.dtype is not dtype):
+            part = torch.nn.grad.conv2d_weight(x, widened, dy, stride, padding, dilation, groups)
+        part = part[..., : size[3]]
+        convolved = part if convolved is None else convolved.add_(part)
     total = grad_output.sum((0, 2, 3), dtype=dtype)
-    return grad_weight.sub_(weight * total[:, None, None, None])
+    # The conversion of the weight matters to float16: its product with the sum could pass 65504.
+    return torch.addcmul(convolved, weight.to(dtype), total[:, None, None, None], value=-1).contiguous()
+
+
+_cudnn_precision_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _full_precision(tensor: Tensor) -> Iterator[None]:
-    """cuDNN convolutions without TF32. The flag is the process's, as all of cuDNN's are."""
+def _cudnn_precision(tensor: Tensor, exact: bool) -> Iterator[None]:
+    """cuDNN convolutions with TF32 where that is `exact` (float16 and bfloat16 numbers fit into it), else without.
+
+    The two terms of a weight gradient cancel, for which TF32's ten bits of a float32 are not enough. The flag is the
+    process's, as all of cuDNN's are, and autograd has a thread for each GPU.
+    """
     if not tensor.is_cuda:
         yield
         return
     # torch 2.9 gave each operator its own flag, and reading the old one fails where a user has set the new ones apart.
     cudnn = torch.backends.cudnn
-    owner, name, off = (
-        (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
-    )
-    before = getattr(owner, name)
-    setattr(owner, name, off)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+    if hasattr(cudnn, "conv"):
+        owner, name, value = cudnn.conv, "fp32_precision", "tf32" if exact else "ieee"
+    else:
+        owner, name, value = cudnn, "allow_tf32", exact
+    with _cudnn_precision_lock:
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        try:
+            yield
+        finally:
+            setattr(owner, name, before)
 
 
 for _device in ("CPU", "CUDA"):
     _library.impl("adder2d", _adder2d_cpu if _device == "CPU" else _adder2d_cuda, _device)
     _library.impl("adder2d_grad_input", _grad_input_torch, _device)
     _library.impl("adder2d_grad_weight", _grad_weight_torch, _device)
+# Reached in inference mode only: elsewhere Autograd is there to turn it into adder2d.
+_library.impl("adder2d_eta", lambda *args: _adder2d(*args[:-1]), "CompositeExplicitAutograd")
 
 
 # ---- autograd
 
 
 class _Adder2d(torch.autograd.Function):
-    # torch.library.register_autograd, or a separate setup_context, would cost several times the host time.
-
     @staticmethod
-    def forward(ctx, input, weight, bias, stride, padding, dilation, groups):
-        ctx.save_for_backward(input, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.geometry = stride, padding, dilation, groups
+    def forward(input, weight, bias, stride, padding, dilation, groups, eta):
         with torch._C._AutoDispatchBelowAutograd():
             return _adder2d(input, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, bias, *ctx.geometry, ctx.eta = inputs
+        ctx.save_for_backward(input, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -427,11 +469,13 @@ class _Adder2d(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_input = _grad_input(grad_output, input, weight, *ctx.geometry)
         if ctx.needs_input_grad[1]:
-            raw = _grad_weight(grad_output, input, weight, *ctx.geometry)
-            grad_weight = _adaptive_scaling(raw, _ETA).to(weight.dtype)
+            grad_weight = _grad_weight(grad_output, input, weight, *ctx.geometry)
+            if ctx.eta is not None:
+                grad_weight = adaptive_scaling(grad_weight, ctx.eta)
+            grad_weight = grad_weight.to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_output.sum((0, 2, 3), dtype=_sum_dtype(ctx.bias_dtype)).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, None, None, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -441,13 +485,19 @@ class _Adder2d(torch.autograd.Function):
         )
 
 
-def _adaptive_scaling(grad_weight: Tensor, eta: float) -> Tensor:
-    """eta * sqrt(numel) * dw / |dw|, the published code's learning rate per layer."""
-    norm = torch.linalg.vector_norm(grad_weight).clamp(min=1e-12)
-    return grad_weight * (eta * math.sqrt(grad_weight.numel()) / norm)
+# Function.apply without inspecting the signature of `forward` at each call, which takes longer than the rest of it
+# (torch.library.register_autograd as well), and without function transforms, which are refused below.
+_apply = super(torch.autograd.Function, _Adder2d).apply
 
 
-def _adder2d_autograd(input, weight, bias, stride, padding, dilation, groups):
+def adaptive_scaling(grad_weight: Tensor, eta: float) -> Tensor:
+    """eta * sqrt(numel) * dw / |dw|, the published code's learning rate per layer; in float32 at least."""
+    grad_weight = grad_weight.to(_sum_dtype(grad_weight.dtype))
+    norm = torch.linalg.vector_norm(grad_weight).clamp_(min=1e-12)
+    return grad_weight / norm.div_(eta * math.sqrt(grad_weight.numel()))
+
+
+def _adder2d_autograd(input, weight, bias, stride, padding, dilation, groups, eta=ETA):
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "adder2d does not work inside torch.func.grad, vjp, jvp and their kin: its backward is AdderNet's rule, "
@@ -456,7 +506,7 @@ def _adder2d_autograd(input, weight, bias, stride, padding, dilation, groups):
     needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     # Inside a dual level the Function is taken as well: it refuses tangents, where the plain call would drop them.
     if (needs_grad and torch.is_grad_enabled()) or torch.autograd.forward_ad._current_level >= 0:
-        return _Adder2d.apply(input, weight, bias, stride, padding, dilation, groups)
+        return _apply(input, weight, bias, stride, padding, dilation, groups, eta)
     with torch._C._AutoDispatchBelowAutograd():
         return _adder2d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -469,6 +519,7 @@ def _no_second_derivative(ctx, *grads):
 
 
 _library.impl("adder2d", _adder2d_autograd, "Autograd")
+_library.impl("adder2d_eta", _adder2d_autograd, "Autograd")
 torch.library.register_autograd("torch2trt_adder::adder2d_grad_input", _no_second_derivative, lib=_library)
 torch.library.register_autograd("torch2trt_adder::adder2d_grad_weight", _no_second_derivative, lib=_library)
 
@@ -477,7 +528,7 @@ torch.library.register_autograd("torch2trt_adder::adder2d_grad_weight", _no_seco
 # torch.library.register_autocast is newer than torch 2.4, and it fixes the dtype when it is called.
 
 
-def _autocast_kernel(device_type: str, key: torch._C.DispatchKey):
+def _autocast_kernel(op: torch._ops.OpOverload, device_type: str, key: torch._C.DispatchKey):
     keys = torch._C.DispatchKeySet(key)
 
     def cast(tensor: Tensor | None) -> Tensor | None:
@@ -485,12 +536,15 @@ def _autocast_kernel(device_type: str, key: torch._C.DispatchKey):
             return tensor
         return tensor.to(torch.get_autocast_dtype(device_type))
 
-    def adder2d_autocast(input, weight, bias, stride, padding, dilation, groups):
+    def adder2d_autocast(input, weight, bias, *options):
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return _adder2d(cast(input), cast(weight), cast(bias), stride, padding, dilation, groups)
+            return op(cast(input), cast(weight), cast(bias), *options)
 
     return adder2d_autocast
 
 
-_library.impl("adder2d", _autocast_kernel("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
-_library.impl("adder2d", _autocast_kernel("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
+for _op in (_adder2d, _adder2d_eta):
+    for _type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(
+            _op._schema.name.split("::")[1], _autocast_kernel(_op, _type, getattr(torch._C.DispatchKey, _key)), _key
+        )
