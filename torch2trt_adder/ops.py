@@ -493,8 +493,8 @@ _apply = super(torch.autograd.Function, _Adder2d).apply
 def adaptive_scaling(grad_weight: Tensor, eta: float) -> Tensor:
     """eta * sqrt(numel) * dw / |dw|, the published code's learning rate per layer; in float32 at least."""
     grad_weight = grad_weight.to(_sum_dtype(grad_weight.dtype))
-    norm = torch.linalg.vector_norm(grad_weight).clamp_(min=1e-12)
-    return grad_weight / norm.div_(eta * math.sqrt(grad_weight.numel()))
+    norm = torch.linalg.vector_norm(grad_weight).clamp(min=1e-12)
+    return grad_weight / (norm / (eta * math.sqrt(grad_weight.numel())))
 
 
 def _adder2d_autograd(input, weight, bias, stride, padding, dilation, groups, eta=ETA):
