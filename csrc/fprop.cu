@@ -42,8 +42,11 @@ int32_t images_per_launch(Adder2dParams const& p) {
   return static_cast<int32_t>(images < 1 ? 1 : images < p.N ? images : p.N);
 }
 
-// A tiled kernel needs enough filters a group to fill the short side of a tile.
-bool wants_direct(Adder2dParams const& p) { return p.K / p.groups < 8; }
+// A tiled kernel needs enough filters a group to fill the short side of a tile, and enough work to be worth its pipeline.
+bool wants_direct(Adder2dParams const& p) {
+  int64_t const terms = int64_t{p.N} * p.P * p.Q * p.K * (p.C / p.groups) * p.R * p.S;
+  return p.K / p.groups < 8 || terms <= int64_t{multiprocessor_count()} * 32768;
+}
 
 FpropPlan plan_tiled(FpropArgs const& args, size_t workspace_bytes) {
   return takes_fprop_half(args, workspace_bytes) ? plan_fprop_half(args, workspace_bytes) : plan_fprop_simt(args, workspace_bytes);

@@ -1,4 +1,6 @@
-// One thread per output: depth-wise layers and groups of few filters, where an implicit GEMM tile would be mostly empty.
+// One thread per output, or several that share its reduction: depth-wise layers and groups of few filters, where an
+// implicit GEMM tile would be mostly empty, and layers so small that the latency of a tile's pipeline would be most of the
+// time.
 #include "fprop.h"
 
 namespace adder2d {
@@ -6,54 +8,67 @@ namespace {
 
 // ---- kernel
 
-constexpr int kDirectThreads = 256;
+constexpr int kThreads = 256;
 
-// Reference loop for one output, in float32. Taps in the padding read 0.
-__device__ float direct_sum(FpropArgs const& a, int32_t n, int32_t k, int32_t p, int32_t q) {
-  int32_t const group = k / a.Kg;
-  int64_t const image = n * a.p.x_stride[0] + int64_t{group} * a.Cg * a.p.x_stride[1];
-  int64_t w_index = int64_t{k} * a.CRS;
-  float sum = 0.f;
-  for (int32_t c = 0; c < a.Cg; ++c) {
-    for (int32_t r = 0; r < a.p.R; ++r) {
-      int32_t const h = p * a.p.stride_h - a.p.pad_h + r * a.p.dil_h;
-      bool const inside_h = static_cast<uint32_t>(h) < static_cast<uint32_t>(a.p.H);
-      for (int32_t s = 0; s < a.p.S; ++s, ++w_index) {
-        int32_t const w = q * a.p.stride_w - a.p.pad_w + s * a.p.dil_w;
-        bool const inside = inside_h && static_cast<uint32_t>(w) < static_cast<uint32_t>(a.p.W);
-        int64_t const x_index = image + c * a.p.x_stride[1] + h * a.p.x_stride[2] + w * a.p.x_stride[3];
-        float const x = inside ? load_as_float(a.p.x, x_index, a.p.x_type) : 0.f;
-        sum += fabsf(x - load_as_float(a.p.w, w_index, a.p.w_type));
-      }
-    }
-  }
-  return sum;
+template <bool kFloat32>
+__device__ __forceinline__ float load(void const* base, int64_t index, int32_t type) {
+  return kFloat32 ? __ldg(static_cast<float const*>(base) + index) : load_as_float(base, index, type);
 }
 
-__global__ void __launch_bounds__(kDirectThreads) adder2d_fprop_direct_kernel(FpropArgs const a) {
-  int32_t const pixels = a.p.P * a.p.Q;
-  int32_t const pq = blockIdx.x * kDirectThreads + threadIdx.x;
-  if (pq >= pixels) return;
+// Block x: pixels of one map; y: maps (n, k). kShares threads side by side take every kShares-th term of an output each;
+// their sums meet through shuffles.
+template <bool kFloat32, int kShares>
+__global__ void __launch_bounds__(kThreads) adder2d_fprop_direct_kernel(__grid_constant__ FpropArgs const a) {
+  static_assert(kShares <= 32, "the threads of an output are in one warp");
+  constexpr int kPixels = kThreads / kShares;
+  int32_t const share = threadIdx.x % kShares, pq = blockIdx.x * kPixels + threadIdx.x / kShares;
+  bool const present = pq < a.p.P * a.p.Q;
   int32_t q;
-  int32_t const p = a.div_Q.divmod(pq, &q);
-  for (int64_t nk = blockIdx.y; nk < int64_t{a.p.N} * a.p.K; nk += gridDim.y) {
-    int32_t const n = static_cast<int32_t>(nk / a.p.K), k = static_cast<int32_t>(nk % a.p.K);
-    float const sum = direct_sum(a, n, k, p, q);
-    float const y = a.p.b != nullptr ? load_as_float(a.p.b, k, a.p.w_type) - sum : -sum;
-    store_from_float(a.p.y, n * a.p.y_stride[0] + k * a.p.y_stride[1] + p * a.p.y_stride[2] + q * a.p.y_stride[3],
-                     a.p.y_type, y);
+  int32_t const p = a.div_Q.divmod(pq, &q), h0 = p * a.p.stride_h - a.p.pad_h, w0 = q * a.p.stride_w - a.p.pad_w;
+  for (int64_t map = blockIdx.y; map < int64_t{a.p.N} * a.p.K; map += gridDim.y) {
+    int32_t const n = static_cast<int32_t>(map / a.p.K), k = static_cast<int32_t>(map % a.p.K);
+    int64_t const window = n * a.p.x_stride[0] + int64_t{k / a.Kg} * a.Cg * a.p.x_stride[1] + h0 * a.p.x_stride[2] + w0 * a.p.x_stride[3];
+    int64_t const filter = int64_t{k} * a.CRS;
+    float sum = 0.f;
+#pragma unroll 8
+    for (int32_t j = share; j < a.CRS; j += kShares) {
+      int32_t rs, s;
+      int32_t const c = a.div_RS.divmod(j, &rs), r = a.div_S.divmod(rs, &s);
+      int32_t const dh = r * a.p.dil_h, dw = s * a.p.dil_w;
+      bool const inside = present && static_cast<uint32_t>(h0 + dh) < static_cast<uint32_t>(a.p.H) &&
+                          static_cast<uint32_t>(w0 + dw) < static_cast<uint32_t>(a.p.W);
+      int64_t const x_index = window + c * a.p.x_stride[1] + dh * a.p.x_stride[2] + dw * a.p.x_stride[3];
+      float const x = inside ? load<kFloat32>(a.p.x, x_index, a.p.x_type) : 0.f;  // padding reads 0
+      sum += fabsf(x - load<kFloat32>(a.p.w, filter + j, a.p.w_type));
+    }
+#pragma unroll
+    for (int step = kShares / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+    if (present && share == 0) {
+      float const y = a.p.b != nullptr ? load_as_float(a.p.b, k, a.p.w_type) - sum : -sum;
+      store_from_float(a.p.y, n * a.p.y_stride[0] + k * a.p.y_stride[1] + p * a.p.y_stride[2] + q * a.p.y_stride[3], a.p.y_type, y);
+    }
   }
+}
+
+// ---- launcher
+
+template <int kShares>
+cudaError_t launch(FpropArgs const& args, cudaStream_t stream) {
+  int64_t const maps = int64_t{args.p.N} * args.p.K;
+  dim3 const grid(ceil_div(args.p.P * args.p.Q, kThreads / kShares), static_cast<uint32_t>(maps < 65535 ? maps : 65535));
+  bool const float32 = args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32;
+  (float32 ? adder2d_fprop_direct_kernel<true, kShares> : adder2d_fprop_direct_kernel<false, kShares>)<<<grid, kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
 }
 
 }  // namespace
 
-// ---- launcher
-
 cudaError_t launch_fprop_direct(FpropArgs const& args, cudaStream_t stream) {
-  int64_t const maps = int64_t{args.p.N} * args.p.K;
-  dim3 const grid(ceil_div(args.p.P * args.p.Q, kDirectThreads), static_cast<uint32_t>(maps < 65535 ? maps : 65535));
-  adder2d_fprop_direct_kernel<<<grid, kDirectThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  // Long reductions are shared out, as long as that does not need more threads than the chip runs at once.
+  int64_t const outputs = int64_t{args.NPQ} * args.p.K, threads = int64_t{multiprocessor_count()} * 2048;
+  if (args.CRS >= 128 && outputs * 32 <= threads) return launch<32>(args, stream);
+  if (args.CRS >= 16 && outputs * 8 <= threads) return launch<8>(args, stream);
+  return launch<1>(args, stream);
 }
 
 }  // namespace adder2d

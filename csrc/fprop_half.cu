@@ -1,7 +1,8 @@
 // Implicit GEMM on half pairs: float16 and bfloat16 input, Ampere and newer.
 //
-// Pairs lie along the channels. For every output, the 16 channels of a slice are eight pairs of |x - w|, added in float16
-// as a tree and then to a float32 accumulator: no term is rounded more than five times in float16, however long the sum.
+// Pairs lie along the channels. For every output, 32 terms are 16 pairs of |x - w|, added in float16 four pairs at a time
+// and then to a float32 accumulator: no term is rounded more than seven times in float16, however long the sum (the
+// difference, two levels of four, three sums of fours, the two halves).
 //
 // Halves lose what float32 keeps: a difference or a sum beyond 65504, and bits below 2^-24 of inputs that are not float16.
 // A tile in which that may have happened is summed again by exact_sum, in float32: slow, and rare.
@@ -18,7 +19,7 @@ template <int kTileK_, int kTilePQ_>
 struct Tile {
   static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;  // outputs of a block: filters, pixels
   static constexpr int kTileC = 16;                           // channels of a slice, all of one tap
-  static constexpr int kThreadK = 8, kThreadPQ = 8;           // outputs of a thread
+  static constexpr int kThreadK = 8, kThreadPQ = 4;           // outputs of a thread
   static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
   static constexpr int kLanesK = 4, kLanesPQ = 8;             // a warp's threads
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
@@ -27,9 +28,9 @@ struct Tile {
   static constexpr int kPixels = kTilePQ > kThreads ? kTilePQ / kThreads : 1;   // kPixels: pixels that a thread loads
   static constexpr int kShares = kTilePQ < kThreads ? kThreads / kTilePQ : 1;   // threads that share a pixel's channels
   static constexpr int kLoads = kTileC / kShares;                               // channels that a thread loads of a pixel
-  static constexpr int kBlocksPerSM = 3;
+  static constexpr int kBlocksPerSM = 2;
 
-  static_assert(kThreads == 128, "the fills are laid out for 128 threads");
+  static_assert(kThreads == 256, "16 warps on a multiprocessor, of 128 registers a thread");
   static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
   static_assert(kLoads % 8 == 0, "a thread stores 8 halves at once");
 };
@@ -46,9 +47,9 @@ struct View : TilePlace {
   static constexpr int kThreads = T::kThreads, kItems = T::kThreadK * T::kThreadPQ / 4;
   int32_t thread_k, thread_pq;  // first output of the thread; the others lie kStepK, kStepPQ apart
 
-  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile)
+  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread)
       : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ) {
-    int32_t const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int32_t const warp = thread / 32, lane = thread % 32;
     thread_k = warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ;
     thread_pq = warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ;
   }
@@ -103,9 +104,9 @@ struct Filler {
 
   // Starts the copies of the slice: weights straight to shared memory, inputs to registers.
   __device__ __forceinline__ void load(int32_t stage) {
-#pragma unroll
-    for (int i = threadIdx.x; i < T::kTileK * 2; i += T::kThreads)
-      copy16_async(&smem.w[stage][i / 2][i % 2 * 8], w + i * 8);
+    constexpr int kCopies = T::kTileK * T::kTileC / 8;  // of 8 halves
+    static_assert(kCopies <= T::kThreads, "one copy a thread");
+    if (threadIdx.x < kCopies) copy16_async(&smem.w[stage][threadIdx.x / 2][threadIdx.x % 2 * 8], w + threadIdx.x * 8);
     copy_commit();
     int32_t const dh = r * a.p.dil_h, dw = s * a.p.dil_w;
     int32_t const first = T::kShares == 1 ? 0 : threadIdx.x / T::kTilePQ * T::kLoads;
@@ -176,22 +177,27 @@ __device__ __forceinline__ void load16(__half2 (&fragment)[8], __half const* sme
   *reinterpret_cast<uint4*>(fragment + 4) = *reinterpret_cast<uint4 const*>(smem + 8);
 }
 
-// Sum of the 16 differences of eight pairs.
-__device__ __forceinline__ float add_pairs(__half2 const (&x)[8], __half2 const (&w)[8]) {
-  __half2 d[8];
+// *sum += |x - w| for eight pairs, four at a time as a tree.
+__device__ __forceinline__ void add_pairs(__half2 const (&x)[8], __half2 const (&w)[8], __half2* sum) {
 #pragma unroll
-  for (int e = 0; e < 8; ++e) d[e] = __habs2(__hsub2(x[e], w[e]));
-#pragma unroll
-  for (int width = 4; width > 0; width /= 2)
-#pragma unroll
-    for (int e = 0; e < width; ++e) d[e] = __hadd2(d[e], d[e + width]);
-  return __half2float(__hadd(__low2half(d[0]), __high2half(d[0])));
+  for (int e = 0; e < 8; e += 4) {
+    __half2 const low = __hadd2(__habs2(__hsub2(x[e], w[e])), __habs2(__hsub2(x[e + 1], w[e + 1])));
+    __half2 const high = __hadd2(__habs2(__hsub2(x[e + 2], w[e + 2])), __habs2(__hsub2(x[e + 3], w[e + 3])));
+    *sum = __hadd2(*sum, __hadd2(low, high));
+  }
 }
 
 // Accumulates slices first .. last - 1 into acc[pixel][half of the filter rows][row].
 template <class T, bool kBfloat16, Source kSource>
 __device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& plan, View<T> const& view, int32_t first,
                                            int32_t last, Smem<T>& smem, float (&acc)[T::kThreadPQ][2][4]) {
+  __half2 const zero = __half2half2(__ushort_as_half(0));
+  __half2 pairs[T::kThreadPQ][T::kThreadK];
+#pragma unroll
+  for (int j = 0; j < T::kThreadPQ; ++j)
+#pragma unroll
+    for (int i = 0; i < T::kThreadK; ++i) pairs[j][i] = zero;
+
   Filler<T, kBfloat16, kSource> filler(a, plan, smem, view, first);
   __syncthreads();
   filler.load(0);
@@ -200,18 +206,24 @@ __device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& 
     int32_t const stage = (slice - first) % 2;
     __syncthreads();
     if (slice + 1 < last) filler.load(stage ^ 1);
+    __half2 x[T::kThreadPQ][8];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      __half2 w[4][8];
+    for (int j = 0; j < T::kThreadPQ; ++j) load16(x[j], smem.x[stage][view.thread_pq + j * T::kStepPQ]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) load16(w[i], smem.w[stage][view.thread_k + (half * 4 + i) * T::kStepK]);
+    for (int i = 0; i < T::kThreadK; ++i) {
+      __half2 w[8];
+      load16(w, smem.w[stage][view.thread_k + i * T::kStepK]);
 #pragma unroll
-      for (int j = 0; j < T::kThreadPQ; ++j) {
-        __half2 x[8];
-        load16(x, smem.x[stage][view.thread_pq + j * T::kStepPQ]);
+      for (int j = 0; j < T::kThreadPQ; ++j) add_pairs(x[j], w, &pairs[j][i]);
+    }
+    if (stage == 1 || slice + 1 == last) {  // every second slice
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[j][half][i] += add_pairs(x, w[i]);
-      }
+      for (int j = 0; j < T::kThreadPQ; ++j)
+#pragma unroll
+        for (int i = 0; i < T::kThreadK; ++i) {
+          acc[j][i / 4][i % 4] += __half2float(__hadd(__low2half(pairs[j][i]), __high2half(pairs[j][i])));
+          pairs[j][i] = zero;
+        }
     }
     if (slice + 1 < last) filler.store(stage ^ 1);
   }
@@ -267,7 +279,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     adder2d_fprop_half_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ FpropPlan const plan) {
   extern __shared__ __align__(16) unsigned char smem_bytes[];
   launch_dependents();
-  View<T> const view(a, plan, blockIdx.x);
+  View<T> const view(a, plan, blockIdx.x, threadIdx.x);
   int32_t const first = plan.slices * blockIdx.y / plan.splits, last = plan.slices * (blockIdx.y + 1) / plan.splits;
   float acc[T::kThreadPQ][2][4] = {};
   wait_for_primary();
@@ -316,15 +328,15 @@ cudaError_t launch_tile(FpropArgs const& args, FpropPlan const& plan, cudaStream
 }
 
 using Tile64x128 = Tile<64, 128>;
-using Tile128x64 = Tile<128, 64>;
 using Tile32x256 = Tile<32, 256>;
 
-template <class T>
-constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC};
-// In the order of launch_fprop_half.
-constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile128x64>, kSizeOf<Tile32x256>};
-constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 constexpr double kRate = 96;  // accumulated terms a cycle and multiprocessor
+
+template <class T>
+constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate};
+// In the order of launch_fprop_half.
+constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile32x256>};
+constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
 // Bytes of the packed weights for tiles of tile_k filters.
 size_t packed_weights(FpropArgs const& a, int32_t tile_k) {
@@ -351,7 +363,7 @@ cudaError_t launch_any_source(FpropArgs const& args, FpropPlan const& plan, cuda
 
 bool takes_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
   // Slices of 16 channels would be mostly empty below 8. The weights must find room.
-  if (args.p.x_type == ADDER2D_FLOAT32 || args.Cg < 8 || packed_weights(args, 128) > workspace_bytes) return false;
+  if (args.p.x_type == ADDER2D_FLOAT32 || args.Cg < 8 || packed_weights(args, 64) > workspace_bytes) return false;
   int device = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -362,7 +374,7 @@ FpropPlan plan_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
   auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return ceil_div(a.Cg, size.c) * a.p.R * a.p.S; };
   double cycles;
   FpropPlan plan =
-      choose_tile(args, kTiles, kTileCount, slices_of, kRate, workspace_bytes - packed_weights(args, 128), &cycles);
+      choose_tile(args, kTiles, kTileCount, slices_of, workspace_bytes - packed_weights(args, 64), &cycles);
   plan.packed_bytes = packed_weights(args, kTiles[plan.tile].k);
   plan.workspace_bytes += plan.packed_bytes;
   return plan;
@@ -374,8 +386,7 @@ cudaError_t launch_fprop_half(FpropArgs const& problem, FpropPlan const& plan, c
   args.exact_halves = args.p.x_type == ADDER2D_FLOAT16 && args.p.w_type == ADDER2D_FLOAT16;
   switch (plan.tile) {
     case 0: return launch_any_source<Tile64x128>(args, plan, stream);
-    case 1: return launch_any_source<Tile128x64>(args, plan, stream);
-    case 2: return launch_any_source<Tile32x256>(args, plan, stream);
+    case 1: return launch_any_source<Tile32x256>(args, plan, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -22,17 +22,18 @@ enum class Fill {
 template <Fill kFill>
 constexpr bool kIsPacked = kFill == Fill::kPixels || kFill == Fill::kChannels;
 
-template <int kTileK_, int kTilePQ_, int kTileC_, int kStages_, int kUnroll_ = 8>
+template <int kTileK_, int kTilePQ_, int kTileC_, int kStages_, int kThreadK_ = 8, int kThreadPQ_ = 8, int kBlocks = 3>
 struct Tile {
   static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;  // outputs of a block: filters, pixels
   static constexpr int kTileC = kTileC_;                      // reduction terms of a slice
   static constexpr int kStages = kStages_;                    // slices in flight
-  static constexpr int kUnroll = kUnroll_;                    // terms of the inner loop; a longer body misses the instruction cache
-  static constexpr int kThreadK = 8, kThreadPQ = 8;           // outputs of a thread, as 2 x 4 by 2 x 4
+  static constexpr int kUnroll = 8;                    // terms of the inner loop; a longer body misses the instruction cache
+  static constexpr int kThreadK = kThreadK_, kThreadPQ = kThreadPQ_;  // outputs of a thread, in groups of 4 by 4
+  static constexpr int kGroupsK = kThreadK / 4, kGroupsPQ = kThreadPQ / 4;
   static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
-  static constexpr int kLanesK = kTileK >= 32 ? 4 : kTileK / kThreadK, kLanesPQ = 32 / kLanesK;  // a warp's threads
+  static constexpr int kLanesK = 4, kLanesPQ = 8;  // a warp's threads
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
-  static constexpr int kBlocksPerSM = 3;
+  static constexpr int kBlocksPerSM = kBlocks;
   static constexpr int kRowsK = kThreads / 8;           // filters loaded at once: 8 threads side by side along the reduction
   static constexpr int kTermSlices = kThreads / kTileC;  // slices whose terms are made at once, one by each thread
   // Rows of shared memory are padded by 4 floats: loads along the reduction then store to 32 different banks.
@@ -70,18 +71,18 @@ struct Smem {
 template <class T>
 struct View : TilePlace {
   static constexpr int kThreads = T::kThreads, kItems = T::kThreadK * T::kThreadPQ / 4;
-  int32_t thread_k, thread_pq;  // first output of the thread; its second half is kTileK / 2, kTilePQ / 2 on
+  int32_t thread_k, thread_pq;  // first output of the thread; its groups are kTileK / kGroupsK, kTilePQ / kGroupsPQ apart
 
-  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile)
+  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread)
       : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ) {
-    int32_t const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int32_t const warp = thread / 32, lane = thread % 32;
     thread_k = (warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ) * 4;
     thread_pq = (warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ) * 4;
   }
-  // Item i: filter row i / 2 of the thread, the first or second four of its pixels.
+  // Item: one filter row of the thread, four pixels.
   __device__ __forceinline__ void store(FpropArgs const& a, int32_t item, float4 const& sum) const {
-    int32_t const row = item / 2, k = first_k + thread_k + row / 4 * (T::kTileK / 2) + row % 4;
-    if (k < end_k) store4(a, k, first_pixel + thread_pq + item % 2 * (T::kTilePQ / 2), sum);
+    int32_t const row = item / T::kGroupsPQ, k = first_k + thread_k + row / 4 * (T::kTileK / T::kGroupsK) + row % 4;
+    if (k < end_k) store4(a, k, first_pixel + thread_pq + item % T::kGroupsPQ * (T::kTilePQ / T::kGroupsPQ), sum);
   }
 };
 
@@ -286,10 +287,12 @@ __device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& 
 
   float w_frag[2][T::kThreadK], x_frag[2][T::kThreadPQ];
   auto load = [&](float const* w_smem, float const* x_smem, int buffer) {
-    *reinterpret_cast<float4*>(&w_frag[buffer][0]) = *reinterpret_cast<float4 const*>(w_smem);
-    *reinterpret_cast<float4*>(&w_frag[buffer][4]) = *reinterpret_cast<float4 const*>(w_smem + T::kTileK / 2);
-    *reinterpret_cast<float4*>(&x_frag[buffer][0]) = *reinterpret_cast<float4 const*>(x_smem);
-    *reinterpret_cast<float4*>(&x_frag[buffer][4]) = *reinterpret_cast<float4 const*>(x_smem + T::kTilePQ / 2);
+#pragma unroll
+    for (int i = 0; i < T::kGroupsK; ++i)
+      *reinterpret_cast<float4*>(&w_frag[buffer][4 * i]) = *reinterpret_cast<float4 const*>(w_smem + i * (T::kTileK / T::kGroupsK));
+#pragma unroll
+    for (int i = 0; i < T::kGroupsPQ; ++i)
+      *reinterpret_cast<float4*>(&x_frag[buffer][4 * i]) = *reinterpret_cast<float4 const*>(x_smem + i * (T::kTilePQ / T::kGroupsPQ));
   };
 
   int32_t stage = 0;
@@ -355,14 +358,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     adder2d_fprop_simt_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ FpropPlan const plan) {
   extern __shared__ __align__(16) unsigned char smem_bytes[];
   launch_dependents();
-  View<T> const view(a, plan, blockIdx.x);
+  View<T> const view(a, plan, blockIdx.x, threadIdx.x);
   int32_t const first = plan.slices * blockIdx.y / plan.splits, last = plan.slices * (blockIdx.y + 1) / plan.splits;
   float acc[T::kThreadK][T::kThreadPQ] = {};
   if constexpr (kIsPacked<kFill>) wait_for_primary();
   accumulate(a, plan, view, first, last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), acc);
 #pragma unroll
   for (int item = 0; item < View<T>::kItems; ++item) {
-    float const* const v = &acc[item / 2][item % 2 * 4];
+    float const* const v = &acc[item / T::kGroupsPQ][item % T::kGroupsPQ * 4];
     finish(a, plan, view, item, make_float4(v[0], v[1], v[2], v[3]));
   }
 }
@@ -383,17 +386,20 @@ cudaError_t launch_tile(FpropArgs const& args, FpropPlan const& plan, cudaStream
 
 using Tile64x128 = Tile<64, 128, 16, 3>;
 using Tile128x64 = Tile<128, 64, 16, 3>;
-using Tile32x256 = Tile<32, 256, 8, 3>;
-using Tile16x512 = Tile<16, 512, 8, 3>;
+using Tile32x256 = Tile<32, 256, 16, 3>;
+using Tile16x256 = Tile<16, 256, 16, 3, 4, 8, 4>;
+using Tile32x64 = Tile<32, 64, 16, 3, 4, 4, 6>;  // small problems: four times as many blocks
 
+// Accumulated terms a cycle and multiprocessor, of 64.
 template <class T>
-constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC};
+constexpr double kRate = T::kThreadK == 8 ? 54 : T::kThreadPQ == 8 ? 46 : 42;
+template <class T>
+constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate<T>};
 // In the order of launch_fprop_simt.
-constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile128x64>, kSizeOf<Tile32x256>, kSizeOf<Tile16x512>};
+constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile128x64>, kSizeOf<Tile32x256>, kSizeOf<Tile16x256>, kSizeOf<Tile32x64>};
 constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
-constexpr double kRate = 48;           // accumulated terms a cycle and multiprocessor, of 64
-constexpr double kPackCycles = 100e3;  // a shorter kernel does not earn the packing back
+constexpr double kPackCycles = 60e3;  // a shorter kernel does not earn the packing back
 
 Fill choose_fill(FpropArgs const& a, bool packed) {
   if (a.p.x_type != ADDER2D_FLOAT32 || a.p.w_type != ADDER2D_FLOAT32) return Fill::kAny;
@@ -419,7 +425,7 @@ cudaError_t launch_any_fill(FpropArgs const& args, FpropPlan const& plan, cudaSt
 FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes) {
   auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return ceil_div(a.CRS, size.c); };
   double cycles;
-  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, kRate, workspace_bytes, &cycles);
+  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, workspace_bytes, &cycles);
   bool const channels = args.p.x_stride[1] == 1 && args.p.x_stride[3] != 1;
   size_t const packed_bytes = size_t{4} * args.p.groups * args.CRS * plan.tiles_k * kTiles[plan.tile].k;
   if (args.Cg % 16 == 0 && args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 &&
@@ -435,7 +441,8 @@ cudaError_t launch_fprop_simt(FpropArgs const& args, FpropPlan const& plan, cuda
     case 0: return launch_any_fill<Tile64x128>(args, plan, stream);
     case 1: return launch_any_fill<Tile128x64>(args, plan, stream);
     case 2: return launch_any_fill<Tile32x256>(args, plan, stream);
-    case 3: return launch_any_fill<Tile16x512>(args, plan, stream);
+    case 3: return launch_any_fill<Tile16x256>(args, plan, stream);
+    case 4: return launch_any_fill<Tile32x64>(args, plan, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -84,9 +84,16 @@ __device__ __forceinline__ void store4(FpropArgs const& a, int32_t k, int32_t m,
 // A thread's sums are items of four. View::store writes one item; kItems is their number.
 template <class View>
 __device__ __forceinline__ float4* partial_sum(FpropArgs const& a, FpropPlan const& plan, int32_t split, int32_t tile,
-                                               int32_t item) {
-  int64_t const index = ((int64_t{split} * plan.tiles + tile) * View::kItems + item) * View::kThreads + threadIdx.x;
+                                               int32_t item, int32_t thread) {
+  int64_t const index = ((int64_t{split} * plan.tiles + tile) * View::kItems + item) * View::kThreads + thread;
   return reinterpret_cast<float4*>(static_cast<char*>(a.p.workspace) + plan.packed_bytes) + index;
+}
+
+__device__ __forceinline__ void add(float4* sum, float4 const& v) {
+  sum->x += v.x;
+  sum->y += v.y;
+  sum->z += v.z;
+  sum->w += v.w;
 }
 
 // Hands one item on: to y, or to the workspace where the reduction is split.
@@ -94,26 +101,32 @@ template <class View>
 __device__ __forceinline__ void finish(FpropArgs const& a, FpropPlan const& plan, View const& view, int32_t item,
                                        float4 const& sum) {
   if (plan.splits > 1) {
-    *partial_sum<View>(a, plan, blockIdx.y, blockIdx.x, item) = sum;
+    *partial_sum<View>(a, plan, blockIdx.y, blockIdx.x, item, threadIdx.x) = sum;
   } else {
     view.store(a, item, sum);
   }
 }
 
-// Adds the splits of item blockIdx.y of tile blockIdx.x, in order, so that results repeat exactly.
-template <class View>
-__global__ void __launch_bounds__(View::kThreads)
+// Adds the splits of item blockIdx.y of tile blockIdx.x, always in the same order, so that results repeat exactly. Where
+// there are many splits and few tiles, kGroups threads share an output's splits.
+template <class View, int kGroups>
+__global__ void __launch_bounds__(View::kThreads* kGroups)
     adder2d_fprop_reduce_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ FpropPlan const plan) {
-  View const view(a, plan, blockIdx.x);
+  __shared__ float4 sums[kGroups][View::kThreads];
+  int32_t const thread = threadIdx.x % View::kThreads, group = threadIdx.x / View::kThreads;
+  View const view(a, plan, blockIdx.x, thread);
+  float4 const* const partial = partial_sum<View>(a, plan, 0, blockIdx.x, blockIdx.y, thread);
+  int64_t const step = int64_t{plan.tiles} * View::kItems * View::kThreads;  // from split to split
   wait_for_primary();
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 8
-  for (int32_t split = 0; split < plan.splits; ++split) {
-    float4 const v = *partial_sum<View>(a, plan, split, blockIdx.x, blockIdx.y);
-    sum.x += v.x;
-    sum.y += v.y;
-    sum.z += v.z;
-    sum.w += v.w;
+  for (int32_t split = group; split < plan.splits; split += kGroups) add(&sum, partial[split * step]);
+  if constexpr (kGroups > 1) {
+    sums[group][thread] = sum;
+    __syncthreads();
+    if (group != 0) return;
+#pragma unroll
+    for (int i = 1; i < kGroups; ++i) add(&sum, sums[i][thread]);
   }
   view.store(a, blockIdx.y, sum);
 }
@@ -137,22 +150,26 @@ cudaError_t launch_tiled(void (*kernel)(FpropArgs, FpropPlan), size_t smem_bytes
     error = cudaGetLastError();
   }
   if (error != cudaSuccess || plan.splits == 1) return error;
-  return launch_dependent(adder2d_fprop_reduce_kernel<View>, dim3(plan.tiles, View::kItems), block, 0, stream, args, plan);
+  dim3 const items(plan.tiles, View::kItems);
+  constexpr int kGroups = 512 / View::kThreads;
+  return plan.splits >= 8 ? launch_dependent(adder2d_fprop_reduce_kernel<View, kGroups>, items, dim3(512), 0, stream, args, plan)
+                          : launch_dependent(adder2d_fprop_reduce_kernel<View, 1>, items, block, 0, stream, args, plan);
 }
 
 // ---- plan
 
 struct TileSize {
-  int32_t k, pq, c;  // filters, pixels, terms of a slice
+  int32_t k, pq, c;   // filters, pixels, terms of a slice
+  int32_t resident;   // blocks that run on a multiprocessor at once
+  double rate;        // accumulated terms a cycle and multiprocessor
 };
 
 constexpr int32_t kMaxSplits = 64;
 constexpr int32_t kMaxSplitBlocks = 8;  // a multiprocessor
 
-// The best tile and number of splits for `slices_of(size)` slices a tile, with split sums in at most `workspace_bytes`;
-// `rate` is the family's accumulated terms a cycle and multiprocessor. Sets all of the plan but packed_bytes. *cycles is the
-// prediction.
+// The best tile and number of splits for `slices_of(size)` slices a tile, with split sums in at most `workspace_bytes`. Sets
+// all of the plan but packed_bytes. *cycles is the prediction.
 FpropPlan choose_tile(FpropArgs const& args, TileSize const* sizes, int32_t count, int32_t (*slices_of)(FpropArgs const&, TileSize const&),
-                      double rate, size_t workspace_bytes, double* cycles);
+                      size_t workspace_bytes, double* cycles);
 
 }  // namespace adder2d
