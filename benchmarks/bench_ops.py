@@ -1,13 +1,13 @@
-"""Times the forward pass of adder2d on the GPU and on the CPU, against its limit and against what else a user could call.
+"""Times the forward pass of adder2d on GPU and CPU, against its limit and against what else a user could call.
 
     python3 benchmarks/bench_ops.py --json result.json --plot result.png
 
 GPU rows: milliseconds of one call with a cold second-level cache (median; 10th to 90th percentile in the JSON), 10^12
-accumulated |x - w| a second, and that as a fraction of the ceiling, the best rate that ceiling.cu reaches in the same run
-(bfloat16 is held against the ceiling of float16). Peers are the published formula, torch.cdist(p=1) and the broadcast
-through torch.compile (the last two without the unfolding); convolutions of the same shape are the yardstick. Every result
-is compared with the operator's definition in float64 before it is timed, by the rule of tests/conftest.py, which needs
-pytest. CPU rows: float32, on --threads threads. The exit code is 1 if a result was wrong or a call failed.
+accumulated |x - w| a second (T/s), and that as a fraction of the ceiling, the best rate that ceiling.cu reaches in the
+same run (bfloat16 is held against the ceiling of float16). Peers are the published formula, torch.cdist(p=1) and the
+broadcast through torch.compile (the last two without the unfolding); convolutions of the same shape are the yardstick.
+Every result is compared with the operator's definition in float64 before it is timed, by the rule of tests/conftest.py,
+which needs pytest. CPU rows: float32, on --threads threads. The exit code is 1 if a result was wrong or a call failed.
 """
 
 import argparse
@@ -149,6 +149,12 @@ def measure_conv2d(layer: Layer, timer: GpuTimer) -> Row:
     return result
 
 
+def peers_shown(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Pairs of dtype and peer. torch.cdist takes no half types."""
+    dtypes = [dtype for dtype in ("float32", "float16") if dtype in args.dtypes]
+    return [(dtype, peer) for dtype in dtypes for peer in args.peers if (dtype, peer) != ("float16", "cdist")]
+
+
 def measure_peer(name: str, layer: Layer, dtype: torch.dtype, device: str, timer: GpuTimer | None) -> Row:
     """Milliseconds of a peer, or the reason why there are none."""
     try:
@@ -156,7 +162,7 @@ def measure_peer(name: str, layer: Layer, dtype: torch.dtype, device: str, timer
         y = torch2trt_adder.adder2d(x, w, None, *layer.geometry).float()
         call, to_output = peers.PEERS[name](x, w, layer)
         error = ((to_output(call()).float() - y).abs().max() / y.abs().max()).item()
-        if not error < 4 * torch.finfo(dtype).eps * math.sqrt(layer.CRS):
+        if not error < 8 * torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps * math.sqrt(layer.CRS):
             return {"skipped": f"its result is off by {error:.1e}"}
         return as_json(timer.cold(call) if timer else cpu_time(call))
     except peers.Skipped as reason:
@@ -189,7 +195,8 @@ class Run:
         self.args = args
         self.start = time.perf_counter()
         self.with_gpu = torch.cuda.is_available() and not args.cpu
-        self.result: Row = {"environment": environment(self.with_gpu), "ceiling": {}, "rows": [], "layers": {}, "cpu": []}
+        self.result: Row = {"environment": environment(self.with_gpu)}
+        self.result |= {"ceiling": {}, "rows": [], "layers": {}, "cpu": []}
         self.errors: list[str] = []
 
     def seconds(self) -> float:
@@ -225,11 +232,10 @@ class Run:
             except Exception as error:
                 self.fail(f"{name} conv2d", error)
             self.save()
-            times = ", ".join(f"{r['dtype']} {r['layout']} {r['ms']:.4f} ms" for r in rows)
+            times = ", ".join(f"{r['ms']:.4f}" for r in rows)
             print(f"[{self.seconds():4.0f} s] {name}: {times}", flush=True)
         # Peers come last, the ones that compile at the end: they take longest and may run into --limit.
-        plan = [(dtype, peer) for dtype in ("float32", "float16") if dtype in self.args.dtypes for peer in self.args.peers]
-        for dtype, peer in sorted(plan, key=lambda item: item[1] == "compile"):
+        for dtype, peer in sorted(peers_shown(self.args), key=lambda item: item[1] == "compile"):
             for name in names:
                 if self.seconds() > self.args.limit:
                     measured: Row = {"skipped": f"the run had taken its {self.args.limit:.0f} seconds (--limit)"}
@@ -257,7 +263,7 @@ class Run:
             best = self.result["ceiling"].setdefault(name, {"tera": 0.0, "probes": []})
             best["probes"].append({"name": probe.name, "tera": probe.tera, "megahertz": probe.megahertz})
             if probe.tera > best["tera"]:
-                lanes = 64 if probe.dtype is torch.float32 else 128  # accumulated terms a cycle, of two instructions each
+                lanes = 64 if probe.dtype is torch.float32 else 128  # terms a cycle, each of two instructions
                 issue = multiprocessors * lanes * probe.megahertz / 1e6
                 best |= {"tera": probe.tera, "name": probe.name, "megahertz": probe.megahertz, "issue_limit": issue}
         return library_
@@ -277,46 +283,52 @@ class Run:
 
 # ---- report
 
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
 
 def cell(value: float | None, width: int, digits: int) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
 
-def milliseconds(measured: Row | None) -> str:
+def percent(row: Row, key: str) -> float | None:
+    return 100 * row[key] if key in row else None
+
+
+def milliseconds(measured: Row | None, width: int = 8) -> str:
     value = (measured or {}).get("ms")
-    return cell(value, 8, 4 if value is not None and value < 1 else 3)
+    return cell(value, width, 4 if value is not None and value < 1 else 3 if value is not None and value < 100 else 1)
 
 
-def print_gpu(result: Row, dtypes: list[str], peer_names: list[str]) -> None:
+def print_gpu(result: Row, dtypes: list[str], shown: list[tuple[str, str]]) -> None:
     rows = {(r["layer"], r["dtype"], r["layout"]): r for r in result["rows"]}
-    print("\nadder2d: ms, T/s and % of the ceiling; % of it in channels_last; us of a call in a CUDA graph")
-    print(f"{'layer':<15}{'GMAC':>6}", *(f" {d:>10}: ms {'T/s':>6} {'%':>3} {'nhwc':>4} {'graph':>5}" for d in dtypes))
-    for name, facts in result["layers"].items():
-        line = f"{name:<15}{facts['gmac']:>6.3f}"
-        for dtype in dtypes:
-            row, other = rows.get((name, dtype, "nchw"), {}), rows.get((name, dtype, "channels_last"), {})
-            percent = [None if "of_ceiling" not in r else 100 * r["of_ceiling"] for r in (row, other)]
-            graph = (row or other).get("graph")
-            line += f"  {milliseconds(row):>13} {cell(row.get('tera'), 6, 2)} {cell(percent[0], 3, 0)} {cell(percent[1], 4, 0)} "
-            line += cell(1e3 * graph["ms"] if graph else None, 5, 1)
-        print(line)
-    print("\npeers, ms; our factor over the best of them; conv2d, ms; us of the host in one call of adder2d and of conv2d; MB")
-    titles = [f"{p if d == 'float32' else p + '16':>11}" for d in ("float32", "float16") for p in peer_names if (d, p) != ("float16", "cdist")]
-    print(f"{'layer':<15}", *titles, *(f"{'x ' + d:>10}" for d in dtypes), " conv2d     tf32     fp16  host conv extra")
-    for name, facts in result["layers"].items():
+    print("\nadder2d: ms, T/s, % of the ceiling (NHWC: in channels_last), us in a CUDA graph")
+    print(f"{'layer':<15}", *(f"{SHORT[d]:>5} ms   T/s    % NHWC graph" for d in dtypes))
+    for name in result["layers"]:
         line = [f"{name:<15}"]
-        for dtype in ("float32", "float16"):
-            for peer in peer_names:
-                if (dtype, peer) != ("float16", "cdist"):
-                    line.append(f"{milliseconds(facts['peers'].get(dtype, {}).get(peer)):>11}")
         for dtype in dtypes:
-            line.append(cell(rows.get((name, dtype, "nchw"), {}).get("of_best_peer"), 10, 1))
+            row, other = (rows.get((name, dtype, layout), {}) for layout in ("nchw", "channels_last"))
+            graph = 1e3 * row["graph"]["ms"] if "graph" in row else None
+            line += [milliseconds(row), cell(row.get("tera"), 5, 2), cell(percent(row, "of_ceiling"), 4, 0)]
+            line += [cell(percent(other, "of_ceiling"), 4, 0), cell(graph, 5, 1)]
+        print(*line)
+
+    print("\npeers and conv2d, ms; adder2d's speed as a multiple of the best peer's and of conv2d's, whose float16 stands for")
+    print("all halves; host time of a call of adder2d and of conv2d, us; memory beyond the output, MB")
+    titles = [f"{SHORT[dtype] + ' ' + peer.removesuffix('erence'):>11}" for dtype, peer in shown]
+    titles += ["conv f32", "    tf32", "     f16", *(f"{'/' + what:>5}" for what in ("peer", "conv") for _ in dtypes)]
+    print(f"{'layer':<15}", *titles, "host conv   MB")
+    for name, facts in result["layers"].items():
         conv = facts.get("conv2d", {})
+        line = [f"{name:<15}"]
+        line += [milliseconds(facts["peers"].get(dtype, {}).get(peer), 11) for dtype, peer in shown]
         line += [milliseconds(conv.get(kind)) for kind in ("float32", "tf32", "float16")]
-        ours = rows.get((name, "float32", "nchw"), {})
-        extra = max((r["extra_bytes"] for r in result["rows"] if r["layer"] == name), default=None)
-        line += [cell(ours.get("host_us"), 4, 0), cell(conv.get("float32", {}).get("host_us"), 4, 0)]
-        print(*line, cell(None if extra is None else extra / 1e6, 5, 1))
+        line += [cell(rows.get((name, dtype, "nchw"), {}).get("of_best_peer"), 5, 1) for dtype in dtypes]
+        line += [cell(rows.get((name, dtype, "nchw"), {}).get("of_conv2d"), 5, 2) for dtype in dtypes]
+        line += [cell(rows.get((name, "float32", "nchw"), {}).get("host_us"), 4, 0)]
+        line += [cell(conv.get("float32", {}).get("host_us"), 4, 0)]
+        line += [cell(max((r["extra_bytes"] / 1e6 for r in result["rows"] if r["layer"] == name), default=None), 4, 1)]
+        print(*line)
+
     reasons: dict[str, list[str]] = {}
     for name, facts in result["layers"].items():
         for dtype, measured in facts["peers"].items():
@@ -326,10 +338,8 @@ def print_gpu(result: Row, dtypes: list[str], peer_names: list[str]) -> None:
     for reason, names in reasons.items():
         print(f"left out: {reason} ({', '.join(names) if len(names) < 4 else f'{len(names)} layers'})")
     for dtype, best in result["ceiling"].items():
-        print(
-            f"ceiling {dtype}: {best['tera']:.2f} T/s ({best['name']}), {100 * best['tera'] / best['issue_limit']:.0f} % of the "
-            f"issue limit at {best['megahertz']:.0f} MHz"
-        )
+        limit = f"{best['issue_limit']:.2f} T/s that {best['megahertz']:.0f} MHz could issue"
+        print(f"ceiling {dtype}: {best['tera']:.2f} T/s ({best['name']}), of {limit}")
 
 
 def print_cpu(result: Row) -> None:
@@ -338,8 +348,8 @@ def print_cpu(result: Row) -> None:
     print(f"\nCPU, float32, {threads} threads: ms and GMAC/s of adder2d; ms of the others")
     print(f"{'layer':<20}{'GMAC':>7}{'ms':>9}{'GMAC/s':>8}{'conv2d':>9}", *(f"{name:>10}" for name in names))
     for row in result["cpu"]:
-        line = f"{row['layer']:<20}{row['gmac']:>7.4f} {milliseconds(row)}{row['gmacs']:>8.1f} {milliseconds(row['conv2d'])}"
-        print(line, *(f"{milliseconds(row['peers'][name]):>10}" for name in names))
+        line = f"{row['layer']:<20}{row['gmac']:>7.4f} {milliseconds(row)}{row['gmacs']:>8.1f}"
+        print(line, milliseconds(row["conv2d"]), *(f"{milliseconds(row['peers'][name]):>10}" for name in names))
         for name in names:
             if "skipped" in row["peers"][name]:
                 print(f"  {name} left out: {row['peers'][name]['skipped']}")
@@ -355,8 +365,9 @@ def plot(result: Row, path: pathlib.Path) -> None:
     colours = {"float32": "C0", "float16": "C1", "bfloat16": "C2"}
     parts = [part for part in ("rows", "cpu") if result[part]]
     lengths = [len(result["layers"]) if part == "rows" else len(result["cpu"]) for part in parts]
+    size = 11, 1.5 + 0.42 * sum(lengths)
     figure, axes = pyplot.subplots(
-        len(parts), 1, figsize=(11, 1.5 + 0.42 * sum(lengths)), height_ratios=lengths, squeeze=False, layout="constrained"
+        len(parts), 1, figsize=size, height_ratios=lengths, squeeze=False, layout="constrained"
     )
     axes_of = dict(zip(parts, axes[:, 0], strict=True))
     if "rows" in axes_of:
@@ -368,24 +379,31 @@ def plot(result: Row, path: pathlib.Path) -> None:
             places = [names.index(r["layer"]) - 0.4 + (index + 0.5) * height for r in rows]
             ax.barh(places, [r["tera"] for r in rows], height, color=colours[dtype], label=f"adder2d {dtype}")
         for dtype, best in result["ceiling"].items():
-            ax.axvline(best["tera"], color=colours[dtype], linestyle="--", label=f"ceiling {dtype}, {best['tera']:.1f} T/s")
-        conv = [(f["gmac"] / f["conv2d"]["float32"]["ms"], i) for i, f in enumerate(result["layers"].values()) if "conv2d" in f]
-        ax.plot(*zip(*conv, strict=True), "k|", markersize=14, label="conv2d float32") if conv else None
-        best_peer = [(f["gmac"] / f["best_peer"]["float32"]["ms"], i) for i, f in enumerate(result["layers"].values())
-                     if f.get("best_peer", {}).get("float32")]  # fmt: skip
-        ax.plot(*zip(*best_peer, strict=True), "rx", label="best peer float32") if best_peer else None
-        limit = max([best["issue_limit"] for best in result["ceiling"].values()] + [r["tera"] for r in result["rows"]])
-        ax.set(title=result["environment"]["gpu"], xlabel="10^12 accumulated |x - w| a second", xlim=(0, 1.05 * limit))
+            label = f"ceiling {dtype}, {best['tera']:.1f} T/s"
+            ax.axvline(best["tera"], color=colours[dtype], linestyle="--", label=label)
+        layers = list(enumerate(result["layers"].values()))
+        conv = [(f["gmac"] / f["conv2d"]["float32"]["ms"], i) for i, f in layers if "conv2d" in f]
+        if conv:
+            ax.plot(*zip(*conv, strict=True), "k|", markersize=14, label="conv2d float32")
+        found = [(i, f["gmac"], f["best_peer"]["float32"]["ms"]) for i, f in layers if "float32" in f["best_peer"]]
+        best_peer = [(gmac / ms, i) for i, gmac, ms in found]
+        if best_peer:
+            ax.plot(*zip(*best_peer, strict=True), "rx", label="best peer float32")
+        limits = [best["issue_limit"] for best in result["ceiling"].values()] + [r["tera"] for r in result["rows"]]
+        ax.set(title=result["environment"]["gpu"], xlabel="10^12 accumulated |x - w| a second")
+        ax.set(xlim=(0, 1.05 * max(limits)), ylim=(-0.6, len(names) - 0.4))
         ax.set_yticks(range(len(names)), [f"{n}  {result['layers'][n]['shape']}" for n in names], fontsize=8)
         ax.invert_yaxis()
         ax.legend(fontsize=8, loc="lower right")
     if "cpu" in axes_of:
         ax, rows = axes_of["cpu"], result["cpu"]
         ax.barh(range(len(rows)), [r["gmacs"] for r in rows], 0.7, label="adder2d")
-        ax.plot([1e3 * r["gmac"] / r["conv2d"]["ms"] for r in rows], range(len(rows)), "k|", markersize=14, label="conv2d")
+        conv = [1e3 * r["gmac"] / r["conv2d"]["ms"] for r in rows]
+        ax.plot(conv, range(len(rows)), "k|", markersize=14, label="conv2d")
         others = [[p["ms"] for p in r["peers"].values() if "ms" in p] for r in rows]
         marks = [(1e3 * r["gmac"] / min(ms), i) for i, (r, ms) in enumerate(zip(rows, others, strict=True)) if ms]
-        ax.plot(*zip(*marks, strict=True), "rx", label="best peer") if marks else None
+        if marks:
+            ax.plot(*zip(*marks, strict=True), "rx", label="best peer")
         title = f"{result['environment']['cpu']}, {rows[0]['threads']} threads, float32"
         ax.set(title=title, xlabel="10^9 accumulated |x - w| a second")
         ax.set_yticks(range(len(rows)), [f"{r['layer']}  {r['shape']}" for r in rows], fontsize=8)
@@ -405,7 +423,8 @@ def select(patterns: list[str] | None, layers: dict[str, Layer]) -> list[str]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="layers by name or pattern, e.g. 'r50-*' 'cpu-*'; default: all")
+    parser.add_argument("--rows", nargs="+", metavar="NAME",
+                        help="layers by name or pattern, e.g. 'r50-*' 'cpu-*'; default: all")  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of GPU rows (default: all)")
     parser.add_argument("--layouts", nargs="+", choices=("nchw", "channels_last"), default=["nchw", "channels_last"])
     parser.add_argument("--peers", nargs="*", choices=peers.PEERS, default=list(peers.PEERS), metavar="PEER",
@@ -446,12 +465,13 @@ def main(argv: list[str] | None = None) -> int:
     run.result["goals"] = goals.goals(run.result)
     run.save()
     if run.result["rows"]:
-        print_gpu(run.result, args.dtypes, args.peers)
+        print_gpu(run.result, args.dtypes, peers_shown(args))
     if run.result["cpu"]:
         print_cpu(run.result)
     print()
     for goal in run.result["goals"]:
-        print(f"{goal['verdict']:<8} {goal['goal']}: {goal['measured']}")
+        if goal["verdict"] != "unknown" or run.with_gpu:
+            print(f"{goal['verdict']:<8} {goal['goal']}: {goal['measured']}")
     for error in run.errors:
         print(f"FAILED {error}")
     print(f"{run.seconds():.0f} seconds")

@@ -1,11 +1,11 @@
-// The rate at which this GPU accumulates |x - w| when nothing else has to be done: the limit that kernels are held against.
+// The rate at which this GPU accumulates |x - w| when nothing else has to be done: the limit kernels are held against.
 //
-// An accumulated term is two additions, d = x - w and acc = acc + |d|, in float32 or in half pairs. How close a loop of them
-// comes to the two issue slots depends on registers' banks, the size of the loop and the warps there are, so several
-// probes are timed and the best one counts. ceiling.py compiles this file and calls the functions at its end.
+// An accumulated term is two additions, d = x - w and acc = acc + |d|, in float32 or in half pairs. How close a loop of
+// them comes to two issue slots a term depends on the registers' banks, the loop's size and the number of warps, so that
+// several probes are timed and the best one counts. ceiling.py compiles this file and calls the functions at its end.
 //
-// No compiler may shorten the probes: the inputs come from memory, and every difference has an operand that changed since
-// the last time. The result is clamped to [0, 1], a free modifier of the addition, so that values stay finite and different.
+// No compiler may shorten the probes: inputs come from memory, and every difference has an operand that changed since
+// the last time. The result is clamped to [0, 1], a free modifier of the addition, so that values stay finite.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
@@ -65,7 +65,8 @@ __device__ __forceinline__ void finish(T const (&acc)[kRows][kColumns], Clock co
 
 // Registers only: each row of accumulators in turn is the x of all the other rows.
 template <class T, int kRows, int kColumns, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks) registers(float const* in, int iterations, float* out, Clock* clock) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    registers(float const* in, int iterations, float* out, Clock* clock) {
   T w[kRows], acc[kRows][kColumns];
   for (int i = 0; i < kRows; ++i) {
     set(w[i], in + threadIdx.x + i * kThreads);
@@ -91,7 +92,7 @@ __device__ __forceinline__ void load4(uint32_t (&to)[8], int at, uint32_t addres
                : "r"(address));
 }
 
-// As in a matrix product: 8 x 8 accumulators, x and w of every step from shared memory, four 16-byte reads for 64 terms.
+// As in a matrix product: 8 x 8 accumulators, x and w of every step from shared memory, 4 reads of 16 bytes for 64 terms.
 template <class T, int kUnroll, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) shared(float const* in, int iterations, float* out, Clock* clock) {
   constexpr int kSteps = 16;
@@ -141,14 +142,15 @@ struct Probe {
 
 template <class T, int kRows, int kColumns, int kBlocks>
 constexpr Probe from_registers(char const* name) {
-  return {name, kLanes<T> == 2, kBlocks, kRows * (kRows - 1) * kColumns * kLanes<T>, registers<T, kRows, kColumns, kBlocks>};
+  constexpr int kTerms = kRows * (kRows - 1) * kColumns * kLanes<T>;
+  return {name, kLanes<T> == 2, kBlocks, kTerms, registers<T, kRows, kColumns, kBlocks>};
 }
 template <class T, int kUnroll, int kBlocks>
 constexpr Probe from_shared(char const* name) {
   return {name, kLanes<T> == 2, kBlocks, kUnroll * 64 * kLanes<T>, shared<T, kUnroll, kBlocks>};
 }
 
-// Small loops fit the innermost instruction cache; large tiles repeat operands less often. Which wins is for the GPU to say.
+// Small loops fit the innermost instruction cache, more warps hide more; which mixture wins is for the GPU to say.
 constexpr Probe kProbes[] = {
     from_registers<float, 8, 8, 2>("registers 8x8, 2 blocks"),
     from_registers<float, 8, 8, 3>("registers 8x8, 3 blocks"),
@@ -207,7 +209,7 @@ cudaError_t measure(Probe const& probe, double* terms_per_second, double* megahe
   int const used = static_cast<int>(attributes.sharedSizeBytes);
   int const unused = std::max(0, std::min(smem / probe.blocks - reserved, smem_block) - used) & ~255;
   TRY(cudaFuncSetAttribute(probe.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, unused));
-  TRY(cudaFuncSetAttribute(probe.kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  TRY(cudaFuncSetAttribute(probe.kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
   TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, probe.kernel, kThreads, unused));
   int const blocks = multiprocessors * std::max(1, std::min(resident, probe.blocks));
 
@@ -256,8 +258,8 @@ extern "C" int ceiling_count() { return kProbeCount; }
 extern "C" char const* ceiling_name(int probe) { return kProbes[probe].name; }
 extern "C" int ceiling_is_half(int probe) { return kProbes[probe].half; }
 
-// Runs a probe on the current device: the median of its rates and the multiprocessors' clock meanwhile. Returns null, or
-// the text of an error.
+// Runs a probe on the current device: the median of its rates, and the multiprocessors' clock meanwhile. Returns null,
+// or the text of an error.
 extern "C" char const* ceiling_measure(int probe, double* terms_per_second, double* megahertz) {
   cudaError_t const error = measure(kProbes[probe], terms_per_second, megahertz);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -20,10 +20,10 @@ class Missing(Exception):
 
 
 def add_fractions(result: Row) -> None:
-    """Adds to each row `of_ceiling` and `of_best_peer`, and to each layer its best peer for each dtype.
+    """Adds to each row its speed as a multiple of the ceiling, the best peer and conv2d; to each layer its best peers.
 
-    Half types may as well convert to float32, and bfloat16 has no peers of its own, so that the best peer of a half type is
-    the fastest of all.
+    Half types may as well convert to float32, and bfloat16 has no peers of its own: the best peer of a half type is the
+    fastest of all.
     """
     for layer in result["layers"].values():
         found = {
@@ -39,9 +39,13 @@ def add_fractions(result: Row) -> None:
         limit = result["ceiling"].get("float32" if row["dtype"] == "float32" else "float16")
         if limit:
             row["of_ceiling"] = row["tera"] / limit["tera"]
-        best = result["layers"][row["layer"]]["best_peer"].get(row["dtype"])
+        layer = result["layers"][row["layer"]]
+        best = layer["best_peer"].get(row["dtype"])
         if best:
             row["of_best_peer"] = best["ms"] / row["ms"]
+        conv = layer.get("conv2d", {}).get("float32" if row["dtype"] == "float32" else "float16")
+        if conv:
+            row["of_conv2d"] = conv["ms"] / row["ms"]
 
 
 # ---- goals
@@ -131,7 +135,7 @@ def _cpu(n: Numbers) -> tuple[bool, str]:
 
 
 def _peers(n: Numbers) -> tuple[bool, str]:
-    rows = [row for row in n.rows.values() if "of_best_peer" in row]
+    rows = [row for row in n.result["rows"] if "of_best_peer" in row]
     if not rows:
         raise Missing("a row with a peer")
     worst = sorted(rows, key=lambda row: row["of_best_peer"])

@@ -39,7 +39,7 @@ class GpuTimer:
     def cold(self, function: Callable[[], object]) -> Spread:
         """GPU time of one call that finds the second-level cache full of other data, between two CUDA events.
 
-        The GPU spins before the first event until the host has enqueued the whole call, so that host time does not count.
+        The GPU spins before the first event until the host has enqueued the whole call: host time does not count.
         """
         host, estimate = self._warm_up(function)
         runs = self._runs(estimate)
@@ -97,8 +97,8 @@ class GpuTimer:
         return max(7, min(50, int(self.seconds / estimate)))
 
 
-def cpu_time(function: Callable[[], object], seconds: float = 0.3) -> Spread:
-    """Time of one call on the CPU, over as many runs as fit `seconds` and at least three, after one that does not count."""
+def cpu_time(function: Callable[[], object], seconds: float = 0.2) -> Spread:
+    """Time of one call on the CPU: as many runs as fit `seconds`, at least three, after one that does not count."""
     function()
     times: list[float] = []
     while len(times) < 3 or sum(times) < 1e3 * seconds:
