@@ -10,6 +10,7 @@ from torch import Tensor
 from . import ops
 from .converter import convert
 from .module import Adder2d, adderize, adopt, register_adder_class, scale_gradients, set_eta
+from .onnx_export import export_onnx
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "adderize",
     "adopt",
     "convert",
+    "export_onnx",
     "register_adder_class",
     "scale_gradients",
     "set_eta",

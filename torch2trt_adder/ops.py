@@ -63,6 +63,11 @@ def adder2d(
         ValueError: shapes, stride, padding, dilation or groups that do not fit each other; eta not above 0.
         RuntimeError: tensors on different devices; a second derivative or forward-mode AD, which the rule has not.
     """
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        from . import onnx_export
+
+        if not onnx_export.translating:
+            return onnx_export.symbol(input, weight, bias, stride, padding, dilation, groups)
     if eta == ETA or not (weight.requires_grad and torch.is_grad_enabled()):
         return _adder2d(input, weight, bias, stride, padding, dilation, groups)
     check_eta("adder2d", eta)

@@ -1,0 +1,358 @@
+"""export_onnx: the node, its body in ONNX Runtime, and the file's way into TensorRT's parser (test_engine.py)."""
+
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+onnx = pytest.importorskip("onnx", reason="needs onnx: pip install onnx onnxscript onnxruntime")
+pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
+
+import torch2trt_adder
+from conftest import CASES, Case, assert_forward
+from test_converter import adder2d as PublishedStyle
+from test_converter import calibrated
+from torch2trt_adder import Adder2d, onnx_export
+from torch2trt_adder.models import addernet_mnist, resnet20
+from torch2trt_adder.onnx_export import adder_nodes, export_onnx, onnxruntime_session, run_onnxruntime
+
+try:
+    import onnxruntime
+except ImportError:
+    onnxruntime = None
+
+needs_runtime = pytest.mark.skipif(onnxruntime is None, reason="needs onnxruntime: pip install onnxruntime")
+CHECK = onnxruntime is not None  # the rest of export_onnx is tested without it, too
+
+
+def small(**geometry: Any) -> nn.Module:
+    return nn.Sequential(Adder2d(4, 6, 3, bias=True, **geometry), nn.BatchNorm2d(6), nn.ReLU()).eval()
+
+
+def attributes(node: Any) -> dict[str, Any]:
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+
+def value(model: Any, name: str) -> np.ndarray:
+    (tensor,) = (t for t in model.graph.initializer if t.name == name)
+    return onnx.numpy_helper.to_array(tensor)
+
+
+# ---- the body
+
+
+def single_node(case: Case, dtype: torch.dtype, opset: int = 17) -> bytes:
+    """A model of one Adder2d node with its body: x [N, C, H, W], w, b -> y."""
+    helper, kind = onnx.helper, {torch.float32: 1, torch.float16: 10}[dtype]
+    sizes = {"x": (1, ["N", case.C, "H", "W"]), "w": (1, [case.K, case.C // case.groups, case.R, case.S]), "b": (1, [case.K])}
+    inputs = [
+        helper.make_tensor_value_info(name, kind if name == "x" else type_, size) for name, (type_, size) in sizes.items()
+    ]
+    output = helper.make_tensor_value_info("y", kind, [None] * 4)
+    named = onnx_export._attributes(*case.geometry, dtype)
+    node = helper.make_node("Adder2d", list("xwb"), ["y"], domain="torch2trt_adder", **named)
+    model = helper.make_model(
+        helper.make_graph([node], "single", inputs, [output]),
+        functions=[onnx.parser.parse_function(onnx_export._BODY % opset)],
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("torch2trt_adder", 1)],
+    )
+    model.ir_version = 8
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
+
+
+@needs_runtime
+@pytest.mark.parametrize("dtype, opset", [(torch.float32, 17), (torch.float32, 21), (torch.float16, 15)])
+def test_body(case: Case, dtype: torch.dtype, opset: int) -> None:
+    x, w, b = case.tensors()
+    x = x.to(dtype)
+    (y,) = run_onnxruntime(onnxruntime_session(single_node(case, dtype, opset)), [x, w, b])
+    assert y.dtype is dtype
+    assert_forward(y, x, w, b, case.geometry)
+
+
+@needs_runtime
+def test_body_keeps_infinities_and_nan_where_they_are() -> None:
+    case = next(c for c in CASES if c.name == "three_by_three")
+    x, w, b = case.tensors()
+    x[0, 1, 3, 4], x[1, 2, 5, 5], x[1, 0, 9, 8] = torch.inf, torch.nan, -torch.inf
+    (y,) = run_onnxruntime(onnxruntime_session(single_node(case, torch.float32)), [x, w, b])
+    assert y.isnan().any() and y.isinf().any() and y.isfinite().any()
+    assert_forward(y, x, w, b, case.geometry)
+
+
+@needs_runtime
+def test_body_takes_bounded_memory(tmp_path: pathlib.Path) -> None:
+    """A broadcast over filters and taps would take 4.8 GB here, the taps of the whole batch 19 MB, those of a sample 2."""
+    case = Case("broadcast", 8, 64, 32, 32, 64, 3, 3, padding=(1, 1))
+    (tmp_path / "single.onnx").write_bytes(single_node(case, torch.float32))
+    script = """
+import resource, sys
+import numpy as np, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+feeds = {"x": np.ones((8, 64, 32, 32), "f"), "w": np.ones((64, 64, 3, 3), "f"), "b": np.ones(64, "f")}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+session.run(None, feeds)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "single.onnx"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100 << 10  # KiB
+
+
+# ---- the file
+
+
+def test_one_file_one_node_per_layer(tmp_path: pathlib.Path) -> None:
+    model = nn.Sequential(
+        Adder2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1), bias=True, groups=2),
+        nn.ReLU(),
+        nn.Sequential(Adder2d(6, 5, 3, dilation=(1, 2))),
+    ).eval()
+    path = export_onnx(model, torch.randn(1, 4, 15, 16), tmp_path / "new" / "model.onnx", check=CHECK)
+    assert path == tmp_path / "new" / "model.onnx" and [p.name for p in path.parent.iterdir()] == ["model.onnx"]
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    assert {(e.domain, e.version) for e in proto.opset_import} == {("", 17), ("torch2trt_adder", 1)} and proto.ir_version == 8
+    assert [(f.domain, f.name) for f in proto.functions] == [("torch2trt_adder", "Adder2d")]
+    assert [node.op_type for node in proto.graph.node] == ["Adder2d", "Relu", "Adder2d"]
+    first, second = adder_nodes(proto.graph)
+    common = {"plugin_namespace": b"", "output_type": 0}
+    assert attributes(first) == {"stride": [2, 1], "padding": [0, 1], "dilation": [1, 1], "groups": 2, **common}
+    assert attributes(second) == {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 2], "groups": 1, **common}
+    assert [first.name, second.name] == ["0:adder2d_0", "2.0:adder2d_1"]
+    with torch.no_grad():
+        np.testing.assert_array_equal(value(proto, first.input[1]), model[0].adder)
+        np.testing.assert_array_equal(value(proto, first.input[2]), model[0].b)
+        np.testing.assert_array_equal(value(proto, second.input[1]), model[2][0].adder)
+        np.testing.assert_array_equal(value(proto, second.input[2]), np.zeros(5, np.float32))
+
+
+NETWORKS = {
+    "addernet_mnist": (addernet_mnist, (1, 28, 28)),
+    "resnet20": (resnet20, (3, 32, 32)),
+}
+
+
+@needs_runtime
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_with_a_dynamic_batch(name: str, tmp_path: pathlib.Path) -> None:
+    """export_onnx has compared the example's batch of 1; here are others."""
+    torch.manual_seed(0)
+    make, shape = NETWORKS[name]
+    model = calibrated(make(), 8, *shape)
+    path = export_onnx(model, torch.randn(1, *shape), tmp_path / "model.onnx", {0: "batch"})
+    proto = onnx.load(path)
+    for entry in (*proto.graph.input, *proto.graph.output):
+        assert entry.type.tensor_type.shape.dim[0].dim_param == "batch"
+    session = onnxruntime_session(path)
+    for batch in (1, 3):
+        x = torch.randn(batch, *shape)
+        bound = torch2trt_adder.converter.rounding_bounds(model, [x])
+        (y,) = run_onnxruntime(session, [x])
+        with torch.no_grad():
+            assert (y - model(x)).abs().max() <= bound
+
+
+@needs_runtime
+def test_dynamic_image_and_several_inputs_and_outputs(tmp_path: pathlib.Path) -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Adder2d(3, 4, 3, padding=1), Adder2d(5, 4, 1, bias=True)
+
+        def forward(self, x: Tensor, rest: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            y = self.a(x)
+            return y + self.b(rest[0]), {"first": y, "second": nn.functional.relu(rest[0])}
+
+    model, axes = Several().eval(), {0: "batch", 2: "height", 3: "width"}
+    args = (torch.randn(2, 3, 7, 6), [torch.randn(2, 5, 7, 6)])
+    path = export_onnx(
+        model, args, tmp_path / "model.onnx", [axes, axes], input_names=["x", "z"], output_names=["a", "b", "c"]
+    )
+    session = onnxruntime_session(path)
+    assert [entry.name for entry in session.get_inputs()] == ["x", "z"]
+    assert [entry.shape for entry in session.get_outputs()] == [["batch", 4, "height", "width"]] * 2 + [
+        ["batch", 5, "height", "width"]
+    ]
+    x, z = torch.randn(3, 3, 11, 4), torch.randn(3, 5, 11, 4)
+    got = run_onnxruntime(session, [x, z])
+    y, others = model(x, [z])
+    for a, b in zip(got, (y, others["first"], others["second"])):
+        torch.testing.assert_close(a, b.detach(), rtol=4e-6, atol=4e-6)  # as in test_engines.py
+
+
+def test_half_model(tmp_path: pathlib.Path) -> None:
+    """float16 in and out as in PyTorch; the plugin's weights stay float32, rounded as the model's are."""
+    model = nn.Sequential(Adder2d(4, 6, 3, bias=True), nn.ReLU(), Adder2d(6, 5, 3)).eval().half()
+    path = export_onnx(model, torch.randn(2, 4, 9, 8).half(), tmp_path / "model.onnx", {0: "batch"}, check=CHECK)
+    proto = onnx.load(path)
+    assert [node.op_type for node in proto.graph.node] == ["Adder2d", "Relu", "Adder2d"]
+    assert proto.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    for node, layer in zip(adder_nodes(proto.graph), (model[0], model[2])):
+        assert attributes(node)["output_type"] == 1
+        weight, bias = (value(proto, name) for name in node.input[1:])
+        assert weight.dtype == bias.dtype == np.float32
+        np.testing.assert_array_equal(weight, layer.adder.detach().float())
+    assert {tensor.name for tensor in proto.graph.initializer} == {
+        name for node in adder_nodes(proto.graph) for name in node.input[1:]
+    }
+
+
+@needs_runtime
+def test_half_sums_beyond_65504_are_infinite_as_in_pytorch(tmp_path: pathlib.Path) -> None:
+    model = Adder2d(64, 2, 3).eval().half()
+    x = torch.full((1, 64, 3, 3), 120.0).half()
+    path = export_onnx(model, x, tmp_path / "model.onnx")
+    (y,) = run_onnxruntime(onnxruntime_session(path), [x])
+    assert (y == -torch.inf).all() and (model(x) == -torch.inf).all()
+
+
+def test_foreign_layers_and_a_shared_layer(tmp_path: pathlib.Path) -> None:
+    layer = Adder2d(4, 4, 1)
+    model = nn.Sequential(PublishedStyle(), layer, layer).eval()
+    path = export_onnx(model, [torch.randn(2, 3, 9, 9)], tmp_path / "model.onnx", check=CHECK)
+    nodes = adder_nodes(onnx.load(path).graph)
+    assert len(nodes) == 3 and nodes[1].input[1] == nodes[2].input[1]
+    assert isinstance(model[0], PublishedStyle)
+
+
+class Direct(nn.Module):
+    """Calls the operator past this package's function, with a weight that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(5, 4, 3, 3)), nn.Parameter(torch.rand(5, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * self.scale
+        return torch.ops.torch2trt_adder.adder2d(x, weight, None, [1, 1], [1, 1], [1, 1], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_operator_with_a_computed_weight(dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
+    x = torch.randn(2, 4, 6, 6).to(dtype)
+    proto = onnx.load(export_onnx(Direct().eval().to(dtype), x, tmp_path / "model.onnx", check=CHECK))
+    assert len(adder_nodes(proto.graph)) == 1
+
+
+def test_exported_program(tmp_path: pathlib.Path) -> None:
+    """A .pt2 file, as another process would load it."""
+    model, x = small(), torch.randn(2, 4, 9, 8)
+    batch = torch.export.Dim("batch")
+    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: batch},)), tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2")
+    proto = onnx.load(export_onnx(program, x, tmp_path / "model.onnx", check=CHECK))
+    assert len(adder_nodes(proto.graph)) == 1
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    with pytest.raises(ValueError, match="an exported program has its dynamic axes already"):
+        export_onnx(program, x, tmp_path / "model.onnx", {0: "batch"})
+
+
+def test_opset(tmp_path: pathlib.Path) -> None:
+    x = torch.randn(1, 4, 9, 8)
+    for opset in (15, 18, 20):
+        proto = onnx.load(export_onnx(small(), x, tmp_path / "model.onnx", opset=opset, check=CHECK))
+        assert {(e.domain, e.version) for e in proto.opset_import} == {("", opset), ("torch2trt_adder", 1)}
+        assert [e.version for e in proto.functions[0].opset_import] == [opset]
+    with pytest.raises(ValueError, match="opset must be at least 15, got 12"):
+        export_onnx(small(), x, tmp_path / "model.onnx", opset=12)
+
+
+def test_network_that_opset_17_cannot_express(tmp_path: pathlib.Path) -> None:
+    """col2im came with opset 18."""
+    model = nn.Sequential(Adder2d(4, 4, 1), nn.Flatten(2), nn.Fold((3, 3), 1)).eval()
+    x = torch.randn(1, 4, 3, 3)
+    proto = onnx.load(export_onnx(model, x, tmp_path / "model.onnx", check=CHECK))
+    assert {(e.domain, e.version) for e in proto.opset_import} == {("", 18), ("torch2trt_adder", 1)}
+    with pytest.raises(RuntimeError, match="cannot be written in opset 17 .*leave opset out, which gives 18"):
+        export_onnx(model, x, tmp_path / "other.onnx", opset=17)
+    assert not (tmp_path / "other.onnx").exists()
+
+
+# ---- torch.onnx.export itself
+
+PLAIN = [pytest.param({"dynamo": True}, id="dynamo"), pytest.param({"dynamo": False}, id="torchscript")]
+
+
+@pytest.mark.parametrize("how", PLAIN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_plain_torch_onnx_export_of_addernet_mnist(how: dict, dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
+    """The call that people have tried on AdderNetMnist, and that failed on the layer's autograd function."""
+    model, x = addernet_mnist().eval().to(dtype), torch.randn(1, 1, 28, 28).to(dtype)
+    torch.onnx.export(model, x, str(tmp_path / "addernet_mnist.onnx"), verbose=False, opset_version=12, **how)
+    proto = onnx.load(tmp_path / "addernet_mnist.onnx")
+    onnx.checker.check_model(proto)
+    nodes = adder_nodes(proto.graph)
+    assert [attributes(node)["stride"] for node in nodes] == [[1, 1], [1, 1]]
+    assert all(attributes(node)["output_type"] == (dtype is torch.float16) for node in nodes)
+    assert all(len(node.input) == 3 and attributes(node)["plugin_namespace"] == b"" for node in nodes)
+    if dtype is torch.float32:
+        np.testing.assert_array_equal(value(proto, nodes[0].input[1]), model.conv1.adder.detach())
+
+
+# ---- errors
+
+
+def test_training_mode(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"the model is in training mode.*model\.eval\(\)"):
+        export_onnx(small().train(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype(dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(TypeError, match=r"cannot be exported.*\.float\(\) or \.half\(\)"):
+        export_onnx(small().to(dtype), torch.randn(1, 4, 8, 8, dtype=dtype), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_network_that_torch_cannot_export(tmp_path: pathlib.Path) -> None:
+    class Unknown(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.lu_factor(x)[0]
+
+    with pytest.raises(RuntimeError, match="torch's exporter cannot express the network: .*lu_factor"):
+        export_onnx(Unknown().eval(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    "dynamic, message",
+    [
+        ([{0: "batch"}, {}], "dynamic holds 2 mappings, but args 1 tensors"),
+        ([{4: "depth"}], r"input 0 has 4 axes and no axis 4 \('depth'\)"),
+        ({"batch": 0}, r'must map axes to names, as \{0: "batch"\}'),
+    ],
+)
+def test_dynamic_that_does_not_fit(dynamic: Any, message: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_onnx(small(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx", dynamic)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_package_missing(package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setattr(
+        onnx_export.importlib.util, "find_spec", lambda name: None if name == package else object()
+    )
+    with pytest.raises(RuntimeError, match=f"{package} is not installed: pip install {package}"):
+        export_onnx(small(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx")
+
+
+def test_a_file_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot be written .*name another file"):
+        export_onnx(small(), torch.randn(1, 4, 8, 8), tmp_path / "file" / "model.onnx", check=CHECK)
+
+
+@needs_runtime
+@pytest.mark.parametrize("wrong", ["distance = Neg (difference)", "distance = Identity (difference)"])
+def test_the_check_sees_a_wrong_body(wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setattr(onnx_export, "_BODY", onnx_export._BODY.replace("distance = Abs (difference)", wrong))
+    with pytest.raises(RuntimeError, match="output 0 differs between ONNX Runtime and PyTorch by up to"):
+        export_onnx(small()[0], torch.randn(1, 4, 8, 8), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+    export_onnx(small()[0], torch.randn(1, 4, 8, 8), tmp_path / "model.onnx", check=False)

@@ -1,0 +1,591 @@
+"""export_onnx(): a network with adder layers as one ONNX file, checked against PyTorch.
+
+Each adder layer becomes one node ``torch2trt_adder::Adder2d``. TensorRT's parser makes the plugin of it; every other
+runtime runs the node's body, a local function of standard operators that travels in the same file.
+
+    y = Adder2d(x, weight, bias)      x [N, C, H, W], weight [K, C / groups, R, S], bias [K]  ->  y [N, K, P, Q]
+    stride, padding, dilation         two ints each, height before width
+    groups                            int
+    output_type                       int, TensorRT's DataType of y: 0 float32, 1 float16
+    plugin_namespace                  "": makes TensorRT 10.15 and newer prefer the plugin to the function
+
+Importing this file needs torch alone; exporting needs onnx and onnxscript, the check onnxruntime.
+"""
+
+import ast
+import contextlib
+import importlib.util
+import logging
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import converter, ops
+
+DOMAIN, OP_TYPE = "torch2trt_adder", "Adder2d"
+_DEFAULT_OPSET = 17  # the newest that TensorRT 8.6 reads
+_LEAST_OPSET = 15  # of the body's operators
+_EXPORTER_OPSET = 18  # the oldest that torch's exporter writes by itself
+_TENSORRT_TYPES = {torch.float32: 0, torch.float16: 1}
+
+Axes = Mapping[int, str]
+
+translating = False  # inside export_onnx, which translates the operator itself
+
+
+def export_onnx(
+    model: nn.Module | torch.export.ExportedProgram,
+    args: Tensor | Sequence[Any],
+    path: str | os.PathLike,
+    dynamic: Axes | Sequence[Axes | None] | None = None,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset: int | None = None,
+    check: bool = True,
+) -> pathlib.Path:
+    """Writes `model` to one ONNX file that TensorRT 8.6 to 11 and ONNX Runtime read, and compares it with PyTorch.
+
+    Foreign adder layers (see `adopt`) are exported too; `model` stays as it is.
+
+    Args:
+        model: a network in eval mode, float32 or float16, on any device; or what torch.export gave.
+        args: its positional arguments as a list or tuple, or one tensor.
+        path: of the file; written beside and renamed.
+        dynamic: the axes that may vary, each with a name: ``{0: "batch"}`` for every input that has that axis, or
+            one such mapping (or None) for each tensor in `args`. Axes of one name have one extent. An exported program
+            keeps the dynamic axes that it was exported with.
+        input_names, output_names: of the graph; the exporter's own where None.
+        opset: of ONNX's standard operators, at least 15; by default 17, or 18 for networks that 17 cannot express
+            (TensorRT 8.6 reads no further than 17).
+        check: run the file in ONNX Runtime on `args` and compare, within what rounding explains.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: the model is in training mode; names or axes that do not fit.
+        TypeError: an adder layer in bfloat16 or float64.
+        RuntimeError: onnx, onnxscript or (for the check) onnxruntime is missing; the network cannot be exported in
+            that opset; ONNX Runtime computes something else than PyTorch.
+    """
+    _need("onnx", "onnxscript")
+    import onnx
+
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    if opset is not None and opset < _LEAST_OPSET:
+        raise ValueError(f"export_onnx: opset must be at least {_LEAST_OPSET}, got {opset}.")
+    if check:
+        _need("onnxruntime", remedy="or leave the check out with check=False (on the command line --no-check)")
+    if isinstance(model, torch.export.ExportedProgram):
+        if dynamic is not None:
+            raise ValueError(
+                "export_onnx: an exported program has its dynamic axes already; give dynamic_shapes to "
+                "torch.export.export instead of dynamic to export_onnx."
+            )
+        module, dynamic_shapes = model.module(), None
+    else:
+        _check_model(model)
+        model = module = converter._adopted_copy(model)
+        dynamic_shapes = _dynamic_shapes(args, dynamic)
+    proto = _export(model, args, dynamic_shapes, input_names, output_names, opset)
+    _finish(proto)
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise RuntimeError(f"export_onnx: torch's exporter wrote no valid ONNX model ({error}).") from error
+    data = proto.SerializeToString()
+    if check:
+        _compare_with_onnxruntime(data, module, args)
+    path = pathlib.Path(path)
+    write_file(path, data)
+    return path
+
+
+def write_file(path: pathlib.Path, data: bytes) -> None:
+    """Written beside and renamed, so that the file is never half there.
+
+    Raises:
+        OSError: naming the file and the reason.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}); name another file.") from error
+    finally:
+        if partial.exists():
+            partial.unlink()
+
+
+def adder_nodes(graph: Any) -> list[Any]:
+    """The Adder2d nodes of an onnx.GraphProto, those of its subgraphs included."""
+    found = []
+    for node in graph.node:
+        if (node.domain, node.op_type) == (DOMAIN, OP_TYPE):
+            found.append(node)
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                found += adder_nodes(subgraph)
+    return found
+
+
+def _need(*packages: str, remedy: str = "") -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        alternative = f", {remedy}" if remedy else ""
+        raise RuntimeError(f"export_onnx: {missing[0]} is not installed: pip install {' '.join(missing)}{alternative}.")
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if layer.training:
+            raise ValueError(
+                f"export_onnx: {f'layer {name!r}' if name else 'the model'} is in training mode, where BatchNorm and "
+                "dropout do not do what an exported network does; call model.eval() first."
+            )
+
+
+def _dynamic_shapes(args: tuple, dynamic: Axes | Sequence[Axes | None] | None) -> Any:
+    """The mapping of each tensor of `args`, in the structure of `args`, as torch's exporter wants it."""
+    if dynamic is None:
+        return None
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    each = [dynamic] * len(tensors) if isinstance(dynamic, Mapping) else [axes or {} for axes in dynamic]
+    if len(each) != len(tensors):
+        raise ValueError(
+            f"export_onnx: dynamic holds {len(each)} mappings, but args {len(tensors)} tensors; give one mapping for "
+            "each, or one for all."
+        )
+    for i, (tensor, axes) in enumerate(zip(tensors, each)):
+        for axis, name in axes.items():
+            if not isinstance(axis, int) or not isinstance(name, str) or axis < 0:
+                raise ValueError(f'export_onnx: dynamic must map axes to names, as {{0: "batch"}}, got {axes}.')
+            if axis >= tensor.dim() and not isinstance(dynamic, Mapping):
+                raise ValueError(f"export_onnx: input {i} has {tensor.dim()} axes and no axis {axis} ({name!r}).")
+    remaining = iter(each)
+
+    def shapes(leaf: Any) -> dict[int, str] | None:
+        if not isinstance(leaf, Tensor):
+            return None
+        return {axis: name for axis, name in next(remaining).items() if axis < leaf.dim()}
+
+    return tree_map(shapes, args)
+
+
+# ---- the node, and torch's exporter
+
+
+def _attributes(
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, output_dtype: torch.dtype
+) -> dict[str, Any]:
+    if output_dtype not in _TENSORRT_TYPES:
+        raise TypeError(
+            f"adder2d: {output_dtype} cannot be exported, TensorRT's plugin takes float32 and float16; convert the "
+            "model with .float() or .half()."
+        )
+    return {
+        "stride": list(stride),
+        "padding": list(padding),
+        "dilation": list(dilation),
+        "groups": int(groups),
+        "output_type": _TENSORRT_TYPES[output_dtype],
+        "plugin_namespace": "",
+    }
+
+
+def symbol(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Tensor:
+    """What `ops.adder2d` stands for inside a plain ``torch.onnx.export``: the node alone, without its body."""
+    stride, padding, dilation = (_pair(v) for v in (stride, padding, dilation))
+    output = ops._adder2d_fake(input, weight, bias, stride, padding, dilation, groups)
+    inputs = (input, weight.float(), weight.new_zeros(len(weight)).float() if bias is None else bias.float())
+    attributes = _attributes(stride, padding, dilation, groups, output.dtype)
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{OP_TYPE}", inputs, attrs=attributes, dtype=output.dtype, shape=output.shape, version=1
+    )
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _torchscript_symbol(g, input, weight, bias, stride, padding, dilation, groups):
+    """The same for torch's older exporter, ``torch.onnx.export(..., dynamo=False)``."""
+    kinds = {"Float": torch.float32, "Half": torch.float16}
+    scalar = input.type().scalarType()
+    attributes = _attributes(stride, padding, dilation, groups, kinds.get(scalar, scalar))
+    if torch.onnx.symbolic_helper._is_none(bias):
+        bias = g.op("Constant", value_t=torch.zeros(weight.type().sizes()[0]))
+    elif scalar == "Half":
+        bias = g.op("Cast", bias, to_i=1)
+    if scalar == "Half":
+        weight = g.op("Cast", weight, to_i=1)
+    suffixes = {list: "i", int: "i", str: "s"}
+    named = {f"{name}_{suffixes[type(value)]}": value for name, value in attributes.items()}
+    output = g.op(f"{DOMAIN}::{OP_TYPE}", input, weight, bias, **named)
+    image = input.type().sizes()
+    if image is not None and None not in image:
+        size = ops._output_size(image, weight.type().sizes(), None, stride, padding, dilation, groups)
+        output.setType(input.type().with_sizes(size))
+    return output
+
+
+torch.onnx.register_custom_op_symbolic(
+    f"{DOMAIN}::adder2d",
+    torch.onnx.symbolic_helper.parse_args("v", "v", "v", "is", "is", "is", "i")(_torchscript_symbol),
+    9,
+)
+
+
+def _translation() -> Any:
+    """The exporter's translation of torch.ops.torch2trt_adder.adder2d."""
+    import onnx
+    import onnxscript
+
+    Schema = onnx.defs.OpSchema
+    integers, integer, string = Schema.AttrType.INTS, Schema.AttrType.INT, Schema.AttrType.STRING
+    schema = Schema(
+        OP_TYPE,
+        DOMAIN,
+        1,
+        inputs=[
+            Schema.FormalParameter("x", "T"),
+            Schema.FormalParameter("weight", "tensor(float)"),
+            Schema.FormalParameter("bias", "tensor(float)"),
+        ],
+        outputs=[Schema.FormalParameter("y", "T")],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
+        attributes=[
+            *(Schema.Attribute(name, integers, required=True) for name in ("stride", "padding", "dilation")),
+            *(Schema.Attribute(name, integer, required=True) for name in ("groups", "output_type")),
+            Schema.Attribute("plugin_namespace", string, required=False),
+        ],
+    )
+    node = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), OP_TYPE, schema)
+    op = onnxscript.opset18
+    dtypes = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16}
+
+    def adder2d(input, weight, bias, stride, padding, dilation, groups):
+        attributes = _attributes(stride, padding, dilation, groups, dtypes.get(int(input.dtype), input.dtype))
+        if bias is None:
+            zeros = np.zeros(int(weight.shape[0]), np.float32)
+            bias = op.Constant(value=onnx.numpy_helper.from_array(zeros))
+        elif input.dtype != onnx.TensorProto.FLOAT:
+            bias = op.Cast(bias, to=onnx.TensorProto.FLOAT)
+        if input.dtype != onnx.TensorProto.FLOAT:
+            weight = op.Cast(weight, to=onnx.TensorProto.FLOAT)
+        return node(input, weight, bias, **attributes)
+
+    return adder2d
+
+
+def _export(
+    model: nn.Module | torch.export.ExportedProgram,
+    args: tuple,
+    dynamic_shapes: Any,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+    opset: int | None,
+) -> Any:
+    """The onnx.ModelProto that torch's exporter makes, in the opset asked for."""
+    import onnx
+
+    wanted = _DEFAULT_OPSET if opset is None else opset
+    with torch.no_grad(), _translated():
+        try:
+            program = torch.onnx.export(
+                model,
+                args,
+                None,
+                input_names=input_names,
+                output_names=output_names,
+                opset_version=max(wanted, _EXPORTER_OPSET),
+                dynamic_shapes=dynamic_shapes,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                custom_translation_table={ops._adder2d: _translation()},
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if isinstance(cause, TypeError) and str(cause).startswith("adder2d:"):
+                raise cause from None
+            raise RuntimeError(
+                f"export_onnx: torch's exporter cannot express the network: {type(cause).__name__}: {cause}"
+            ) from error
+    proto = program.model_proto
+    _name_nodes(proto)
+    have = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    if have <= wanted:
+        return proto
+    try:
+        return onnx.version_converter.convert_version(proto, wanted)
+    except RuntimeError as error:
+        if opset is None:
+            return proto
+        raise RuntimeError(
+            f"export_onnx: the network cannot be written in opset {opset} ({str(error).strip().splitlines()[-1]}); "
+            f"leave opset out, which gives {have}."
+        ) from error
+
+
+def _name_nodes(proto: Any) -> None:
+    """Adder2d nodes are named after their modules, as torch2trt's layers are: TensorRT names its layers after them."""
+    for i, node in enumerate(adder_nodes(proto.graph)):
+        scopes = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "[]")
+        modules = [name for name in ast.literal_eval(scopes)[:-1] if name]
+        node.name = f"{modules[-1] if modules else 'model'}:adder2d_{i}"
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Marks export_onnx's own call of the exporter, and drops remarks on packages that do not concern this network."""
+    global translating
+    logger = logging.getLogger("torch.onnx")
+    level, translating = logger.level, True
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", "# The axis name")  # one name for several axes, as asked for
+            yield
+    finally:
+        translating = False
+        logger.setLevel(level)
+
+
+# ---- what the exporter leaves to do
+
+
+def _finish(proto: Any) -> None:
+    """Gives the nodes their float32 initializers, and the model the function Adder2d."""
+    import onnx
+
+    graph, nodes = proto.graph, adder_nodes(proto.graph)
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    known: dict[str, np.ndarray] = {}  # by the name of the tensor
+
+    def constant(name: str) -> np.ndarray | None:
+        """The float32 value of a tensor that is a parameter or made of one by casts."""
+        if name in initializers:
+            return onnx.numpy_helper.to_array(initializers[name]).astype(np.float32)
+        node = producers.get(name)
+        if node is not None and node.op_type in ("Cast", "Identity"):
+            return constant(node.input[0])
+        if node is not None and node.op_type == "Constant" and node.attribute[0].name == "value":
+            return onnx.numpy_helper.to_array(node.attribute[0].t).astype(np.float32)
+        return None
+
+    for node in nodes:
+        for i in (1, 2):
+            name = node.input[i]
+            tensor = initializers.get(name)
+            if tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT:
+                continue
+            if name not in known:
+                value = constant(name)
+                if value is None:  # computed from something else: TensorRT and ONNX Runtime do that, too
+                    continue
+                known[name] = value
+                graph.initializer.append(onnx.numpy_helper.from_array(value, f"{name}.float32"))
+            node.input[i] = f"{name}.float32"
+    _drop_unused(graph)
+    if nodes:
+        if not any(entry.domain == DOMAIN for entry in proto.opset_import):
+            proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+        opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+        proto.functions.append(onnx.parser.parse_function(_BODY % opset))
+        # 8 is the first version with functions and goes with opset 17.
+        proto.ir_version = max(8, min(proto.ir_version, 8 if opset <= 17 else 10))
+
+
+def _drop_unused(graph: Any) -> None:
+    """Removes the constants and casts that nothing reads any more."""
+    while True:
+        used = _read_names(graph) | {output.name for output in graph.output}
+        idle = [n for n in graph.node if n.op_type in ("Cast", "Constant", "Identity") and not used & set(n.output)]
+        for node in idle:
+            graph.node.remove(node)
+        for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+            graph.initializer.remove(tensor)
+        if not idle:
+            return
+
+
+def _read_names(graph: Any) -> set[str]:
+    names = {name for node in graph.node for name in node.input}
+    for node in graph.node:
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                names |= _read_names(subgraph) | {output.name for output in subgraph.output}
+    return names
+
+
+# The operator in standard ones. The outer Scan runs over the samples and the inner one over the filters of a group, so
+# that besides one sample's taps only one filter's terms are in memory. Taps are gathered, not multiplied by a kernel of
+# ones, which would turn an infinity into NaN. Sums are float32 whatever the type of x.
+_BODY = """
+<domain: "torch2trt_adder", opset_import: ["" : %d], doc_string: "y = bias - sum over c,r,s of |x - weight|">
+Adder2d <stride, padding, dilation, groups, output_type> (x, weight, bias) => (y)
+{
+  step = Constant <value_ints: ints = @stride> ()
+  pad = Constant <value_ints: ints = @padding> ()
+  reach = Constant <value_ints: ints = @dilation> ()
+  group = Constant <value_int: int = @groups> ()
+  first = Constant <value_int = 0> ()
+  second = Constant <value_int = 1> ()
+  one = Constant <value_ints = [1]> ()
+  rest = Constant <value_ints = [-1]> ()
+  none = Constant <value_ints = [0, 0]> ()
+  map_axes = Constant <value_ints = [1, 2]> ()
+
+  pads = Concat <axis = 0> (none, pad, none, pad)
+  x_float = Cast <to = 1> (x)
+  padded = Pad (x_float, pads)
+
+  N = Shape <start = 0, end = 1> (x)
+  K = Shape <start = 0, end = 1> (weight)
+  image = Shape <start = 2> (padded)
+  RS = Shape <start = 2> (weight)
+  span = Sub (RS, one)
+  span_dilated = Mul (span, reach)
+  room = Sub (image, span_dilated)
+  room_less_one = Sub (room, one)
+  steps = Div (room_less_one, step)
+  PQ = Add (steps, one)
+
+  R = Gather (RS, first)
+  S = Gather (RS, second)
+  P = Gather (PQ, first)
+  Q = Gather (PQ, second)
+  stride_h = Gather (step, first)
+  stride_w = Gather (step, second)
+  dilation_h = Gather (reach, first)
+  dilation_w = Gather (reach, second)
+  r = Range (first, R, second)
+  s = Range (first, S, second)
+  p = Range (first, P, second)
+  q = Range (first, Q, second)
+  r_dilated = Mul (r, dilation_h)
+  r_column = Unsqueeze (r_dilated, one)
+  p_strided = Mul (p, stride_h)
+  rows = Add (r_column, p_strided)
+  s_dilated = Mul (s, dilation_w)
+  s_column = Unsqueeze (s_dilated, one)
+  q_strided = Mul (q, stride_w)
+  columns = Add (s_column, q_strided)
+
+  groups_1d = Reshape (group, one)
+  filter_size = Shape <start = 1> (weight)
+  CRS = ReduceProd <keepdims = 1> (filter_size)
+  taps_shape = Concat <axis = 0> (groups_1d, CRS, rest)
+  filters_shape = Concat <axis = 0> (groups_1d, rest, CRS, one)
+  weight_float = Cast <to = 1> (weight)
+  filters_of_groups = Reshape (weight_float, filters_shape)
+  filters = Transpose <perm = [1, 0, 2, 3]> (filters_of_groups)
+
+  distances = Scan <num_scan_inputs = 1, body = of_sample (sample) => (sample_maps) {
+    sample_rows = Gather <axis = 1> (sample, rows)
+    sample_taps = Gather <axis = 3> (sample_rows, columns)
+    sample_taps_first = Transpose <perm = [0, 1, 3, 2, 4]> (sample_taps)
+    taps = Reshape (sample_taps_first, taps_shape)
+    sample_maps = Scan <num_scan_inputs = 1, scan_output_axes = [1], body = of_filter (filter) => (filter_map) {
+      difference = Sub (taps, filter)
+      distance = Abs (difference)
+      filter_map = ReduceSum <keepdims = 0> (distance, one)
+    }> (filters)
+  }> (padded)
+
+  y_shape = Concat <axis = 0> (N, K, PQ)
+  maps = Reshape (distances, y_shape)
+  negative = Neg (maps)
+  bias_float = Cast <to = 1> (bias)
+  bias_maps = Unsqueeze (bias_float, map_axes)
+  y_float = Add (negative, bias_maps)
+  y = CastLike (y_float, x)
+}
+"""
+
+
+# ---- the check
+
+
+def onnxruntime_session(model: bytes | str | os.PathLike) -> Any:
+    """An onnxruntime.InferenceSession on the CPU, for an exported file or its contents.
+
+    Raises:
+        RuntimeError: onnxruntime is missing or refuses the model.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise RuntimeError("onnxruntime is not installed: pip install onnxruntime.")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has an exception class for each of its status codes
+        raise RuntimeError(f"ONNX Runtime refuses the model: {error}") from error
+
+
+def run_onnxruntime(session: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The graph's outputs for its inputs in their order, on the CPU."""
+    feeds = {entry.name: tensor.detach().cpu().numpy() for entry, tensor in zip(session.get_inputs(), tensors)}
+    try:
+        return [torch.from_numpy(np.asarray(array)) for array in session.run(None, feeds)]
+    except Exception as error:
+        raise RuntimeError(f"ONNX Runtime cannot run the model: {error}") from error
+
+
+def _compare_with_onnxruntime(data: bytes, model: nn.Module, args: tuple) -> None:
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    session = onnxruntime_session(data)
+    if len(session.get_inputs()) != len(tensors):
+        raise RuntimeError(
+            f"export_onnx: the file has {len(session.get_inputs())} inputs, args {len(tensors)} tensors: an input that "
+            "the network does not use was dropped by the exporter; leave it out of args."
+        )
+    with torch.no_grad():
+        expected = [leaf for leaf in tree_leaves(model(*args)) if isinstance(leaf, Tensor)]
+        bounds = [leaf for leaf in tree_leaves(converter.rounding_bounds(model, args)) if isinstance(leaf, Tensor)]
+    got = run_onnxruntime(session, tensors)
+    _compare(got, [t.cpu() for t in expected], [t.cpu() for t in bounds])
+
+
+def _compare(got: list[Tensor], expected: list[Tensor], bounds: list[Tensor]) -> None:
+    for i, (y, y0, bound) in enumerate(zip(got, expected, bounds, strict=True)):
+        if y.shape != y0.shape or y.dtype is not y0.dtype:
+            raise RuntimeError(
+                f"export_onnx: output {i} is {y.dtype} {list(y.shape)} in ONNX Runtime and {y0.dtype} "
+                f"{list(y0.shape)} in PyTorch."
+            )
+        y, y0 = y.double(), y0.double()
+        finite = y0.isfinite()
+        difference = (y - y0)[finite].abs().max().item() if finite.any() else 0.0
+        if not difference <= bound.item() or not bool((y.isnan() == y0.isnan()).all()):
+            raise RuntimeError(
+                f"export_onnx: output {i} differs between ONNX Runtime and PyTorch by up to {difference:.3g}, beyond "
+                f"the {bound.item():.3g} that rounding explains; please report this network."
+            )
