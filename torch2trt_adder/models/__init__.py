@@ -2,5 +2,6 @@
 
 from .mnist import AdderNetMnist, addernet_mnist
 from .resnet import ResNet, resnet20, resnet50
+from .twin import cnn_twin
 
-__all__ = ["AdderNetMnist", "ResNet", "addernet_mnist", "resnet20", "resnet50"]
+__all__ = ["AdderNetMnist", "ResNet", "addernet_mnist", "cnn_twin", "resnet20", "resnet50"]
