@@ -1,7 +1,7 @@
 // The rate at which this GPU accumulates |x - w| when nothing else has to be done: the limit kernels are held against.
 //
 // An accumulated term is two additions, d = x - w and acc = acc + |d|, in float32 or in half pairs. How close a loop of
-// them comes to two issue slots a term depends on the registers' banks, the loop's size and the number of warps, so that
+// them comes to two issue slots a term depends on the registers' banks, the loop's size and the number of warps, so
 // several probes are timed and the best one counts. ceiling.py compiles this file and calls the functions at its end.
 //
 // No compiler may shorten the probes: inputs come from memory, and every difference has an operand that changed since
@@ -92,7 +92,7 @@ __device__ __forceinline__ void load4(uint32_t (&to)[8], int at, uint32_t addres
                : "r"(address));
 }
 
-// As in a matrix product: 8 x 8 accumulators, x and w of every step from shared memory, 4 reads of 16 bytes for 64 terms.
+// As in a matrix product: 8 x 8 accumulators, x and w of every step from shared memory: 4 reads of 16 bytes, 64 terms.
 template <class T, int kUnroll, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) shared(float const* in, int iterations, float* out, Clock* clock) {
   constexpr int kSteps = 16;
