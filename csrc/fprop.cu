@@ -36,9 +36,9 @@ constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, a
 
 constexpr size_t kMaxWorkspace = 64 << 20;
 
-// Images of one launch: all of them, or as many as keep N * P * Q an int32.
+// Images of one launch: all of them, or as many as keep N * P * Q and N * K an int32.
 int32_t images_per_launch(Adder2dParams const& p) {
-  int64_t const images = kMaxPixels / (int64_t{p.P} * p.Q);
+  int64_t const pixels = int64_t{p.P} * p.Q, images = kMaxPixels / (pixels > p.K ? pixels : p.K);
   return static_cast<int32_t>(images < 1 ? 1 : images < p.N ? images : p.N);
 }
 

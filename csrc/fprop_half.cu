@@ -328,14 +328,13 @@ cudaError_t launch_tile(FpropArgs const& args, FpropPlan const& plan, cudaStream
 }
 
 using Tile64x128 = Tile<64, 128>;
-using Tile32x256 = Tile<32, 256>;
 
-constexpr double kRate = 96;  // accumulated terms a cycle and multiprocessor
+constexpr double kRate = 60;  // accumulated terms a cycle and multiprocessor
 
 template <class T>
 constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate};
 // In the order of launch_fprop_half.
-constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile32x256>};
+constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>};
 constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
 // Bytes of the packed weights for tiles of tile_k filters.
@@ -386,7 +385,6 @@ cudaError_t launch_fprop_half(FpropArgs const& problem, FpropPlan const& plan, c
   args.exact_halves = args.p.x_type == ADDER2D_FLOAT16 && args.p.w_type == ADDER2D_FLOAT16;
   switch (plan.tile) {
     case 0: return launch_any_source<Tile64x128>(args, plan, stream);
-    case 1: return launch_any_source<Tile32x256>(args, plan, stream);
   }
   return cudaErrorInvalidValue;
 }

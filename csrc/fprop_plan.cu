@@ -16,7 +16,7 @@ double predict(int64_t tiles, int32_t splits, int32_t slices, TileSize const& si
   double cycles = turns * (ceil_div(slices, splits) * slice + 700) + 3000;  // first copies, epilogue
   if (splits > 1) {
     double const bytes = 2.0 * sizeof(float) * splits * tiles * size.k * size.pq;  // written, then read
-    cycles += 3000 + splits * 20 + bytes / (multiprocessors * 12.0);
+    cycles += 3000 + splits * 20 + bytes / (multiprocessors * 6.0);
   }
   return cycles;
 }

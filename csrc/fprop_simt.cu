@@ -386,13 +386,13 @@ cudaError_t launch_tile(FpropArgs const& args, FpropPlan const& plan, cudaStream
 
 using Tile64x128 = Tile<64, 128, 16, 3>;
 using Tile128x64 = Tile<128, 64, 16, 3>;
-using Tile32x256 = Tile<32, 256, 16, 3>;
-using Tile16x256 = Tile<16, 256, 16, 3, 4, 8, 4>;
+using Tile32x256 = Tile<32, 256, 8, 3>;
+using Tile16x256 = Tile<16, 256, 8, 3, 4, 8, 4>;
 using Tile32x64 = Tile<32, 64, 16, 3, 4, 4, 6>;  // small problems: four times as many blocks
 
 // Accumulated terms a cycle and multiprocessor, of 64.
 template <class T>
-constexpr double kRate = T::kThreadK == 8 ? 54 : T::kThreadPQ == 8 ? 46 : 42;
+constexpr double kRate = T::kThreadK == 8 ? 54 : 42;
 template <class T>
 constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate<T>};
 // In the order of launch_fprop_simt.
