@@ -141,6 +141,9 @@ def _peers(n: Numbers) -> tuple[bool, str]:
     worst = sorted(rows, key=lambda row: row["of_best_peer"])
     below = sum(row["of_best_peer"] < 5 for row in rows)
     text = ", ".join(f"{row['layer']} {row['dtype']} {row['of_best_peer']:.1f}x" for row in worst[:3])
+    layers = {row["layer"]: n.result["layers"][row["layer"]]["peers"].get("float32", {}) for row in rows}
+    without = sum("ms" not in measured.get("compile", {}) for measured in layers.values())
+    text += f"; {without} layers without torch.compile" if without else ""
     return below == 0, f"{below} of {len(rows)} rows below 5x; lowest: {text}"
 
 
