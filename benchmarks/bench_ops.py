@@ -312,7 +312,7 @@ def print_gpu(result: Row, dtypes: list[str], shown: list[tuple[str, str]]) -> N
             line += [cell(percent(other, "of_ceiling"), 4, 0), cell(graph, 5, 1)]
         print(*line)
 
-    print("\npeers and conv2d, ms; adder2d's speed over the best peer's and over conv2d's (for halves: conv2d in float16);")
+    print("\npeers and conv2d, ms; adder2d's speed over the best peer's and over conv2d's (halves: conv2d in float16);")
     print("host time of a call of adder2d and of conv2d, us; memory beyond the output, MB")
     titles = [f"{SHORT[dtype] + ' ' + peer.removesuffix('erence'):>11}" for dtype, peer in shown]
     titles += ["conv f32", "    tf32", "     f16", *(f"{'/' + what:>5}" for what in ("peer", "conv") for _ in dtypes)]
