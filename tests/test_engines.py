@@ -32,8 +32,9 @@ from torch2trt_adder.models import addernet_mnist, resnet20
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt, pytest.mark.torch2trt]
 
-# The largest bound that still says something, relative to the largest output.
-_SHARP = {False: 2e-3, True: 0.5}
+# The largest bound that still says something, relative to the largest output: a layer with a wrong weight, tap or stride
+# changes outputs by their own size. How far rounding moves the ten numbers of a single image differs from image to image.
+_SHARP = {False: 1e-2, True: 0.5}
 
 
 def torch2trt(*args, **kwargs) -> nn.Module:
