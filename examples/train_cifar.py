@@ -9,8 +9,8 @@ rate of each adder layer. That is applied by `scale_gradients` just before the s
 scaling inside backward() and stays right with --amp and --accumulate.
 
 CIFAR comes from torchvision's datasets, from the folder --root. Without torchvision or without the files the default is
-scikit-learn's 1,797 handwritten digits, enlarged to the network's input, for which nothing is downloaded; the CPU takes a
-few seconds for an epoch of them.
+scikit-learn's 1,797 handwritten digits, enlarged to the network's input, for which nothing is downloaded; two CPU cores
+take a few seconds for an epoch of them.
 
 In the folder --output, after each epoch: last.pt (everything that --resume needs; the resumed run goes on exactly as if
 it had not been interrupted), best.pt (the state_dict of the most accurate epoch), history.json and history.png (needs
