@@ -1,6 +1,8 @@
 // Entry points of the forward pass: validation, choice of kernel, batches beyond 2^31 output pixels.
 #include "fprop.h"
 
+#include <string.h>
+
 namespace adder2d {
 
 FpropArgs make_fprop_args(Adder2dParams const& p) {
@@ -48,8 +50,35 @@ bool wants_direct(Adder2dParams const& p) {
   return p.K / p.groups < 8 || terms <= int64_t{multiprocessor_count()} * 32768;
 }
 
-FpropPlan plan_tiled(FpropArgs const& args, size_t workspace_bytes) {
-  return takes_fprop_half(args, workspace_bytes) ? plan_fprop_half(args, workspace_bytes) : plan_fprop_simt(args, workspace_bytes);
+// A plan and the family that it is for. Choosing takes microseconds, so every thread keeps the plans of its latest layers.
+struct Choice {
+  bool half;
+  FpropPlan plan;
+};
+
+Choice choose(FpropArgs const& args) {
+  size_t const bytes = args.p.workspace_bytes;
+  bool const half = takes_fprop_half(args, bytes);
+  return {half, half ? plan_fprop_half(args, bytes) : plan_fprop_simt(args, bytes)};
+}
+
+Choice choose_cached(FpropArgs const& args) {
+  struct Entry {
+    Adder2dParams key;
+    int device;
+    Choice choice;
+  };
+  constexpr uint32_t kEntries = 64;
+  static thread_local Entry entries[kEntries] = {};
+  Adder2dParams key = args.p;
+  key.x = key.w = key.b = key.y = key.workspace = nullptr;  // plans do not depend on addresses
+  int device = 0;
+  cudaGetDevice(&device);
+  uint32_t hash = 2166136261u;  // FNV-1a
+  for (size_t i = 0; i < sizeof(key) / 4; ++i) hash = (hash ^ reinterpret_cast<uint32_t const*>(&key)[i]) * 16777619u;
+  Entry& entry = entries[hash % kEntries];
+  if (entry.device != device || memcmp(&entry.key, &key, sizeof(key)) != 0) entry = {key, device, choose(args)};
+  return entry.choice;
 }
 
 }  // namespace
@@ -61,7 +90,8 @@ size_t adder2d_fprop_workspace(Adder2dParams const* params) {
   if (adder2d_check(params) != nullptr || params->N == 0 || wants_direct(*params)) return 0;
   Adder2dParams p = *params;
   p.N = images_per_launch(p);
-  return plan_tiled(make_fprop_args(p), kMaxWorkspace).workspace_bytes;
+  p.workspace_bytes = kMaxWorkspace;
+  return choose(make_fprop_args(p)).plan.workspace_bytes;
 }
 
 int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
@@ -78,8 +108,8 @@ int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
     if (wants_direct(p)) {
       error = launch_fprop_direct(args, stream);
     } else {
-      FpropPlan const plan = plan_tiled(args, p.workspace_bytes);
-      error = takes_fprop_half(args, p.workspace_bytes) ? launch_fprop_half(args, plan, stream) : launch_fprop_simt(args, plan, stream);
+      Choice const choice = choose_cached(args);
+      error = choice.half ? launch_fprop_half(args, choice.plan, stream) : launch_fprop_simt(args, choice.plan, stream);
     }
     if (error != cudaSuccess) return error;
   }

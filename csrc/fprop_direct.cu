@@ -33,18 +33,31 @@ __global__ void __launch_bounds__(kThreads) adder2d_fprop_direct_kernel(__grid_c
     int64_t const window = n * a.p.x_stride[0] + int64_t{k / a.Kg} * a.Cg * a.p.x_stride[1] + h0 * a.p.x_stride[2] + w0 * a.p.x_stride[3];
     int64_t const filter = int64_t{k} * a.CRS;
     float sum[kFilters] = {};
-#pragma unroll 4
-    for (int32_t j = share; j < a.CRS; j += kShares) {
-      int32_t rs, s;
-      int32_t const c = a.div_RS.divmod(j, &rs), r = a.div_S.divmod(rs, &s);
-      int32_t const dh = r * a.p.dil_h, dw = s * a.p.dil_w;
+    auto const add_term = [&](int32_t j, int64_t offset, int32_t dh, int32_t dw) {
       bool const inside = present && static_cast<uint32_t>(h0 + dh) < static_cast<uint32_t>(a.p.H) &&
                           static_cast<uint32_t>(w0 + dw) < static_cast<uint32_t>(a.p.W);
-      int64_t const x_index = window + c * a.p.x_stride[1] + dh * a.p.x_stride[2] + dw * a.p.x_stride[3];
-      float const x = inside ? load<kFloat32>(a.p.x, x_index, a.p.x_type) : 0.f;  // padding reads 0
+      float const x = inside ? load<kFloat32>(a.p.x, window + offset, a.p.x_type) : 0.f;  // padding reads 0
 #pragma unroll
-      for (int f = 0; f < kFilters; ++f)
-        sum[f] += fabsf(x - load<kFloat32>(a.p.w, filter + f * a.CRS + j, a.p.w_type));
+      for (int f = 0; f < kFilters; ++f) sum[f] += fabsf(x - load<kFloat32>(a.p.w, filter + f * a.CRS + j, a.p.w_type));
+    };
+    if constexpr (kShares == 1) {  // in order, without a division
+      int32_t j = 0;
+      int64_t offset = 0;
+      for (int32_t c = 0; c < a.Cg; ++c, offset += a.step_c) {
+        int32_t dh = 0;
+        for (int32_t r = 0; r < a.p.R; ++r, dh += a.p.dil_h, offset += a.step_r) {
+#pragma unroll 3
+          for (int32_t s = 0; s < a.p.S; ++s, ++j, offset += a.step_s) add_term(j, offset, dh, s * a.p.dil_w);
+        }
+      }
+    } else {
+#pragma unroll 4
+      for (int32_t j = share; j < a.CRS; j += kShares) {
+        int32_t rs, s;
+        int32_t const c = a.div_RS.divmod(j, &rs), r = a.div_S.divmod(rs, &s);
+        int32_t const dh = r * a.p.dil_h, dw = s * a.p.dil_w;
+        add_term(j, c * a.p.x_stride[1] + dh * a.p.x_stride[2] + dw * a.p.x_stride[3], dh, dw);
+      }
     }
 #pragma unroll
     for (int f = 0; f < kFilters; ++f) {

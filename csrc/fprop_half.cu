@@ -199,6 +199,7 @@ __device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& 
     for (int i = 0; i < T::kThreadK; ++i) pairs[j][i] = zero;
 
   Filler<T, kBfloat16, kSource> filler(a, plan, smem, view, first);
+  wait_for_primary();
   __syncthreads();
   filler.load(0);
   filler.store(0);
@@ -282,7 +283,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   View<T> const view(a, plan, blockIdx.x, threadIdx.x);
   int32_t const first = plan.slices * blockIdx.y / plan.splits, last = plan.slices * (blockIdx.y + 1) / plan.splits;
   float acc[T::kThreadPQ][2][4] = {};
-  wait_for_primary();
   accumulate<T, kBfloat16, kSource>(a, plan, view, first, last, *reinterpret_cast<Smem<T>*>(smem_bytes), acc);
 
   // Overflow and NaN show as such in the sums. What conversion to half rounded away below 2^-24 is at most 2^-25 for either

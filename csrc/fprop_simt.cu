@@ -274,6 +274,7 @@ template <class T, Fill kFill>
 __device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& plan, View<T> const& view,
                                            int32_t first, int32_t last, Smem<T, kFill>& smem, float (&acc)[T::kThreadK][T::kThreadPQ]) {
   Filler<T, kFill> filler(a, plan, smem, view, first);
+  if constexpr (kIsPacked<kFill>) wait_for_primary();
   int32_t fill_stage = 0;
   auto fill = [&] {
     if (filler.slice < last) filler.fill(plan, smem.stage[fill_stage]);
@@ -361,7 +362,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   View<T> const view(a, plan, blockIdx.x, threadIdx.x);
   int32_t const first = plan.slices * blockIdx.y / plan.splits, last = plan.slices * (blockIdx.y + 1) / plan.splits;
   float acc[T::kThreadK][T::kThreadPQ] = {};
-  if constexpr (kIsPacked<kFill>) wait_for_primary();
   accumulate(a, plan, view, first, last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), acc);
 #pragma unroll
   for (int item = 0; item < View<T>::kItems; ++item) {
