@@ -49,9 +49,14 @@ def value(model: Any, name: str) -> np.ndarray:
 def single_node(case: Case, dtype: torch.dtype, opset: int = 17) -> bytes:
     """A model of one Adder2d node with its body: x [N, C, H, W], w, b -> y."""
     helper, kind = onnx.helper, {torch.float32: 1, torch.float16: 10}[dtype]
-    sizes = {"x": (1, ["N", case.C, "H", "W"]), "w": (1, [case.K, case.C // case.groups, case.R, case.S]), "b": (1, [case.K])}
+    sizes = {
+        "x": (1, ["N", case.C, "H", "W"]),
+        "w": (1, [case.K, case.C // case.groups, case.R, case.S]),
+        "b": (1, [case.K]),
+    }
     inputs = [
-        helper.make_tensor_value_info(name, kind if name == "x" else type_, size) for name, (type_, size) in sizes.items()
+        helper.make_tensor_value_info(name, kind if name == "x" else type_, size)
+        for name, (type_, size) in sizes.items()
     ]
     output = helper.make_tensor_value_info("y", kind, [None] * 4)
     named = onnx_export._attributes(*case.geometry, dtype)
@@ -118,7 +123,10 @@ def test_one_file_one_node_per_layer(tmp_path: pathlib.Path) -> None:
     assert path == tmp_path / "new" / "model.onnx" and [p.name for p in path.parent.iterdir()] == ["model.onnx"]
     proto = onnx.load(path)
     onnx.checker.check_model(proto, full_check=True)
-    assert {(e.domain, e.version) for e in proto.opset_import} == {("", 17), ("torch2trt_adder", 1)} and proto.ir_version == 8
+    assert {(e.domain, e.version) for e in proto.opset_import} == {
+        ("", 17),
+        ("torch2trt_adder", 1),
+    } and proto.ir_version == 8
     assert [(f.domain, f.name) for f in proto.functions] == [("torch2trt_adder", "Adder2d")]
     assert [node.op_type for node in proto.graph.node] == ["Adder2d", "Relu", "Adder2d"]
     first, second = adder_nodes(proto.graph)
@@ -335,9 +343,7 @@ def test_dynamic_that_does_not_fit(dynamic: Any, message: str, tmp_path: pathlib
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_package_missing(package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    monkeypatch.setattr(
-        onnx_export.importlib.util, "find_spec", lambda name: None if name == package else object()
-    )
+    monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: None if name == package else object())
     with pytest.raises(RuntimeError, match=f"{package} is not installed: pip install {package}"):
         export_onnx(small(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx")
 

@@ -9,15 +9,18 @@ from torch import Tensor
 
 from . import ops
 from .converter import convert
+from .engine import Engine, build_engine
 from .module import Adder2d, adderize, adopt, register_adder_class, scale_gradients, set_eta
 from .onnx_export import export_onnx
 
 __version__ = "0.1.0"
 __all__ = [
     "Adder2d",
+    "Engine",
     "adder2d",
     "adderize",
     "adopt",
+    "build_engine",
     "convert",
     "export_onnx",
     "register_adder_class",

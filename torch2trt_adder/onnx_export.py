@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import converter, ops
+from . import converter, files, ops
 
 DOMAIN, OP_TYPE = "torch2trt_adder", "Adder2d"
 _DEFAULT_OPSET = 17  # the newest that TensorRT 8.6 reads
@@ -105,26 +105,8 @@ def export_onnx(
     if check:
         _compare_with_onnxruntime(data, module, args)
     path = pathlib.Path(path)
-    write_file(path, data)
+    files.write(path, data)
     return path
-
-
-def write_file(path: pathlib.Path, data: bytes) -> None:
-    """Written beside and renamed, so that the file is never half there.
-
-    Raises:
-        OSError: naming the file and the reason.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror}); name another file.") from error
-    finally:
-        if partial.exists():
-            partial.unlink()
 
 
 def adder_nodes(graph: Any) -> list[Any]:

@@ -17,7 +17,6 @@ import contextlib
 import math
 import sys
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch2trt import get_arg, tensorrt_converter
 
 from . import plugin
+from .engine import hold_float32
 from .module import Adder2d, _adopt_layer, _layer_fields
 
 host = sys.modules["torch2trt.torch2trt"]  # the attribute torch2trt.torch2trt is the function
@@ -224,7 +224,12 @@ class ConversionContext(host.ConversionContext):
                 "torch2trt_adder.ops.adder2d by that name, or use the Adder2d module."
             )
         if self.torch2trt_kwargs.get("fp16_mode"):
-            self._hold_float32()
+            layers = list(self.adder_layers.values())
+            network = self.network._network  # the wrapper takes every layer that it returns for a new one
+            held = hold_float32(network, layers, self.flow.largest, trt=trt)
+            # strict_type_constraints asks for the same, and excludes this flag.
+            if held and not self.torch2trt_kwargs.get("strict_type_constraints"):
+                self.builder_config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
 
     @contextlib.contextmanager
     def unhooked(self) -> Iterator[None]:
@@ -270,46 +275,6 @@ class ConversionContext(host.ConversionContext):
             return output
 
         return forward
-
-    def _hold_float32(self) -> None:
-        """Holds every layer between an adder layer's float32 output and the next scaling layer in float32.
-
-        The scaling layer (BatchNorm) itself computes in float32, and its output is free, unless in this run it was
-        still within a factor of 16 of float16's largest value.
-        """
-        names = ("SCALE", "NORMALIZATION", "SOFTMAX")  # the second is newer than 8.5
-        scaling = [getattr(trt.LayerType, name) for name in names if hasattr(trt.LayerType, name)]
-        network = self.network._network  # the wrapper takes every layer that it returns for a new one
-        consumers = defaultdict(list)
-        for i in range(network.num_layers):
-            layer = network.get_layer(i)
-            for j in range(layer.num_inputs):
-                itensor = layer.get_input(j)
-                if itensor is not None:
-                    consumers[itensor.name].append(layer)
-        pending = [layer.get_output(0) for layer in self.adder_layers.values()]
-        pending = [itensor for itensor in pending if itensor.dtype == trt.DataType.FLOAT]
-        held: set[str] = set()
-        while pending:
-            for layer in consumers[pending.pop().name]:
-                outputs = {j: layer.get_output(j) for j in range(layer.num_outputs)}
-                outputs = {j: t for j, t in outputs.items() if t.dtype in (trt.DataType.FLOAT, trt.DataType.HALF)}
-                if layer.name in held or not outputs:  # the shape of a tensor has no range
-                    continue
-                held.add(layer.name)
-                layer.precision = trt.DataType.FLOAT
-                if layer.name in self.adder_layers:
-                    continue
-                # The magnitude is unknown for the network's outputs, which nothing reads.
-                largest = max(self.flow.largest.get(t.name, 0) for t in outputs.values())
-                if layer.type in scaling and largest <= torch.finfo(torch.float16).max / 16:
-                    continue
-                for j, itensor in outputs.items():
-                    layer.set_output_type(j, trt.DataType.FLOAT)
-                    pending.append(itensor)
-        # strict_type_constraints asks for the same, and excludes this flag.
-        if held and not self.torch2trt_kwargs.get("strict_type_constraints"):
-            self.builder_config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
 
 
 def _check_close(name: str, output: Tensor, expected: Tensor, ours: Adder2d) -> None:

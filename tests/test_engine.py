@@ -1,0 +1,619 @@
+"""From ONNX to engines without torch2trt: TensorRT-RTX's real parser and builder on a CPU, TensorRT on a GPU."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from types import ModuleType
+
+# As in test_engines.py: what is compared here would drown in TF32's rounding.
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+onnx = pytest.importorskip("onnx", reason="needs onnx: pip install onnx onnxscript onnxruntime")
+pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
+
+from test_converter import calibrated
+from test_onnx import CHECK, needs_runtime
+from torch2trt_adder import Adder2d, adderize, engine, library
+from torch2trt_adder.converter import rounding_bounds
+from torch2trt_adder.engine import Engine, build_engine
+from torch2trt_adder.models import addernet_mnist, resnet20
+from torch2trt_adder.onnx_export import adder_nodes, export_onnx, onnxruntime_session, run_onnxruntime
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def run_python(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, library.ENVIRONMENT_VARIABLE: str(library.path())}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
+
+
+# ---- the real parser, which works without a GPU
+
+
+@pytest.fixture(scope="module")
+def rtx() -> ModuleType:
+    return pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install tensorrt-rtx")
+
+
+# tensorrt-rtx has the parser and the registry of TensorRT 11, but no plugin layers: the process ends where TensorRT 11
+# would add one to the network. Its log tells what came before.
+PARSE = """
+import sys
+import tensorrt_rtx as trt
+from torch2trt_adder import engine, plugin
+import onnx
+if sys.argv[2] == "registered":
+    plugin.register(trt)
+log = trt.Logger(trt.Logger.VERBOSE)
+network = trt.Builder(log).create_network(0)
+parser = trt.OnnxParser(network, log)
+print("parsed:", parser.parse(open(sys.argv[1], "rb").read()), flush=True)
+for i in range(parser.num_errors):
+    print(parser.get_error(i).desc())
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("function", ["with body", "stripped"])
+def test_parser_makes_the_plugin(dtype: torch.dtype, function: str, tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    """The node's attributes and its three inputs reach the plugin's creator, whether or not the file has the body."""
+    model = Adder2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1), groups=2).eval().to(dtype)
+    path = export_onnx(model, torch.randn(1, 4, 9, 8).to(dtype), tmp_path / "model.onnx", {0: "batch"}, check=CHECK)
+    if function == "stripped":
+        onnx.save(engine._load_onnx(path), path)
+    assert len(onnx.load(path).functions) == (function == "with body")
+    log = run_python(PARSE, path, "registered").stdout
+    assert "Found registered plugin: Adder2d. Importing this node as a plugin." in log
+    assert "Successfully created plugin: Adder2d" in log
+    assert "model:adder2d_0 [Adder2d] inputs: " in log and "(6, 2, 3, 2)[FLOAT]], [" in log and "(6)[FLOAT]]" in log
+
+
+def test_parser_without_the_plugin_is_an_error(tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    path = export_onnx(Adder2d(4, 6, 3).eval(), torch.randn(1, 4, 9, 8), tmp_path / "model.onnx", check=CHECK)
+    onnx.save(engine._load_onnx(path), path)
+    done = run_python(PARSE, path, "none")
+    assert done.returncode == 0 and "parsed: False" in done.stdout and "Plugin not found" in done.stdout
+
+
+def test_parser_refuses_attributes_that_no_layer_can_have(tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    path = export_onnx(Adder2d(4, 6, 3).eval(), torch.randn(1, 4, 9, 8), tmp_path / "model.onnx", check=CHECK)
+    proto = engine._load_onnx(path)
+    next(a for a in proto.graph.node[0].attribute if a.name == "stride").ints[:] = [0, 1]
+    onnx.save(proto, path)
+    done = run_python(PARSE, path, "registered")
+    assert done.returncode == 0 and "parsed: False" in done.stdout
+    assert "torch2trt_adder: stride must be >= 1, got (0, 1)" in done.stderr
+
+
+# ---- everything else about building, on a network without plugins
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.fc = nn.Conv2d(8, 4, 1), nn.Linear(4 * 36, 5)
+
+    def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.max_pool2d(F.relu(self.bn(self.conv1(x))), 2)
+        y = self.conv2(y)
+        return self.fc(y.flatten(1)) * scale, y
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("plain")
+    names = {"input_names": ["x", "scale"], "output_names": ["y", "maps"]}
+    args = (torch.randn(2, 3, 12, 12), torch.rand(1, 5))
+    return export_onnx(Plain().eval(), args, folder / "plain.onnx", [{0: "batch"}, None], check=CHECK, **names)
+
+
+def test_build(plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    """Nothing but the plan and the cache is left, the second build reads the cache, and the plan says what it is."""
+    plan, cache = tmp_path / "new" / "plain.plan", tmp_path / "timing.cache"
+    for _ in range(2):
+        assert build_engine(plain, plan, {"batch": (1, 4, 8)}, timing_cache=cache, workspace=1 << 28, trt=rtx) == plan
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["plain.plan", "timing.cache"]
+    data = plan.read_bytes()
+    assert engine.plan_version(data) == tuple(int(n) for n in rtx.__version__.split(".")[:3])
+    assert b"plain.onnx [torch2trt_adder, 0 Adder2d, " in data
+    cache.write_bytes(b"of another version")
+    build_engine(plain, plan, {"x:0": (1, 4, 8)}, timing_cache=cache, trt=rtx)
+    assert cache.read_bytes() != b"of another version"
+
+
+def test_profile(plain: pathlib.Path, rtx: ModuleType) -> None:
+    proto = engine._load_onnx(plain)
+    assert engine._axes(proto) == [("x", 0, "batch")]
+    builder, network, _parser = engine._parse(rtx, proto, plain)
+    config = builder.create_builder_config()
+    engine._add_profile(builder, network, config, proto, {"batch": (1, 4, 8)})
+    assert config.num_optimization_profiles == 1
+    static = engine._load_onnx(plain)
+    static.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    config = builder.create_builder_config()
+    engine._add_profile(builder, network, config, static, {})
+    assert config.num_optimization_profiles == 0
+
+
+@pytest.mark.parametrize(
+    "ranges, message",
+    [
+        ({}, r"axis 0 of input 'x' is dynamic: give its range, as in ranges=\{'batch': .*--range batch=1:8:64"),
+        ({"batch": (4, 2, 8)}, r"must be \(smallest, most frequent, largest\) in this order, got \(4, 2, 8\)"),
+        ({"batch": (1, 2)}, r"got \(1, 2\)"),
+        (
+            {"batch": (1, 2, 3), "height": (1, 2, 3)},
+            "ranges names 'height', but the dynamic axes of the file are: batch",
+        ),
+    ],
+)
+def test_ranges_that_do_not_fit(
+    ranges: dict, message: str, plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_engine(plain, tmp_path / "x.plan", ranges, trt=rtx)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_none(tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    with pytest.raises(OSError, match=r"the ONNX file .*none\.onnx cannot be read \(No such file"):
+        build_engine(tmp_path / "none.onnx", tmp_path / "x.plan", trt=rtx)
+    for content in (b"", b"hello, this is no protobuf"):
+        (tmp_path / "text.onnx").write_bytes(content)
+        with pytest.raises(RuntimeError, match=r"text\.onnx is no ONNX file"):
+            build_engine(tmp_path / "text.onnx", tmp_path / "x.plan", trt=rtx)
+
+
+def test_a_plan_that_cannot_be_written(plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot be written .*name another file"):
+        build_engine(plain, tmp_path / "file" / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
+
+
+def test_reasons_of_a_failed_parse(tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    helper = onnx.helper
+    node = helper.make_node("NoSuchOperator", ["x"], ["y"], "stranger")
+    entries = [helper.make_tensor_value_info(name, 1, [1, 2]) for name in "xy"]
+    model = helper.make_model(
+        helper.make_graph([node], "g", entries[:1], entries[1:]), opset_imports=[helper.make_opsetid("", 17)]
+    )
+    onnx.save(model, tmp_path / "stranger.onnx")
+    with pytest.raises(RuntimeError, match=r"TensorRT .* cannot read .*stranger\.onnx: .*NoSuchOperator"):
+        build_engine(tmp_path / "stranger.onnx", tmp_path / "x.plan", trt=rtx)
+
+
+def test_weights_in_other_files(tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
+    path = export_onnx(model, torch.randn(1, 3, 9, 9), tmp_path / "one.onnx", check=CHECK)
+    other = tmp_path / "other" / "two.onnx"
+    other.parent.mkdir()
+    onnx.save(onnx.load(path), other, save_as_external_data=True, location="two.data", size_threshold=0)
+    assert other.with_name("two.data").is_file()
+    assert build_engine(other, tmp_path / "x.plan", trt=rtx).stat().st_size > 10_000
+
+
+def test_progress(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anything over two seconds shows a line; anything below shows none."""
+    with engine.elapsed("Building x"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(engine, "_PATIENCE", 0)
+    with engine.elapsed("Building x") as bar:
+        bar.phase("timing", 7)
+        bar.step()
+        time.sleep(1)
+    assert re.search(r"Building x: \d+ s, timing 1/7", capsys.readouterr().err)
+
+
+def test_monitor_is_called(
+    plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(engine._Bar, "phase", lambda self, name, steps: seen.append((name, steps)))
+    monkeypatch.setattr(engine._Bar, "step", lambda self: seen.append("step"))
+    build_engine(plain, tmp_path / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
+    assert seen and any(s == "step" for s in seen)
+
+
+# ---- float16 in strongly typed networks
+
+
+def test_to_float16_types(plain: pathlib.Path, rtx: ModuleType) -> None:
+    """TensorRT's own view of the network: convolutions in HALF, inputs and outputs as they were."""
+    proto = engine._load_onnx(plain)
+    engine.to_float16(proto)
+    onnx.checker.check_model(proto, full_check=True)
+    _builder, network, _parser = engine._parse(rtx, proto, plain)
+    assert (
+        {network.get_input(i).dtype for i in range(2)}
+        == {network.get_output(i).dtype for i in range(2)}
+        == {rtx.float32}
+    )
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    convolutions = [layer for layer in layers if layer.type == rtx.LayerType.CONVOLUTION]
+    assert len(convolutions) == 2 and {layer.get_output(0).dtype for layer in convolutions} == {rtx.float16}
+
+
+@needs_runtime
+@pytest.mark.parametrize("make, shape", [(addernet_mnist, (1, 28, 28)), (resnet20, (3, 32, 32))])
+def test_to_float16_computes_the_same(make: Callable, shape: tuple, tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    model, x = calibrated(make(), 8, *shape), torch.randn(2, *shape)
+    proto = onnx.load(export_onnx(model, x, tmp_path / "model.onnx", {0: "batch"}))
+    engine.to_float16(proto)
+    # The body gives the type of x; the plugin gives float32, as output_type says.
+    for function in proto.functions:
+        function.node[-1].CopyFrom(onnx.helper.make_node("Cast", [function.node[-1].input[0]], ["y"], to=1))
+    onnx.checker.check_model(proto, full_check=True)
+    halves = {t.name for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
+    casts = {o for n in proto.graph.node if n.op_type == "Cast" for o in n.output if o.endswith(".float16")}
+    products = [node for node in proto.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    assert products and all(node.input[1] in halves for node in products)
+    for node in adder_nodes(proto.graph):
+        assert node.input[0] in casts or node.input[0].endswith(".float16")
+        assert node.input[1] not in halves and node.input[2] not in halves
+    (y,) = run_onnxruntime(onnxruntime_session(proto.SerializeToString()), [x])
+    with torch.no_grad():
+        assert 0 < (y - model(x)).abs().max() <= rounding_bounds(model, [x], fp16=True)
+
+
+# ---- plans that may not run here
+
+
+@pytest.fixture(scope="module")
+def plan(plain: pathlib.Path, rtx: ModuleType) -> bytes:
+    return build_engine(plain, plain.with_suffix(".plan"), {"batch": (1, 4, 8)}, trt=rtx).read_bytes()
+
+
+def test_plan_of_another_version(plan: bytes, tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    other = bytearray(plan)
+    other[24:28] = bytes([8, 6, 1, 6])
+    (tmp_path / "old.plan").write_bytes(other)
+    with pytest.raises(
+        RuntimeError,
+        match=r"old\.plan was built by TensorRT 8\.6\.1, here is 1\..*the version that built it alone; build it again",
+    ):
+        Engine(tmp_path / "old.plan", trt=rtx)
+
+
+def test_no_plan(tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="the engine is no TensorRT engine: build it again"):
+        Engine(b"PK\x03\x04" + bytes(100), trt=rtx)
+    with pytest.raises(OSError, match=r"none\.plan cannot be read \(No such file"):
+        Engine(tmp_path / "none.plan", trt=rtx)
+    with pytest.raises(RuntimeError, match="this Engine is empty"):
+        Engine(trt=rtx)(torch.zeros(1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_plan_without_a_gpu(plan: bytes, rtx: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU, and torch .* finds none here"):
+        Engine(plan, trt=rtx)
+
+
+# ---- engines on a GPU: what test_engines.py does through torch2trt, through ONNX
+
+gpu = [pytest.mark.gpu, pytest.mark.tensorrt]
+
+
+def on_gpu(function: Callable) -> Callable:
+    for mark in gpu:
+        function = mark(function)
+    return function
+
+
+def calibrated_on_gpu(model: nn.Module, *shape: int) -> nn.Module:
+    return calibrated(model, *shape).cuda()
+
+
+def build(
+    model: nn.Module,
+    x: Tensor,
+    folder: pathlib.Path,
+    ranges: dict | None = None,
+    dynamic: dict | None = None,
+    **options,
+) -> pathlib.Path:
+    dynamic = {0: "batch"} if dynamic is None else dynamic
+    path = export_onnx(model, x, folder / "model.onnx", dynamic, check=CHECK)
+    return build_engine(path, folder / "model.plan", {"batch": (1, 8, 64)} if ranges is None else ranges, **options)
+
+
+@torch.no_grad()
+def check(runner: nn.Module, model: nn.Module, x: Tensor, fp16: bool = False) -> None:
+    """runner(x) is model(x) as far as rounding can tell."""
+    y, y0 = runner(x), model(x)
+    bound = rounding_bounds(model, [x], fp16).item()
+    assert y.dtype is y0.dtype and y.shape == y0.shape and y.isfinite().all()
+    difference, largest = (y.double() - y0.double()).abs().max().item(), y0.abs().max().item()
+    print(
+        f"{type(model).__name__} batch {len(x)}{' fp16' if fp16 else ''}: relative difference {difference / largest:.2e}, "
+        f"allowed {bound / largest:.2e}"
+    )
+    assert bound < (0.5 if fp16 or x.dtype is torch.float16 else 4e-3) * largest
+    assert difference <= bound
+
+
+class SmallResNet(nn.Module):
+    """Residual blocks as torchvision's, for adderize: torchvision itself is not needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
+        self.a, self.bna = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.b, self.bnb = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        x = F.relu(x + self.bnb(self.b(F.relu(self.bna(self.a(x))))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+NETWORKS = {
+    "addernet_mnist": (addernet_mnist, (1, 28, 28), 2),
+    "resnet20": (resnet20, (3, 32, 32), 20),
+    "adderized": (lambda: adderize(SmallResNet()), (3, 64, 64), None),
+}
+
+
+@on_gpu
+@pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx_route(name: str, fp16: bool, tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    make, shape, adders = NETWORKS[name]
+    model = calibrated_on_gpu(make(), 32, *shape)
+    adders = adders or sum(isinstance(layer, Adder2d) for layer in model.modules())
+    x = torch.randn(64, *shape, device="cuda")
+    runner = Engine(build(model, x[:2], tmp_path, fp16=fp16))
+    assert runner.adder_layers == adders > 0
+    found = engine.layers(runner)
+    assert sum(layer["adder"] for layer in found) == adders, found
+    for batch in (1, 7, 64):
+        check(runner, model, x[:batch], fp16)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", NETWORKS)
+def test_predictions_agree_on_1000_inputs(name: str, tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    make, shape, _ = NETWORKS[name]
+    model = calibrated_on_gpu(make(), 32, *shape)
+    runner = Engine(build(model, torch.randn(2, *shape, device="cuda"), tmp_path))
+    x = torch.randn(1000, *shape, device="cuda")
+    with torch.no_grad():
+        logits = torch.cat([model(batch) for batch in x.split(50)])
+        got = torch.cat([runner(batch) for batch in x.split(50)])
+    # A tie within rounding is no disagreement.
+    top = logits.topk(2).values
+    clear = (top[:, 0] - top[:, 1]) > 2 * (got - logits).abs().amax()
+    agree = got.argmax(1) == logits.argmax(1)
+    print(f"{name}: predictions agree on {int(agree.sum())} of 1000, {int((~clear).sum())} too close to call")
+    assert agree[clear].all() and clear.sum() > 900
+
+
+@on_gpu
+def test_dynamic_image_several_inputs_and_outputs(tmp_path: pathlib.Path) -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Adder2d(3, 4, 3, padding=1), Adder2d(5, 4, 1, bias=True)
+
+        def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = self.a(x)
+            return y, y + self.b(z), F.relu(z)
+
+    torch.manual_seed(0)
+    model, axes = Several().cuda().eval(), {0: "batch", 2: "height", 3: "width"}
+    args = tuple(torch.randn(2, c, 9, 8, device="cuda") for c in (3, 5))
+    path = export_onnx(model, args, tmp_path / "model.onnx", axes, input_names=["x", "z"], check=CHECK)
+    ranges = {"batch": (1, 2, 5), "height": (4, 9, 20), "width": (3, 8, 30)}
+    runner = Engine(build_engine(path, tmp_path / "model.plan", ranges))
+    assert runner.input_names == ["x", "z"] and len(runner.output_names) == 3
+    for batch, height, width in ((1, 4, 3), (5, 20, 30), (2, 9, 8)):
+        x, z = (torch.randn(batch, c, height, width, device="cuda") for c in (3, 5))
+        for strided in (x, x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT):
+            for outputs in (runner(strided, z), runner(z=z, x=strided)):
+                for a, b in zip(outputs, model(x, z), strict=True):
+                    torch.testing.assert_close(a, b.detach(), rtol=4e-6, atol=4e-6)  # as in test_engines.py
+    for call, message in (
+        (lambda: runner(x), "the engine takes x, z, got input 0"),
+        (lambda: runner(x, z, z), "got input 0, input 1, input 2"),
+        (lambda: runner(x, y=z), "got input 0, y"),
+        (lambda: runner(x.half(), z), r"input 'x' of the engine is torch\.float32, got torch\.float16"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    for call, message in (
+        (lambda: runner(x.cpu(), z), "input 'x' is on cpu, the engine on cuda:0"),
+        (lambda: runner(x[:, :2], z), r"input 'x' is \[2, 2, 9, 8\], but the engine was built for \[1, 3, 4, 3\] to"),
+        (lambda: runner(x[..., :2], z), "build it with other ranges"),
+        (lambda: runner(x[0], z), r"input 'x' is \[3, 9, 8\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@on_gpu
+def test_inputs_live_until_they_are_read(tmp_path: pathlib.Path) -> None:
+    """A contiguous copy of a strided input may not become the output's memory."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Adder2d(8, 8, 3, padding=1), nn.ReLU(), Adder2d(8, 8, 3, padding=1)).cuda().eval()
+    runner = Engine(build(model, torch.randn(2, 8, 32, 32, device="cuda"), tmp_path))
+    inputs = [torch.randn(16, 32, 32, 8, device="cuda").permute(0, 3, 1, 2) for _ in range(30)]
+    outputs = [runner(x) for x in inputs]  # nothing waits
+    for x, y in zip(inputs, outputs):
+        torch.testing.assert_close(y, model(x).detach(), rtol=1e-5, atol=1e-4)
+
+
+@on_gpu
+def test_cuda_graph(tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    model = calibrated_on_gpu(resnet20(), 32, 3, 32, 32)
+    plan = build(model, torch.randn(2, 3, 32, 32, device="cuda"), tmp_path)
+    recorded, plain = Engine(plan, cuda_graph=True), Engine(plan)
+    kept = []
+    for batch in (1, 3, 1, 64, 3, *range(4, 14), 1):  # more shapes than are kept
+        x = torch.randn(batch, 3, 32, 32, device="cuda")
+        kept.append((recorded(x), plain(x)))
+        check(recorded, model, x)
+    for a, b in kept:  # results of earlier replays stay as they were
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    assert len(recorded._graphs) <= 8
+
+
+@on_gpu
+def test_half_file(tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Adder2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), Adder2d(16, 8, 3, bias=True))
+    model = calibrated_on_gpu(model, 4, 8, 13, 11).half()
+    x = torch.randn(4, 8, 13, 11, device="cuda").half()
+    check(Engine(build(model, x, tmp_path)), model, x, fp16=True)
+
+
+@on_gpu
+def test_fp16_with_sums_beyond_65504(tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Adder2d(128, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()).eval()
+    x = 300 * torch.randn(2, 128, 14, 14)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    model.train()(x)
+    model, x = model.eval().cuda(), x.cuda()
+    with torch.no_grad():
+        assert model[0](x).abs().min() > 65504
+    check(Engine(build(model, x, tmp_path, fp16=True)), model, x, fp16=True)
+
+
+@on_gpu
+def test_save_and_load(tmp_path: pathlib.Path) -> None:
+    """As a plan in a new process, and as a state_dict with TRTModule's keys."""
+    torch.manual_seed(0)
+    model, x = calibrated_on_gpu(addernet_mnist(), 32, 1, 28, 28), torch.randn(5, 1, 28, 28, device="cuda")
+    plan = build(model, x, tmp_path)
+    runner = Engine(plan)
+    state = runner.state_dict()
+    assert {"engine", "input_names", "output_names"} == set(state)
+    other = Engine()
+    other.load_state_dict(state)
+    assert torch.equal(other(x), runner(x))
+    torch.save(x, tmp_path / "x.pt")
+    script = """
+import sys, torch
+from torch2trt_adder.engine import Engine
+torch.save(Engine(sys.argv[1])(torch.load(sys.argv[2])), sys.argv[3])
+"""
+    done = run_python(script, plan, tmp_path / "x.pt", tmp_path / "y.pt")
+    assert done.returncode == 0, done.stderr
+    check(lambda _: torch.load(tmp_path / "y.pt"), model, x)
+
+
+@on_gpu
+@pytest.mark.torch2trt
+def test_state_dict_goes_into_trtmodule(tmp_path: pathlib.Path) -> None:
+    from torch2trt import TRTModule
+
+    torch.manual_seed(0)
+    model, x = calibrated_on_gpu(addernet_mnist(), 32, 1, 28, 28), torch.randn(5, 1, 28, 28, device="cuda")
+    runner = Engine(build(model, x, tmp_path))
+    module = TRTModule()
+    module.load_state_dict(runner.state_dict())
+    check(module, model, x)
+    back = Engine()
+    back.load_state_dict(module.state_dict())
+    check(back, model, x)
+
+
+@on_gpu
+def test_plan_of_this_machine_only(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorrt as trt
+
+    torch.manual_seed(0)
+    model, x = calibrated_on_gpu(addernet_mnist(), 8, 1, 28, 28), torch.randn(2, 1, 28, 28, device="cuda")
+    data = build(model, x, tmp_path).read_bytes()
+    assert engine.plan_version(data) == tuple(int(n) for n in trt.__version__.split(".")[:3])
+    other = bytearray(data)
+    other[25] += 1
+    with pytest.raises(RuntimeError, match=r"the engine was built by TensorRT .*the version that built it alone"):
+        Engine(bytes(other))
+    with pytest.raises(RuntimeError, match="TensorRT .* cannot load the engine: .*build it again"):
+        Engine(data[: len(data) // 2])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA T4")
+    with pytest.raises(RuntimeError, match="the engine was built for .*here is NVIDIA T4.*build it again"):
+        Engine(data)
+
+
+@on_gpu
+def test_timing_cache(tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    model, x = calibrated_on_gpu(addernet_mnist(), 8, 1, 28, 28), torch.randn(2, 1, 28, 28, device="cuda")
+    cache = tmp_path / "timing.cache"
+    for _ in range(2):
+        check(Engine(build(model, x, tmp_path, timing_cache=cache)), model, x)
+        assert cache.stat().st_size > 0
+
+
+@on_gpu
+def test_layers_and_times(tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    model, x = calibrated_on_gpu(resnet20(), 8, 3, 32, 32), torch.randn(2, 3, 32, 32, device="cuda")
+    runner = Engine(build(model, x, tmp_path))
+    adders = [layer["name"] for layer in engine.layers(runner) if layer["adder"]]
+    times = engine.profile(runner, [x])
+    assert len(adders) == 20 and "layer1.0.conv1:adder2d_0" in adders
+    assert set(adders) <= set(times) and all(time >= 0 for time in times.values())
+    assert len(engine.latencies(runner, [x], runs=8)) == 8
+
+
+@on_gpu
+def test_embedded_plugin(tmp_path: pathlib.Path) -> None:
+    """A plan that carries the plugin runs in a process that knows TensorRT alone."""
+    torch.manual_seed(0)
+    model, x = calibrated_on_gpu(addernet_mnist(), 8, 1, 28, 28), torch.randn(2, 1, 28, 28, device="cuda")
+    plan = build(model, x, tmp_path, embed_plugin=True)
+    assert plan.stat().st_size > library.path().stat().st_size
+    torch.save(x, tmp_path / "x.pt")
+    script = """
+import sys, torch
+import tensorrt as trt
+x = torch.load(sys.argv[2])
+runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+runtime.engine_host_code_allowed = True
+engine = runtime.deserialize_cuda_engine(open(sys.argv[1], "rb").read())
+context = engine.create_execution_context()
+names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+context.set_input_shape(names[0], tuple(x.shape))
+y = torch.empty(tuple(context.get_tensor_shape(names[1])), device="cuda")
+context.set_tensor_address(names[0], x.data_ptr())
+context.set_tensor_address(names[1], y.data_ptr())
+assert context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+torch.cuda.synchronize()
+assert "torch2trt_adder" not in sys.modules
+torch.save(y, sys.argv[3])
+"""
+    done = run_python(script, plan, tmp_path / "x.pt", tmp_path / "y.pt")
+    assert done.returncode == 0, done.stderr
+    check(lambda _: torch.load(tmp_path / "y.pt"), model, x)
+    script = """
+import sys, torch
+from torch2trt_adder.engine import Engine
+torch.save(Engine(sys.argv[1], host_code=True)(torch.load(sys.argv[2])), sys.argv[3])
+"""
+    done = run_python(script, plan, tmp_path / "x.pt", tmp_path / "y.pt")
+    assert done.returncode == 0, done.stderr
+    check(lambda _: torch.load(tmp_path / "y.pt"), model, x)

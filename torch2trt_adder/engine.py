@@ -1,0 +1,839 @@
+"""From an ONNX file to a TensorRT engine, and the module that runs it. Neither needs torch2trt.
+
+    build_engine("model.onnx", "model.plan", {"batch": (1, 8, 64)})
+    model_trt = Engine("model.plan")
+    y = model_trt(x)
+
+One code for TensorRT 8.6 to 11; what differs between versions is asked for by name where it is used:
+
+* Precision. Up to 10 a network is weakly typed: BuilderFlag.FP16 lets TensorRT choose, and the layers behind an adder
+  layer are held in float32 (`hold_float32`). From 11 a network has the types of its file: `to_float16` puts them there.
+* Local functions. 9.0 to 10.6 prefer the body of Adder2d to the plugin; so the body never reaches the parser, and a
+  missing plugin is an error in every version.
+* Progress. IProgressMonitor came with 9.0.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+import re
+import struct
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import files, library, plugin
+from .onnx_export import DOMAIN, OP_TYPE, adder_nodes
+
+Range = tuple[int, int, int]
+
+# ---- build
+
+
+def build_engine(
+    onnx_path: str | pathlib.Path,
+    engine_path: str | pathlib.Path,
+    ranges: Mapping[str, Range] | None = None,
+    *,
+    fp16: bool = False,
+    workspace: int | None = None,
+    timing_cache: str | pathlib.Path | None = None,
+    embed_plugin: bool = False,
+    progress: bool = True,
+    verbose: bool = False,
+    trt: ModuleType | None = None,
+) -> pathlib.Path:
+    """Builds a TensorRT engine (a plan) for the GPU of this machine and writes it to `engine_path`.
+
+    Every Adder2d node of the file must have become a plugin layer; TensorRT itself would take a node's body without a
+    word.
+
+    Args:
+        onnx_path: written by `export_onnx`, or any other ONNX file.
+        engine_path: written beside and renamed.
+        ranges: (smallest, most frequent, largest) extent of each dynamic axis, by its name in the file
+            (``{"batch": (1, 8, 64)}``), or by input and axis (``{"x:0": (1, 8, 64)}``).
+        fp16: float16 where TensorRT deems it faster, but never for the sums of adder layers. Inputs and outputs keep the
+            types of the file. A file in float16 needs no such flag.
+        workspace: bytes of scratch memory that the engine may take; TensorRT's default, all there is, where None.
+        timing_cache: a file of measured kernels that makes the next build faster; read if it is there, then written.
+        embed_plugin: put the plugin library into the plan (TensorRT's plugins_to_serialize, as a version-compatible
+            plan): `Engine(..., host_code=True)`, trtexec or Triton run it without this package.
+        progress: show it on stderr, from the second second on.
+        verbose: TensorRT's whole log on stderr.
+        trt: the TensorRT module; ``tensorrt`` where None.
+
+    Returns:
+        `engine_path`.
+
+    Raises:
+        RuntimeError: onnx or TensorRT is missing; TensorRT refuses the file or builds no engine, with its reasons.
+        ValueError: a dynamic axis without a range, a range that is none, or one for an axis that is not there.
+        OSError: a file that cannot be read or written.
+    """
+    onnx_path, engine_path = pathlib.Path(onnx_path), pathlib.Path(engine_path)
+    trt = plugin._tensorrt(trt)
+    proto = _load_onnx(onnx_path)
+    files.check_writable(engine_path)
+    if timing_cache is not None:
+        files.check_writable(pathlib.Path(timing_cache))
+    if fp16 and not hasattr(trt.BuilderFlag, "FP16"):
+        to_float16(proto)
+    log = logger(trt)
+    log.verbose = verbose
+    plugin.register(trt)
+    builder, network, _parser = _parse(trt, proto, onnx_path)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what `inspect` shows
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    _set_precision(trt, network, config, proto, fp16)
+    _add_profile(builder, network, config, proto, ranges or {})
+    if embed_plugin:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        config.plugins_to_serialize = [str(library.path())]
+    network.name = _signature(onnx_path.name, len(adder_nodes(proto.graph)))
+    cache = _use_timing_cache(config, timing_cache)
+
+    with _progress(trt, config, f"Building {engine_path.name}", progress):
+        serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise RuntimeError(f"TensorRT {trt.__version__} builds no engine of {onnx_path}: {log.reasons()}")
+    files.write(engine_path, bytes(serialized))
+    if cache is not None:
+        files.write(pathlib.Path(timing_cache), bytes(config.get_timing_cache().serialize()))
+    return engine_path
+
+
+def _load_onnx(path: pathlib.Path) -> Any:
+    """The onnx.ModelProto without the function Adder2d; tensors in other files stay there."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise RuntimeError("onnx is not installed: pip install onnx.") from error
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise OSError(f"the ONNX file {path} cannot be read ({error.strerror}).") from error
+    except Exception as error:  # protobuf's DecodeError has no public name in all versions
+        raise RuntimeError(f"{path} is no ONNX file ({error}).") from error
+    if not proto.graph.node:
+        raise RuntimeError(f"{path} is no ONNX file: it holds no nodes.")
+    for function in [f for f in proto.functions if (f.domain, f.name) == (DOMAIN, OP_TYPE)]:
+        proto.functions.remove(function)
+    return proto
+
+
+def _parse(trt: ModuleType, proto: Any, path: pathlib.Path) -> tuple[Any, Any, Any]:
+    """Builder, network and parser (whose memory the network's weights are in)."""
+    log = logger(trt)
+    log.clear()
+    builder = trt.Builder(log)
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)  # gone in 11, where it is the only way
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(proto.SerializeToString(), str(path)):
+        reasons = "; ".join(_parser_error(parser.get_error(i)) for i in range(parser.num_errors))
+        raise RuntimeError(f"TensorRT {trt.__version__} cannot read {path}: {reasons or log.reasons()}")
+    plugins = sum("PLUGIN" in network.get_layer(i).type.name for i in range(network.num_layers))
+    nodes = len(adder_nodes(proto.graph))
+    if plugins < nodes:
+        raise RuntimeError(
+            f"TensorRT {trt.__version__} has made {plugins} plugin layers of the {nodes} Adder2d nodes in {path}: please "
+            "report this file."
+        )
+    return builder, network, parser
+
+
+def _parser_error(error: Any) -> str:
+    if not hasattr(error, "node_operator"):  # TensorRT 8
+        return f"{error.desc()} (node {error.node()})"
+    return f"{error.desc()} (node {error.node_name()}, operator {error.node_operator()})"
+
+
+def _axes(proto: Any) -> list[tuple[str, int, str]]:
+    """The dynamic axes of the inputs: (input, axis, its name or "")."""
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    return [
+        (entry.name, axis, dim.dim_param)
+        for entry in proto.graph.input
+        if entry.name not in initializers
+        for axis, dim in enumerate(entry.type.tensor_type.shape.dim)
+        if not dim.HasField("dim_value") or dim.dim_value < 0
+    ]
+
+
+def _add_profile(builder: Any, network: Any, config: Any, proto: Any, ranges: Mapping[str, Range]) -> None:
+    for name, extents in ranges.items():
+        if len(extents) != 3 or not 0 <= extents[0] <= extents[1] <= extents[2] or extents[2] < 1:
+            raise ValueError(
+                f"the range of {name!r} must be (smallest, most frequent, largest) in this order, got {tuple(extents)}."
+            )
+    axes = _axes(proto)
+    unknown = set(ranges) - {name for *_, name in axes} - {f"{input}:{axis}" for input, axis, _ in axes}
+    if unknown:
+        known = ", ".join(sorted({name or f"{input}:{axis}" for input, axis, name in axes})) or "none"
+        raise ValueError(f"ranges names {min(unknown)!r}, but the dynamic axes of the file are: {known}.")
+    if not axes:
+        return
+    extents_of: dict[str, dict[int, Range]] = defaultdict(dict)
+    for input, axis, name in axes:
+        given = ranges.get(f"{input}:{axis}", ranges.get(name))
+        if given is None:
+            key = name or f"{input}:{axis}"
+            raise ValueError(
+                f"axis {axis} of input {input!r} is dynamic: give its range, as in ranges={{{key!r}: (1, 8, 64)}} (on "
+                f"the command line --range {key}=1:8:64)."
+            )
+        extents_of[input][axis] = tuple(int(extent) for extent in given)
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        itensor = network.get_input(i)
+        if itensor.name in extents_of:
+            extents = extents_of[itensor.name]
+            fixed = tuple(itensor.shape)
+            profile.set_shape(
+                itensor.name,
+                *(tuple(extents[a][j] if a in extents else fixed[a] for a in range(len(fixed))) for j in range(3)),
+            )
+    config.add_optimization_profile(profile)
+
+
+def _use_timing_cache(config: Any, path: str | pathlib.Path | None) -> Any:
+    if path is None:
+        return None
+    path = pathlib.Path(path)
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        # Of another GPU or version, or none at all: the build starts anew and replaces it.
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+# ---- precision, TensorRT 8 to 10
+
+
+def _set_precision(trt: ModuleType, network: Any, config: Any, proto: Any, fp16: bool) -> None:
+    if not hasattr(trt.BuilderFlag, "FP16"):
+        return
+    half = 10  # TensorProto.FLOAT16
+    in_half = any(tensor.data_type == half for tensor in proto.graph.initializer) or any(
+        entry.type.tensor_type.elem_type == half for entry in (*proto.graph.input, *proto.graph.output)
+    )
+    if fp16 or in_half:
+        # A file in float16 needs it, too: without, a plugin is offered no float16 input or output.
+        config.set_flag(trt.BuilderFlag.FP16)
+    names = {node.name for node in adder_nodes(proto.graph)}
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    adders = [layer for layer in layers if "PLUGIN" in layer.type.name and (layer.name in names or not names)]
+    if fp16 and hold_float32(network, adders, trt=trt):
+        config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+
+
+def hold_float32(
+    network: Any, adder_layers: Sequence[Any], largest: Mapping[str, float] | None = None, *, trt: ModuleType
+) -> bool:
+    """Holds every layer between an adder layer's float32 output and the next scaling layer in float32.
+
+    In a weakly typed network TensorRT may round an adder layer's sums, which pass 65504 in wide layers, to float16 before
+    BatchNorm scales them down. The scaling layer (BatchNorm) itself computes in float32, and its output is free, unless
+    it is known to be still within a factor of 16 of float16's largest value.
+
+    Args:
+        network: of TensorRT 8 to 10.
+        adder_layers: its plugin layers Adder2d.
+        largest: magnitudes seen, by the name of the tensor.
+
+    Returns:
+        Whether any layer is held, so that BuilderFlag.OBEY_PRECISION_CONSTRAINTS is needed.
+    """
+    names = ("SCALE", "NORMALIZATION", "SOFTMAX")  # the second is newer than 8.5
+    scaling = [getattr(trt.LayerType, name) for name in names if hasattr(trt.LayerType, name)]
+    adders = {layer.name for layer in adder_layers}
+    consumers = defaultdict(list)
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        for j in range(layer.num_inputs):
+            itensor = layer.get_input(j)
+            if itensor is not None:
+                consumers[itensor.name].append(layer)
+    pending = [layer.get_output(0) for layer in adder_layers]
+    pending = [itensor for itensor in pending if itensor.dtype == trt.DataType.FLOAT]
+    held: set[str] = set()
+    while pending:
+        for layer in consumers[pending.pop().name]:
+            outputs = {j: layer.get_output(j) for j in range(layer.num_outputs)}
+            outputs = {j: t for j, t in outputs.items() if t.dtype in (trt.DataType.FLOAT, trt.DataType.HALF)}
+            if layer.name in held or not outputs:  # the shape of a tensor has no range
+                continue
+            held.add(layer.name)
+            layer.precision = trt.DataType.FLOAT
+            if layer.name in adders:
+                continue
+            # The magnitude is unknown for the network's outputs, which nothing reads.
+            seen = max((largest or {}).get(t.name, 0) for t in outputs.values())
+            if layer.type in scaling and seen <= torch.finfo(torch.float16).max / 16:
+                continue
+            for j, itensor in outputs.items():
+                layer.set_output_type(j, trt.DataType.FLOAT)
+                pending.append(itensor)
+    return bool(held)
+
+
+# ---- precision, TensorRT 11
+
+_IN_HALF = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_EITHER = {"Relu", "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity"}
+
+
+def to_float16(proto: Any) -> None:
+    """Rewrites a float32 onnx.ModelProto so that convolutions and matrix products compute in float16.
+
+    Adder layers read float16 and sum in float32, which is also the type of their output: it passes 65504. Layers that
+    only move values stay in the type that they get; everything else, BatchNorm above all, computes in float32. Inputs,
+    outputs and their names stay as they are.
+    """
+    import onnx
+
+    graph, FLOAT, FLOAT16 = proto.graph, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    floats = {tensor.name for tensor in graph.initializer if tensor.data_type == FLOAT}
+    floats |= {
+        entry.name
+        for entry in (*graph.input, *graph.output, *graph.value_info)
+        if entry.type.tensor_type.elem_type == FLOAT
+    }
+    nodes: list[Any] = []
+    halves: dict[str, str] = {}  # of a float32 tensor: its float16 twin
+    made = {entry.name for entry in graph.input} | set(initializers)  # in float32
+    outputs = {entry.name for entry in graph.output}
+
+    def half(name: str) -> str:
+        if name not in halves:
+            halves[name] = f"{name}.float16"
+            if name in initializers:
+                array = onnx.numpy_helper.to_array(initializers[name]).astype(np.float16)
+                graph.initializer.append(onnx.numpy_helper.from_array(array, halves[name]))
+            else:
+                nodes.append(onnx.helper.make_node("Cast", [name], [halves[name]], f"{name}:to_float16", to=FLOAT16))
+        return halves[name]
+
+    def single(name: str) -> None:
+        if name in halves and name not in made:
+            made.add(name)
+            nodes.append(onnx.helper.make_node("Cast", [halves[name]], [name], f"{name}:to_float32", to=FLOAT))
+
+    def captured(node: Any) -> Iterator[str]:
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                for inner in subgraph.node:
+                    yield from inner.input
+                    yield from captured(inner)
+                yield from (entry.name for entry in subgraph.output)
+
+    for original in graph.node:
+        node = type(original)()
+        node.CopyFrom(original)
+        adder = (node.domain, node.op_type) == (DOMAIN, OP_TYPE)
+        standard = node.domain in ("", "ai.onnx") and node.output[0] in floats
+        in_half = standard and node.op_type in _IN_HALF and all(not name or name in floats for name in node.input)
+        moves = standard and node.op_type in _EITHER and len(node.output) == 1 and node.input[0] in halves
+        if in_half or (moves and node.input[0] not in made):
+            for i, name in enumerate(node.input):
+                if name in floats:
+                    node.input[i] = half(name)
+            name = node.output[0]
+            halves[name] = node.output[0] = f"{name}.float16"
+            nodes.append(node)
+            if name in outputs:
+                single(name)
+            continue
+        for i, name in enumerate(node.input):
+            if adder and i == 0 and name in floats:
+                node.input[i] = half(name)
+            else:
+                single(name)
+        for name in captured(node):
+            single(name)
+        made.update(node.output)
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in nodes for name in (*node.input, *captured(node))} | outputs
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
+    del graph.value_info[:]  # the types of what lies between have changed
+
+
+# ---- TensorRT's log, and progress
+
+
+@functools.cache
+def logger(trt: ModuleType) -> Any:
+    """The one logger of this process and TensorRT module: keeps errors for exceptions, shows all if `verbose`."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.verbose = False
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors.append(message.strip())
+            if self.verbose:
+                tqdm.write(f"[TensorRT {severity.name}] {message}", file=_stderr())
+
+        def clear(self) -> None:
+            self.errors.clear()
+
+        def reasons(self) -> str:
+            """The errors since `clear`, the last ones, as part of a sentence."""
+            return "; ".join(dict.fromkeys(self.errors[-4:])) or "its log says no reason."
+
+    return Logger()
+
+
+def _stderr() -> Any:
+    import sys
+
+    return sys.stderr
+
+
+@contextlib.contextmanager
+def _progress(trt: ModuleType, config: Any, title: str, enabled: bool) -> Iterator[None]:
+    """A bar of TensorRT's outer phases where it reports them, and the time in any case."""
+    if not enabled:
+        yield
+        return
+    with elapsed(title) as bar:
+        if hasattr(trt, "IProgressMonitor"):
+
+            class Monitor(trt.IProgressMonitor):
+                def __init__(self) -> None:
+                    trt.IProgressMonitor.__init__(self)
+                    self.outer: str | None = None
+
+                def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+                    if not parent:
+                        self.outer = phase
+                        bar.phase(phase, steps)
+
+                def step_complete(self, phase: str, step: int) -> bool:
+                    if phase == self.outer:
+                        bar.step()
+                    return True  # False would cancel the build
+
+                def phase_finish(self, phase: str) -> None:
+                    if phase == self.outer:
+                        self.outer = None
+
+            config.progress_monitor = Monitor()
+        yield
+
+
+_PATIENCE = 2.0  # seconds that need no line
+
+
+class _Bar:
+    """A line on stderr that shows phase, steps and seconds, from the second second on."""
+
+    def __init__(self, title: str) -> None:
+        self._title, self._start, self._text = title, time.monotonic(), ""
+        self._steps, self._done = 0, 0
+        self._bar: tqdm | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def phase(self, name: str, steps: int) -> None:
+        self._text, self._steps, self._done = name, steps, 0
+
+    def step(self) -> None:
+        self._done += 1
+
+    def _run(self) -> None:
+        if self._end.wait(_PATIENCE):
+            return
+        with tqdm(bar_format="{desc}", leave=False) as bar:
+            while not self._end.wait(0.2):
+                steps = f", {self._text} {self._done}/{self._steps}" if self._steps else ""
+                bar.set_description_str(f"{self._title}: {time.monotonic() - self._start:.0f} s{steps}")
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+@contextlib.contextmanager
+def elapsed(title: str) -> Iterator[_Bar]:
+    """Shows `title` and the seconds that have passed, for anything without a progress bar of its own."""
+    bar = _Bar(title)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+# ---- what a plan says about itself
+
+_SIGNATURE = re.compile(r"(?P<source>.*) \[torch2trt_adder, (?P<adders>\d+) Adder2d, (?P<gpu>.*)\]")
+_PLAN_TAGS = (b"ftrt", b"vtrt")  # TensorRT, TensorRT for RTX
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+
+
+def _signature(source: str, adders: int) -> str:
+    """The engine's name, which travels in the plan."""
+    return f"{source} [torch2trt_adder, {adders} Adder2d, {_gpu()}]"
+
+
+def plan_version(plan: bytes) -> tuple[int, int, int] | None:
+    """The TensorRT version that wrote a plan, from its header (as `trtexec --getPlanVersionOnly` reads it).
+
+    None where the header is of a kind that trtexec does not know either.
+
+    Raises:
+        ValueError: this is no plan.
+    """
+    if len(plan) < 28 or plan[:4] not in _PLAN_TAGS:
+        raise ValueError("no TensorRT engine")
+    if struct.unpack_from("<I", plan, 4)[0] != 0:
+        return None
+    return plan[24], plan[25], plan[26]
+
+
+def _deserialize(trt: ModuleType, plan: bytes, source: str, host_code: bool) -> tuple[Any, Any]:
+    """Runtime and engine, or the reason why not."""
+    remedy = "build it again on this machine (torch2trt-adder build)"
+    try:
+        version = plan_version(plan)
+    except ValueError as error:
+        raise RuntimeError(f"{source} is {error}: {remedy}.") from error
+    here = tuple(int(n) for n in re.findall(r"\d+", trt.__version__)[:3])
+    if version not in (None, here) and not host_code:
+        raise RuntimeError(
+            f"{source} was built by TensorRT {'.'.join(map(str, version))}, here is {trt.__version__}: an engine runs in "
+            f"the version that built it alone; {remedy}."
+        )
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"{source} needs an NVIDIA GPU, and torch {torch.__version__} finds none here.")
+    log = logger(trt)
+    log.clear()
+    if not host_code:  # a plan that carries the plugin registers it itself
+        plugin.register(trt)
+    torch.cuda.init()
+    runtime = trt.Runtime(log)
+    runtime.engine_host_code_allowed = host_code
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise RuntimeError(
+            f"TensorRT {trt.__version__} on {_gpu()} cannot load {source}: {log.reasons()}; {remedy}, or pass host_code=True if it is version-compatible."
+        )
+    signature = _SIGNATURE.fullmatch(engine.name)
+    if signature and signature["gpu"] != _gpu():
+        raise RuntimeError(
+            f"{source} was built for {signature['gpu']}, here is {_gpu()}: an engine's kernels are chosen for one kind of "
+            f"GPU; {remedy}."
+        )
+    return runtime, engine
+
+
+# ---- run
+
+
+class Engine(nn.Module):
+    """A TensorRT engine as a PyTorch module, called like torch2trt's TRTModule; it needs TensorRT alone.
+
+    ``engine(x)`` takes CUDA tensors in the order of `input_names` (or by name), of any batch and size within the
+    profile, contiguous or not, and returns new tensors: one, or a tuple in the order of `output_names`. It runs on
+    torch's current stream and does not wait for the GPU. ``state_dict()`` has TRTModule's keys.
+
+    Args:
+        plan: a file, or its contents; None for an empty module that `load_state_dict` fills.
+        cuda_graph: record the launches once per set of input shapes (the last 8 sets are kept) and replay them.
+        host_code: allow the plan to bring its own code: version-compatible plans, and plans with an embedded plugin.
+            Only for plans from a source that you trust.
+        trt: the TensorRT module; ``tensorrt`` where None.
+
+    Raises:
+        RuntimeError: no GPU or TensorRT; a plan of another TensorRT version or GPU, or none at all.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        plan: str | pathlib.Path | bytes | None = None,
+        cuda_graph: bool = False,
+        host_code: bool = False,
+        trt: ModuleType | None = None,
+    ) -> None:
+        super().__init__()
+        self._trt, self._host_code, self.cuda_graph = trt, host_code, cuda_graph
+        self.engine: Any = None
+        self.context: Any = None
+        self.input_names: list[str] = []
+        self.output_names: list[str] = []
+        if isinstance(plan, (bytes, bytearray, memoryview)):
+            self._load(bytes(plan), "the engine")
+        elif plan is not None:
+            self._load(files.read(pathlib.Path(plan)), str(plan))
+
+    def _load(self, plan: bytes, source: str) -> None:
+        trt = self._trt = plugin._tensorrt(self._trt)
+        self._runtime, self.engine = _deserialize(trt, plan, source, self._host_code)
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self.input_names, self.output_names = inputs, [n for n in names if n not in inputs]
+        self._dtypes = {name: _torch_dtype(trt, self.engine.get_tensor_dtype(name), name) for name in names}
+        for name in inputs:
+            if self.engine.is_shape_inference_io(name):
+                raise RuntimeError(f"{source}: input {name!r} is a shape, which this module cannot pass.")
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._profile = {name: self._shapes(name) for name in inputs}
+        self.context = self._new_context()
+        self._graphs: dict[tuple, _Graph] = {}
+        self._lock = threading.Lock()  # a context serves one call at a time
+
+    def _shapes(self, name: str) -> list[tuple[int, ...]]:
+        """Smallest, most frequent and largest shape of an input."""
+        fixed = tuple(self.engine.get_tensor_shape(name))
+        return [fixed] * 3 if -1 not in fixed else [tuple(s) for s in self.engine.get_tensor_profile_shape(name, 0)]
+
+    def _new_context(self) -> Any:
+        context = self.engine.create_execution_context()
+        if context is None:
+            raise RuntimeError(f"TensorRT has no memory for this engine: {logger(self._trt).reasons()}")
+        return context
+
+    @property
+    def adder_layers(self) -> int | None:
+        """How many Adder2d layers the plan was built with, where `build_engine` built it."""
+        signature = _SIGNATURE.fullmatch(self.engine.name)
+        return int(signature["adders"]) if signature else None
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self.engine is None:
+            raise RuntimeError("this Engine is empty: give it a plan, or load_state_dict.")
+        tensors = self._check(inputs, named)
+        with torch.cuda.device(self._device), self._lock:
+            if not self.cuda_graph:
+                outputs = self._allocate(self.context, tensors)
+                self._enqueue(self.context, tensors, outputs)
+            else:
+                outputs = self._replay(tensors)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _check(self, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> list[Tensor]:
+        given = dict(zip(self.input_names, inputs))
+        if len(inputs) > len(self.input_names) or set(given) & set(named) or {*given, *named} != set(self.input_names):
+            got = [*(f"input {i}" for i in range(len(inputs))), *named]
+            raise TypeError(f"the engine takes {', '.join(self.input_names)}, got {', '.join(got) or 'nothing'}.")
+        given.update(named)
+        for name, tensor in given.items():
+            if not isinstance(tensor, Tensor) or tensor.dtype is not self._dtypes[name]:
+                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"input {name!r} of the engine is {self._dtypes[name]}, got {kind}; convert it.")
+            if tensor.device != self._device:
+                raise ValueError(f"input {name!r} is on {tensor.device}, the engine on {self._device}; move it there.")
+            least, _, most = self._profile[name]
+            fits = tensor.dim() == len(least) and all(a <= b <= c for a, b, c in zip(least, tensor.shape, most))
+            if not fits:
+                allowed = list(least) if least == most else f"{list(least)} to {list(most)}"
+                raise ValueError(
+                    f"input {name!r} is {list(tensor.shape)}, but the engine was built for {allowed}; build it with other "
+                    "ranges."
+                )
+        return [given[name].detach().contiguous() for name in self.input_names]
+
+    def _allocate(self, context: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """New outputs, after the context has been told the inputs' shapes."""
+        for name, tensor in zip(self.input_names, tensors):
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise RuntimeError(f"TensorRT refuses the shape {list(tensor.shape)} of {name!r}.")
+        outputs = []
+        for name in self.output_names:
+            shape = tuple(context.get_tensor_shape(name))
+            if min(shape, default=0) < 0:
+                raise RuntimeError(
+                    f"the size of output {name!r} depends on values, {list(shape)}, which is not supported."
+                )
+            outputs.append(torch.empty(shape, dtype=self._dtypes[name], device=self._device))
+        return outputs
+
+    def _enqueue(self, context: Any, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        # The caller holds both until this has returned; later reuse of their memory is ordered by the stream.
+        for name, tensor in zip((*self.input_names, *self.output_names), (*tensors, *outputs)):
+            if tensor.numel() == 0:  # TensorRT wants an address all the same
+                tensor = self._empty
+            context.set_tensor_address(name, tensor.data_ptr())
+        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise RuntimeError(f"TensorRT could not run the engine: {logger(self._trt).reasons()}")
+
+    @functools.cached_property
+    def _empty(self) -> Tensor:
+        return torch.empty(256, dtype=torch.uint8, device=self._device)
+
+    def _replay(self, tensors: list[Tensor]) -> list[Tensor]:
+        key = tuple(tuple(tensor.shape) for tensor in tensors)
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            graph = _Graph(self, tensors)
+            while len(self._graphs) >= 8:
+                del self._graphs[next(iter(self._graphs))]
+        self._graphs[key] = graph  # the last one used is the last one dropped
+        return graph.replay(tensors)
+
+    # ---- saving, with TRTModule's keys
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        if self.engine is not None:
+            destination[f"{prefix}engine"] = bytearray(self.engine.serialize())
+            destination[f"{prefix}input_names"] = self.input_names
+            destination[f"{prefix}output_names"] = self.output_names
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing: list,
+        unexpected: list,
+        errors: list,
+    ) -> None:
+        key = f"{prefix}engine"
+        if key not in state_dict:
+            missing.append(key)
+            return
+        self._load(bytes(state_dict[key]), "the engine of the state_dict")
+
+    def extra_repr(self) -> str:
+        if self.engine is None:
+            return "empty"
+        inputs = (f"{n} {' to '.join(str(list(s)) for s in dict.fromkeys(p[::2]))}" for n, p in self._profile.items())
+        return f"{', '.join(inputs)} -> {', '.join(self.output_names)}"
+
+
+class _Graph:
+    """The recorded launches for one set of input shapes, with a context and tensors of their own."""
+
+    def __init__(self, owner: Engine, tensors: Sequence[Tensor]) -> None:
+        self.context = owner._new_context()  # a recorded graph ends with the next change of its context
+        self.inputs = [tensor.clone() for tensor in tensors]
+        self.outputs = owner._allocate(self.context, self.inputs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            owner._enqueue(self.context, self.inputs, self.outputs)  # once outside: TensorRT's deferred work
+        stream.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            owner._enqueue(self.context, self.inputs, self.outputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.idle = torch.cuda.Event()
+        self.idle.record()
+
+    def replay(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        self.idle.wait()  # the last replay may have been on another stream
+        for mine, theirs in zip(self.inputs, tensors):
+            mine.copy_(theirs)
+        self.graph.replay()
+        outputs = [output.clone() for output in self.outputs]
+        self.idle.record()
+        return outputs
+
+
+def _torch_dtype(trt: ModuleType, dtype: Any, name: str) -> torch.dtype:
+    names = {
+        "FLOAT": torch.float32,
+        "HALF": torch.float16,
+        "BF16": torch.bfloat16,
+        "INT64": torch.int64,
+        "INT32": torch.int32,
+        "INT8": torch.int8,
+        "UINT8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+    if dtype.name not in names:
+        raise RuntimeError(f"tensor {name!r} of the engine is {dtype.name}, for which torch has no type.")
+    return names[dtype.name]
+
+
+# ---- look inside
+
+
+def layers(engine: Engine) -> list[dict[str, Any]]:
+    """The layers of an engine: ``name``, ``type``, ``adder`` (whether it is an adder layer), ``precision`` of its outputs.
+
+    Engines of `build_engine` tell everything, others perhaps names alone.
+    """
+    trt = engine._trt
+    text = engine.engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    found = []
+    for layer in json.loads(text)["Layers"]:
+        if isinstance(layer, str):
+            layer = {"Name": layer}
+        outputs = [output.get("Format/Datatype", "") for output in layer.get("Outputs", [])]
+        found.append(
+            {
+                "name": layer["Name"],
+                "type": layer.get("LayerType", ""),
+                "adder": layer.get("PluginType", "") == OP_TYPE or bool(re.search(r"(^|:)adder2d_\d+$", layer["Name"])),
+                "precision": ", ".join(dict.fromkeys(outputs)),
+            }
+        )
+    return found
+
+
+def profile(engine: Engine, tensors: Sequence[Tensor], runs: int = 20) -> dict[str, float]:
+    """Milliseconds of each layer, the mean of `runs` calls after 3 others, by TensorRT's own profiler."""
+    trt, times = engine._trt, defaultdict(float)
+
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer: str, milliseconds: float) -> None:
+            times[layer] += milliseconds
+
+    context = engine._new_context()
+    tensors = engine._check(tensors, {})
+    outputs = engine._allocate(context, tensors)
+    for i in range(3 + runs):
+        if i == 3:
+            context.profiler = profiler = Profiler()
+        engine._enqueue(context, tensors, outputs)
+        torch.cuda.synchronize()
+    del context, profiler
+    return {name: total / runs for name, total in times.items()}
+
+
+def latencies(network: Callable[..., Any], inputs: Sequence[Tensor], runs: int = 200) -> list[float]:
+    """Milliseconds on the GPU of `runs` calls after `runs` / 4 others, sorted."""
+    times = []
+    with torch.no_grad():
+        for i in range(runs + runs // 4):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            network(*inputs)
+            end.record()
+            end.synchronize()
+            if i >= runs // 4:
+                times.append(start.elapsed_time(end))
+    return sorted(times)
