@@ -164,18 +164,18 @@ def assert_grad_input(dx: Tensor, dy: Tensor, x: Tensor, w: Tensor, geometry: tu
     assert_within(dx, expected, bound(expected, terms, w.numel() // groups, dx.dtype))
 
 
-def assert_grad_weight(dw: Tensor, dy: Tensor, x: Tensor, w: Tensor, geometry: tuple, raw: bool = False) -> None:
-    """dw by the rule, with the adaptive scaling unless `raw`; its terms are dy * x and dy * w."""
+def assert_grad_weight(dw: Tensor, dy: Tensor, x: Tensor, w: Tensor, geometry: tuple, eta: float | None = 0.2) -> None:
+    """dw by the rule, with the adaptive scaling unless `eta` is None; its terms are dy * x and dy * w."""
     dy, x, w = doubles(dy, x, w)
     stride, padding, dilation, groups = geometry
     exact = reference.grad_weight(dy, x, w, *geometry)
     terms = torch.nn.grad.conv2d_weight(x.abs(), w.shape, dy.abs(), stride, padding, dilation, groups)
     terms += w.abs() * dy.abs().sum((0, 2, 3))[:, None, None, None]
     length = dy.numel() // max(dy.shape[1], 1)
-    if raw:
+    if eta is None:
         return assert_within(dw, exact, bound(exact, terms, length, dw.dtype))
-    expected = reference.adaptive_scaling(exact)
-    scale = 0.2 * math.sqrt(exact.numel()) / exact.norm().clamp(min=1e-12)
+    expected = reference.adaptive_scaling(exact, eta)
+    scale = eta * math.sqrt(exact.numel()) / exact.norm().clamp(min=1e-12)
     error = 2 * sum_eps(dw.dtype) * math.sqrt(length) * terms  # of the raw gradient; its norm moves the scale
     moved = expected.abs() * error.norm() / exact.norm().clamp(min=1e-12)
     assert_within(dw, expected, bound(expected, expected.abs(), exact.numel(), dw.dtype) + scale * error + moved)

@@ -27,6 +27,9 @@ ETA = 0.2  # of the adaptive scaling in the published code
 _KERNEL_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # Adder2dType
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+# Newer than torch 2.4, whose exported graphs lose adder2d_eta in run_decompositions() only.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
 # torch2trt replaces Tensor.shape and Tensor.size while it traces: on a traced tensor both add layers to the network.
 _size = torch.Tensor.size
 
@@ -71,6 +74,8 @@ def adder2d(
     if eta == ETA or not (weight.requires_grad and torch.is_grad_enabled()):
         return _adder2d(input, weight, bias, stride, padding, dilation, groups)
     check_eta("adder2d", eta)
+    if torch.jit.is_tracing() or _is_exporting():  # graphs for inference
+        return _adder2d(input, weight, bias, stride, padding, dilation, groups)
     return _adder2d_eta(input, weight, bias, stride, padding, dilation, groups, eta)
 
 
