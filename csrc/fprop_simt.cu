@@ -18,9 +18,10 @@ enum class Fill {
   kAny,       // as kTaps for the kernels, strides and types that it does not take; converts while it copies
   kPixels,    // kTileC channels of one tap, from packed weights; a warp loads neighbouring pixels (NCHW)
   kChannels,  // kTileC channels of one tap, from packed weights; a warp loads neighbouring channels (NHWC)
+  kPlane,     // as kPixels, four pixels at a time: 1x1 kernels whose pixels lie in y as in x
 };
 template <Fill kFill>
-constexpr bool kIsPacked = kFill == Fill::kPixels || kFill == Fill::kChannels;
+constexpr bool kIsPacked = kFill == Fill::kPixels || kFill == Fill::kChannels || kFill == Fill::kPlane;
 
 template <int kTileK_, int kTilePQ_, int kTileC_, int kStages_, int kThreadK_ = 8, int kThreadPQ_ = 8, int kBlocks = 3>
 struct Tile {
@@ -60,7 +61,7 @@ struct Term {
 
 template <class T, Fill kFill>
 struct Smem {
-  static constexpr bool kHasPixels = kFill != Fill::kTaps, kHasTerms = !kIsPacked<kFill>;
+  static constexpr bool kHasPixels = kFill != Fill::kTaps && kFill != Fill::kPlane, kHasTerms = !kIsPacked<kFill>;
   using TermType = std::conditional_t<kFill == Fill::kTaps, Tap, Term>;
   alignas(16) float stage[T::kStages][T::kStageFloats];
   alignas(16) Pixel pixel[kHasPixels ? T::kTilePQ : 1];
@@ -119,8 +120,9 @@ struct Filler {
   int32_t rows_k;        // unpacked weights: filters of the tile from the thread's first one on
   int64_t w_index;       // element of the weights that the thread copies first
   int64_t x_offset;      // packed fills: elements from a window's first tap to the slice's tap and first channel
-  // kTaps: the pixels' first taps, and a bit for every tap inside the input.
-  static constexpr int kPixels = T::kThreads > T::kTilePQ ? 1 : T::kTilePQ / T::kThreads;
+  // kTaps: the pixels' first taps, and a bit for every tap inside the input. kPlane: the first of four pixels, and whether
+  // they exist.
+  static constexpr int kPixels = T::kThreads > T::kTilePQ || kFill == Fill::kPlane ? 1 : T::kTilePQ / T::kThreads;
   float const* window[kPixels];
   uint32_t taps[kPixels];
 
@@ -138,6 +140,10 @@ struct Filler {
           for (int32_t dw = 0; dw < a.p.S * a.p.dil_w; dw += a.p.dil_w, bit <<= 1)
             if (inside(a, pixel, dh, dw)) taps[i] |= bit;
       }
+    } else if constexpr (kFill == Fill::kPlane) {
+      int32_t const m = view.first_pixel + 4 * (threadIdx.x % (T::kTilePQ / 4));
+      window[0] = static_cast<float const*>(a.p.x) + make_pixel(a, view.group, m).offset;
+      taps[0] = m < a.NPQ;
     } else {
       for (int i = threadIdx.x; i < T::kTilePQ; i += T::kThreads)
         smem.pixel[i] = make_pixel(a, view.group, view.first_pixel + i);
@@ -208,6 +214,15 @@ struct Filler {
           copy_element<kFill>(x_smem + (j + lane) * T::kPitchPQ + i + row, a.p.x,
                               pixel.offset + offset + j * a.p.x_stride[1], a.p.x_type, valid);
       }
+      return;
+    }
+    if constexpr (kFill == Fill::kPlane) {
+      constexpr int kLanes = T::kTilePQ / 4, kRows = T::kThreads / kLanes;
+      int32_t const lane = threadIdx.x % kLanes, row = threadIdx.x / kLanes;
+      float const* src = window[0] + x_offset + row * a.p.x_stride[1];
+#pragma unroll
+      for (int j = 0; j < T::kTileC; j += kRows, src += kRows * a.p.x_stride[1])
+        copy16_async(x_smem + (j + row) * T::kPitchPQ + 4 * lane, taps[0] ? src : static_cast<float const*>(a.p.x));
       return;
     }
     // Threads side by side take pixels side by side; with fewer pixels than threads, the terms are shared out.
@@ -401,9 +416,18 @@ constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
 constexpr double kPackCycles = 60e3;  // a shorter kernel does not earn the packing back
 
+bool is_channels_last(FpropArgs const& a) { return a.p.x_stride[1] == 1 && a.p.x_stride[3] != 1; }
+
+bool is_plane(FpropArgs const& a) {
+  Adder2dParams const& p = a.p;
+  return p.R == 1 && p.S == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0 && p.x_stride[3] == 1 && p.x_stride[2] == p.W &&
+         int64_t{p.H} * p.W % 4 == 0 && p.x_stride[1] % 4 == 0 && p.x_stride[0] % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+}
+
 Fill choose_fill(FpropArgs const& a, bool packed) {
   if (a.p.x_type != ADDER2D_FLOAT32 || a.p.w_type != ADDER2D_FLOAT32) return Fill::kAny;
-  if (packed) return a.p.x_stride[1] == 1 && a.p.x_stride[3] != 1 ? Fill::kChannels : Fill::kPixels;
+  if (packed) return is_channels_last(a) ? Fill::kChannels : is_plane(a) ? Fill::kPlane : Fill::kPixels;
   int64_t const reach = (a.Cg - 1) * a.p.x_stride[1] + int64_t{a.p.R - 1} * a.p.dil_h * a.p.x_stride[2] +
                         int64_t{a.p.S - 1} * a.p.dil_w * a.p.x_stride[3];
   return a.p.R * a.p.S <= 32 && reach <= INT32_MAX ? Fill::kTaps : Fill::kAny;
@@ -416,6 +440,7 @@ cudaError_t launch_any_fill(FpropArgs const& args, FpropPlan const& plan, cudaSt
     case Fill::kAny: return launch_tile<T, Fill::kAny>(args, plan, stream);
     case Fill::kPixels: return launch_tile<T, Fill::kPixels>(args, plan, stream);
     case Fill::kChannels: return launch_tile<T, Fill::kChannels>(args, plan, stream);
+    case Fill::kPlane: return launch_tile<T, Fill::kPlane>(args, plan, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -426,10 +451,9 @@ FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes) {
   auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return ceil_div(a.CRS, size.c); };
   double cycles;
   FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, workspace_bytes, &cycles);
-  bool const channels = args.p.x_stride[1] == 1 && args.p.x_stride[3] != 1;
   size_t const packed_bytes = size_t{4} * args.p.groups * args.CRS * plan.tiles_k * kTiles[plan.tile].k;
   if (args.Cg % 16 == 0 && args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 &&
-      (channels || cycles > kPackCycles) && plan.workspace_bytes + packed_bytes <= workspace_bytes) {
+      (is_channels_last(args) || cycles > kPackCycles) && plan.workspace_bytes + packed_bytes <= workspace_bytes) {
     plan.packed_bytes = packed_bytes;
     plan.workspace_bytes += packed_bytes;
   }
