@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conftest import Case, assert_forward, assert_grad_input, assert_grad_weight
-from torch2trt_adder import Adder2d, adopt, register_adder_class
+from torch2trt_adder import Adder2d, adderize, adopt, register_adder_class, reference, scale_gradients, set_eta
 
 
 class adder2d(nn.Module):
@@ -126,6 +126,7 @@ def test_initialisation():
         ({"kernel_size": (3, 3, 3)}, r"kernel_size must .* got \(3, 3, 3\)"),
         ({"groups": 3}, "groups must divide input_channel 4 and output_channel 8, got 3"),
         ({"output_channel": 0}, "output_channel must be an int >= 1, got 0"),
+        ({"eta": 0}, "eta must be None or a finite number above 0, got 0"),
     ],
 )
 def test_errors(arguments, message):
@@ -138,6 +139,7 @@ def test_repr():
     assert repr(Adder2d(4, 8, (3, 1), 2, (1, 0), True, 2, 4)) == (
         "Adder2d(4, 8, kernel_size=(3, 1), stride=(2, 2), padding=(1, 0), dilation=(2, 2), groups=4, bias=True)"
     )
+    assert repr(Adder2d(4, 8, 3, eta=None)) == "Adder2d(4, 8, kernel_size=(3, 3), stride=(1, 1), eta=None)"
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -174,6 +176,69 @@ def test_training_step():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
+
+
+# ---- eta
+
+
+@pytest.mark.parametrize("eta", [0.2, 0.05, None])
+def test_eta(eta):
+    layer = Adder2d(3, 5, 3, eta=eta)
+    y = layer(X)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    assert_grad_weight(layer.adder.grad, dy, X, layer.adder, ((1, 1), (0, 0), (1, 1), 1), eta)
+
+
+def test_set_eta():
+    model = nn.Sequential(Adder2d(3, 5, 3), nn.ReLU(), Adder2d(5, 5, 3, eta=None))
+    assert set_eta(model, 0.1) is model and [layer.eta for layer in model[::2]] == [0.1, 0.1]
+    set_eta(model, None)
+    assert [layer.eta for layer in model[::2]] == [None, None]
+    with pytest.raises(ValueError, match="set_eta: eta must be None or a finite number above 0, got -1"):
+        set_eta(model, -1)
+    with pytest.raises(ValueError, match="set_eta: Linear has no Adder2d layer; adopt"):
+        set_eta(nn.Linear(2, 2), None)
+
+
+def test_scale_gradients():
+    model = nn.Sequential(*(Adder2d(3, 5, 3, bias=True, eta=None) for _ in range(3)))
+    model[2].adder.requires_grad_(False)
+    (model[0](X) * 1e-5 + model[1](X)).sum().backward()
+    before = [layer.adder.grad for layer in model[:2]]
+    before = [gradient.clone() for gradient in before]
+    bias = model[0].b.grad.clone()
+    scale_gradients(model, 0.3)
+    for layer, gradient in zip(model[:2], before, strict=True):
+        expected = reference.adaptive_scaling(gradient.double(), 0.3)
+        torch.testing.assert_close(layer.adder.grad.double(), expected, rtol=1e-6, atol=1e-6)
+    assert model[2].adder.grad is None and torch.equal(model[0].b.grad, bias)
+    model[0].adder.grad.zero_()
+    scale_gradients(model)
+    assert model[0].adder.grad.eq(0).all()
+
+
+def test_scale_gradients_of_half_weights_and_shared_layers():
+    layer = Adder2d(3, 5, 3, eta=None).half()
+    model = nn.ModuleList([layer, layer, Adder2d(3, 5, 3, eta=None).half()])
+    model[2].adder = layer.adder
+    layer.adder.grad = torch.full_like(layer.adder, 60000.0)  # its norm is beyond float16
+    scale_gradients(model)
+    torch.testing.assert_close(layer.adder.grad, torch.full_like(layer.adder, 0.2))
+
+
+def test_scale_gradients_errors():
+    model = nn.Sequential(nn.Sequential(Adder2d(3, 5, 3, eta=None), Adder2d(5, 5, 3)))
+    model(X).sum().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"layer 0\.1 has scaled its gradient in backward\(\) already .*set_eta"):
+        scale_gradients(model)
+    assert all(torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True))
+    with pytest.raises(ValueError, match="scale_gradients: Linear has no Adder2d layer"):
+        scale_gradients(nn.Linear(2, 2))
+    for eta in (None, 0.0):
+        with pytest.raises(ValueError, match=f"scale_gradients: eta must be .*got {eta}"):
+            scale_gradients(model, eta)
 
 
 # ---- adopt
@@ -292,3 +357,155 @@ def test_register_adder_class():
     register_adder_class(OtherShape, lambda layer: {"weight": layer.kernel, "strides": layer.step})
     with pytest.raises(ValueError, match="needs a 4-D parameter `weight` and fields of adder2d, got .*'strides'"):
         adopt(nn.Sequential(OtherShape()))
+
+
+# ---- adderize
+
+
+class Bottleneck(nn.Module):
+    """Written as torchvision's, with its names."""
+
+    def __init__(self, inplanes, planes, stride=1, downsample=None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, groups=2, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, planes * 4, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes * 4)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inplanes = 8
+        self.conv1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = self._make_layer(4, 2, 1)
+        self.layer2 = self._make_layer(8, 2, 2)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(32, 5)
+
+    def _make_layer(self, planes, blocks, stride):
+        downsample = nn.Sequential(
+            nn.Conv2d(self.inplanes, planes * 4, 1, stride, bias=False), nn.BatchNorm2d(planes * 4)
+        )
+        layers = [Bottleneck(self.inplanes, planes, stride, downsample)]
+        self.inplanes = planes * 4
+        layers += [Bottleneck(self.inplanes, planes) for _ in range(1, blocks)]
+        return nn.Sequential(*layers)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.avgpool(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(x, 1))
+
+
+def convolutions(model):
+    return [path for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+
+
+@pytest.fixture
+def resnet():
+    torch.manual_seed(0)
+    return ResNet()
+
+
+def test_adderize(resnet):
+    assert adderize(resnet) is resnet
+    assert convolutions(resnet) == ["conv1"] and len(adder_layers(resnet, Adder2d)) == 14
+    layer = resnet.layer2[0].conv2
+    assert (layer.input_channel, layer.output_channel, layer.kernel_size) == (8, 8, (3, 3))
+    assert (layer.stride, layer.padding, layer.groups, layer.bias, layer.eta) == ((2, 2), (1, 1), 2, False, 0.2)
+    x, labels = torch.randn(4, 3, 64, 64), torch.arange(4)
+    optimizer = torch.optim.SGD(resnet.parameters(), 0.05, momentum=0.9)
+    losses = []
+    for _ in range(25):
+        loss = nn.functional.cross_entropy(resnet(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_adderize_options(resnet):
+    shortcuts = ["layer1.0.downsample.0", "layer2.0.downsample.0"]
+    assert convolutions(adderize(resnet, keep_shortcuts=True, inplace=False)) == ["conv1", *shortcuts]
+    assert convolutions(adderize(resnet, keep_first=False, inplace=False)) == []
+    kept = convolutions(adderize(resnet, exclude=["layer1", "layer2.1.conv3"], inplace=False))
+    assert len(kept) == 9 and "layer2.1.conv3" in kept and "layer2.1.conv2" not in kept
+    assert len(convolutions(resnet)) == 15  # the model itself is as it was
+    twin = adderize(resnet, eta=None, inplace=False)
+    assert twin.layer1[0].conv1.eta is None
+    head = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+    )
+    assert convolutions(adderize(head, inplace=False)) == ["0", "4"]
+    assert convolutions(adderize(head, keep_last=False, inplace=False)) == ["0"]
+
+
+def test_adderize_geometry():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 6, (3, 5), padding="same", dilation=(2, 1)),
+        nn.BatchNorm2d(6),
+        nn.Conv2d(6, 6, 2, (2, 1), padding="valid", groups=3, bias=False),
+        nn.Linear(3, 3),
+    ).double()
+    model[2].requires_grad_(False)
+    model[4].eval()
+    seen = []
+    model[4].register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    x = torch.randn(2, 3, 12, 6, dtype=torch.float64)
+    shapes = [model[:i](x).shape for i in range(6)]
+    seen.clear()
+    adderize(model)
+    assert [type(module) for module in model[::2]] == [nn.Conv2d, Adder2d, Adder2d]
+    assert [model[:i](x).shape for i in range(6)] == shapes and seen == [Adder2d]
+    assert model[2].padding == (2, 2) and model[2].b is not None and model[4].b is None
+    assert not model[2].adder.requires_grad and not model[2].b.requires_grad and model[4].adder.requires_grad
+    assert model[2].adder.dtype is torch.float64 and not model[4].training and model[2].training
+
+
+class OwnConv2d(nn.Conv2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    "layer, message",
+    [
+        (lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "1 pads with 'reflect', and adder layers with"),
+        (lambda: nn.Conv2d(4, 4, 2, padding="same"), r"1 has padding 'same' and kernel \(2, 2\), which needs more"),
+        (lambda: OwnConv2d(4, 4, 3), "1 is a OwnConv2d, not plainly torch.nn.Conv2d; change it, or name it in"),
+    ],
+)
+def test_adderize_refuses_what_no_adder_layer_can_stand_for(layer, message):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), layer(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=f"adderize: {message}"):
+        adderize(model)
+    assert len(convolutions(model)) == 3  # refused before anything was replaced
+    assert convolutions(adderize(model, exclude=["1"])) == ["0", "1"]
+
+
+def test_adderize_errors(resnet):
+    with pytest.raises(ValueError, match="exclude names 'layer9', but ResNet has no such module"):
+        adderize(resnet, exclude=["layer9"])
+    with pytest.raises(ValueError, match="Linear has no convolution to replace; 0 of its layers are Conv2d"):
+        adderize(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Conv2d has no convolution to replace; 1 of its layers are Conv2d"):
+        adderize(nn.Conv2d(3, 3, 3))
+    with pytest.warns(UserWarning, match="Sequential has no BatchNorm"):
+        adderize(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Linear(3, 3)))
