@@ -78,4 +78,4 @@ def test_demo(tmp_path: pathlib.Path) -> None:
     if cli.converter.missing() is None:
         assert re.search(r"^TensorRT +\d+\.\d% +[\d.]+ ms +[\d.]+ ms$", result.stdout, re.MULTILINE)
     else:
-        assert "With an NVIDIA GPU, TensorRT and torch2trt, the demo would go on to convert" in result.stdout
+        assert "With an NVIDIA GPU and TensorRT, the demo would go on to convert" in result.stdout

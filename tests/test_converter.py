@@ -35,24 +35,64 @@ def test_no_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    "absent, remedy", [("tensorrt", "pip install 'tensorrt>=8.6,<11'"), ("torch2trt", "pip install git\\+")]
+    "route, absent, remedy",
+    [
+        ("auto", {"tensorrt"}, "TensorRT is not installed: pip install tensorrt"),
+        ("torch2trt", {"torch2trt"}, r"torch2trt is not installed: pip install git\+"),
+        ("onnx", {"onnx", "onnxscript"}, "onnx is not installed: pip install onnx onnxscript"),
+        (
+            "auto",
+            {"torch2trt", "onnxscript"},
+            "torch2trt is not installed.* Or go through ONNX: pip install onnxscript",
+        ),
+    ],
 )
-def test_package_missing(monkeypatch: pytest.MonkeyPatch, absent: str, remedy: str) -> None:
+def test_package_missing(monkeypatch: pytest.MonkeyPatch, route: str, absent: set, remedy: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None if name == absent else object())
-    assert converter.missing().lower().startswith(f"{absent} is not installed")
-    with pytest.raises(RuntimeError, match=remedy):
-        torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)])
+    monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None if name in absent else object())
+    with pytest.raises(RuntimeError, match=f"^convert: {remedy}"):
+        torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)], route)
+
+
+def test_either_route_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for absent in ({"torch2trt"}, {"onnx"}):
+        monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None if name in absent else object())
+        monkeypatch.setattr(converter, "_import_error", None)
+        assert converter.missing() is None
 
 
 def test_torch2trt_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(
-        converter, "_import_error", AttributeError("module 'tensorrt' has no attribute 'CalibrationAlgoType'")
-    )
-    with pytest.raises(RuntimeError, match="torch2trt cannot be imported .*CalibrationAlgoType.*TensorRT 8.5 to 10"):
-        torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)])
+    monkeypatch.setattr(converter, "_import_error", OSError("libnvinfer.so.8: cannot open shared object file"))
+    with pytest.raises(RuntimeError, match="torch2trt cannot be imported .OSError: libnvinfer"):
+        torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)], route="torch2trt")
+
+
+def test_no_such_route() -> None:
+    with pytest.raises(ValueError, match="route must be one of auto, torch2trt, onnx, got 'tensorrt'"):
+        torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)], "tensorrt")
+
+
+def test_options_of_the_onnx_route() -> None:
+    """torch2trt's shape options become names and ranges of axes; what ONNX has not is refused by name."""
+    x, z = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5)
+    assert converter._dynamic_axes([x, z], ["x", "z"], {}) == (None, {})
+    axes, ranges = converter._dynamic_axes([x, z], ["x", "z"], {"max_batch_size": 16})
+    assert axes == [{0: "axis0_1_16"}, {0: "axis0_1_16"}] and ranges == {"x:0": (1, 2, 16), "z:0": (1, 2, 16)}
+    shapes = {
+        "min_shapes": [(1, 3, 4, 8), (1, 5)],
+        "opt_shapes": [(2, 3, 8, 8), (2, 5)],
+        "max_shapes": [(2, 3, 9, 8), (2, 5)],
+    }
+    axes, ranges = converter._dynamic_axes([x, z], ["x", "z"], shapes)
+    assert axes == [{0: "axis0_1_2", 2: "axis2_4_9"}, {0: "axis0_1_2"}]
+    assert ranges == {"x:0": (1, 2, 2), "x:2": (4, 8, 9), "z:0": (1, 2, 2)}
+    with pytest.raises(ValueError, match="max_shapes must hold one shape for each input"):
+        converter._dynamic_axes([x, z], ["x", "z"], {"max_shapes": [(2, 3, 8, 8)]})
+    with pytest.raises(TypeError, match="route 'onnx' has no option 'int8_mode'.*route='torch2trt'"):
+        converter._through_onnx(small(), [x], {"int8_mode": True})
 
 
 def test_training_mode() -> None:
@@ -87,7 +127,7 @@ def test_inputs_without_a_tensor() -> None:
 
 
 def test_inputs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter, "missing", lambda: None)
+    monkeypatch.setattr(converter, "missing", lambda route: None)
     with pytest.raises(ValueError, match=r"input 0 is on cpu.*one GPU.*\.cuda\(\)"):
         torch2trt_adder.convert(small(), torch.randn(1, 3, 8, 8))
 

@@ -22,7 +22,8 @@ pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscri
 
 from test_converter import calibrated
 from test_onnx import CHECK, needs_runtime
-from torch2trt_adder import Adder2d, adderize, engine, library
+
+from torch2trt_adder import Adder2d, adderize, convert, converter, engine, library
 from torch2trt_adder.converter import rounding_bounds
 from torch2trt_adder.engine import Engine, build_engine
 from torch2trt_adder.models import addernet_mnist, resnet20
@@ -534,9 +535,53 @@ def test_state_dict_goes_into_trtmodule(tmp_path: pathlib.Path) -> None:
     module = TRTModule()
     module.load_state_dict(runner.state_dict())
     check(module, model, x)
+    converted = convert(model, [x], route="torch2trt")
     back = Engine()
-    back.load_state_dict(module.state_dict())
+    back.load_state_dict(converted.state_dict())
     check(back, model, x)
+
+
+@on_gpu
+@pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
+def test_convert_through_onnx(fp16: bool) -> None:
+    torch.manual_seed(0)
+    model, x = calibrated_on_gpu(resnet20(), 32, 3, 32, 32), torch.randn(64, 3, 32, 32, device="cuda")
+    runner = convert(model, [x[:8]], route="onnx", max_batch_size=64, fp16_mode=fp16)
+    assert runner.route == "onnx" and isinstance(runner, Engine)
+    for batch in (1, 64):
+        check(runner, model, x[:batch], fp16)
+
+
+@on_gpu
+def test_convert_through_onnx_keeps_the_structure() -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Adder2d(3, 4, 3, padding=1), Adder2d(5, 4, 1, bias=True)
+
+        def forward(self, x: Tensor, rest: list[Tensor]) -> dict:
+            y = self.a(x)
+            return {"first": y, "rest": (y + self.b(rest[0]), F.relu(rest[0]))}
+
+    torch.manual_seed(0)
+    model = Several().cuda().eval()
+    x, z = torch.randn(2, 3, 7, 6, device="cuda"), torch.randn(2, 5, 7, 6, device="cuda")
+    shapes = {"min_shapes": [(1, 3, 7, 6), [(1, 5, 7, 6)]], "max_shapes": [(4, 3, 7, 6), [(4, 5, 7, 6)]]}
+    runner = convert(model, [x, [z]], route="onnx", **shapes)
+    got, expected = runner(x[:1], [z[:1]]), model(x[:1], [z[:1]])
+    assert set(got) == {"first", "rest"} and isinstance(got["rest"], tuple)
+    for a, b in zip((got["first"], *got["rest"]), (expected["first"], *expected["rest"])):
+        torch.testing.assert_close(a, b.detach(), rtol=4e-6, atol=4e-6)
+
+
+@on_gpu
+def test_auto_says_which_route(capsys: pytest.CaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, x = calibrated_on_gpu(addernet_mnist(), 8, 1, 28, 28), torch.randn(2, 1, 28, 28, device="cuda")
+    runner = convert(model, x)
+    obstacle = converter.missing("torch2trt")
+    assert runner.route == ("torch2trt" if obstacle is None else "onnx")
+    assert f"convert: route {runner.route}" in capsys.readouterr().err
 
 
 @on_gpu

@@ -1,4 +1,4 @@
-"""convert(): a network with adder layers to a checked TensorRT engine, through torch2trt.
+"""convert(): a network with adder layers to a checked TensorRT engine, through torch2trt or ONNX.
 
 Importing this file needs torch alone. Where torch2trt is installed, it also imports tracing.py, which makes a plain
 ``torch2trt(model, [x])`` work on adder layers.
@@ -8,14 +8,17 @@ import copy
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from . import compat
 from .module import _layer_fields, adopt
 
 _DTYPES = (torch.float32, torch.float16)
@@ -26,14 +29,17 @@ _TRIALS, _FACTOR = 3, 2
 _import_error: Exception | None = None
 if importlib.util.find_spec("torch2trt") and importlib.util.find_spec("tensorrt"):
     try:
-        import torch2trt  # noqa: F401
+        torch2trt = compat.import_torch2trt()
     except Exception as error:  # whatever it is, torch2trt cannot be called then, and `missing` tells why
         _import_error = error
     else:
         from . import tracing  # noqa: F401
 
 
-def missing() -> str | None:
+ROUTES = ("auto", "torch2trt", "onnx")
+
+
+def missing(route: str = "auto") -> str | None:
     """What `convert` lacks on this machine and how to get it, as one sentence; None where everything is there."""
     if not torch.cuda.is_available():
         return (
@@ -41,22 +47,28 @@ def missing() -> str | None:
             "machine with a GPU and a CUDA build of torch."
         )
     if not importlib.util.find_spec("tensorrt"):
-        return "TensorRT is not installed: pip install 'tensorrt>=8.6,<11'."
-    if not importlib.util.find_spec("torch2trt"):
-        return "torch2trt is not installed: pip install git+https://github.com/NVIDIA-AI-IOT/torch2trt."
-    if _import_error is not None:
-        return (
-            f"torch2trt cannot be imported ({type(_import_error).__name__}: {_import_error}): torch2trt 0.5 works with "
-            "TensorRT 8.5 to 10."
-        )
-    return None
+        return "TensorRT is not installed: pip install tensorrt."
+    if route == "torch2trt":
+        if not importlib.util.find_spec("torch2trt"):
+            return "torch2trt is not installed: pip install git+https://github.com/NVIDIA-AI-IOT/torch2trt."
+        if _import_error is not None:
+            return f"torch2trt cannot be imported ({type(_import_error).__name__}: {_import_error})."
+        return None
+    absent = [package for package in ("onnx", "onnxscript") if not importlib.util.find_spec(package)]
+    if route == "auto":
+        if missing("torch2trt") is None or not absent:
+            return None
+        return f"{missing('torch2trt')} Or go through ONNX: pip install {' '.join(absent)}."
+    return f"{absent[0]} is not installed: pip install {' '.join(absent)}." if absent else None
 
 
 # ---- convert
 
 
-def convert(model: nn.Module, inputs: Tensor | Sequence[Any], **torch2trt_kwargs: Any) -> nn.Module:
-    """Converts `model` with torch2trt and checks the engine against PyTorch.
+def convert(
+    model: nn.Module, inputs: Tensor | Sequence[Any], route: str = "auto", **torch2trt_kwargs: Any
+) -> nn.Module:
+    """Converts `model` to a TensorRT engine and checks it against PyTorch.
 
     Foreign adder layers (see `adopt`) are converted too; `model` stays as it is. The engine's outputs on `inputs` must
     agree with PyTorch's as far as rounding in this network can explain (see `rounding_bounds`), and be finite where
@@ -64,40 +76,153 @@ def convert(model: nn.Module, inputs: Tensor | Sequence[Any], **torch2trt_kwargs
 
     Args:
         model: a network in eval mode on a GPU; float32 or float16.
-        inputs: its positional arguments as a list or tuple, or one tensor; the example that torch2trt traces.
-        torch2trt_kwargs: fp16_mode, max_batch_size, min_shapes, opt_shapes, max_shapes and whatever torch2trt takes.
+        inputs: its positional arguments as a list or tuple, or one tensor; the example that is traced.
+        route: "torch2trt"; "onnx" (`export_onnx`, `build_engine`), which needs no torch2trt and knows more operators;
+            "auto" takes torch2trt where it can be imported, else ONNX, and says on stderr which.
+        torch2trt_kwargs: fp16_mode, max_batch_size, min_shapes, opt_shapes, max_shapes, input_names, output_names and
+            max_workspace_size on both routes; through torch2trt whatever else it takes.
 
     Returns:
-        torch2trt's TRTModule: called like `model`, saved with state_dict().
+        A module called like `model`; its attribute ``route`` tells the way. From torch2trt a TRTModule, saved with
+        state_dict(); through ONNX an `Engine`, wrapped where the model's inputs or outputs are nested.
 
     Raises:
-        RuntimeError: no GPU, TensorRT or torch2trt; no engine; an engine that differs from PyTorch.
-        TypeError: `inputs` is no list, or a dtype that torch2trt does not take.
-        ValueError: the model is in training mode, or model and inputs are not on one GPU.
+        RuntimeError: no GPU, no TensorRT, or neither torch2trt nor onnx; no engine; an engine that differs from PyTorch.
+        TypeError: `inputs` is no list, a dtype that TensorRT does not take here, or an option that the route has not.
+        ValueError: the model is in training mode, or model and inputs are not on one GPU; no such route.
     """
+    if route not in ROUTES:
+        raise ValueError(f"convert: route must be one of {', '.join(ROUTES)}, got {route!r}.")
     if isinstance(inputs, Tensor):
         inputs = [inputs]
     example = _check_arguments(model, inputs)
-    reason = missing()
+    reason = missing(route)
     if reason is not None:
         raise RuntimeError(f"convert: {reason}")
     _check_devices(model, example)
+    if route == "auto":
+        obstacle = missing("torch2trt")
+        route = "torch2trt" if obstacle is None else "onnx"
+        print(f"torch2trt_adder.convert: route {route}{f', since {obstacle}' if obstacle else ''}", file=sys.stderr)
 
     fp16 = bool(torch2trt_kwargs.get("fp16_mode", False))
     with torch.no_grad(), torch.cuda.device(next(t.device for t in tree_leaves(example) if isinstance(t, Tensor))):
         expected = model(*example)
-        model_trt = torch2trt.torch2trt(model, inputs, **torch2trt_kwargs)
-        if model_trt.engine is None:
-            raise RuntimeError(
-                "convert: TensorRT could not build an engine; its log above says why (log_level="
-                "tensorrt.Logger.INFO makes it say more)."
-            )
-        # TRTModule frees a contiguous copy of its input before the engine has read it; a hook's result lives on.
-        model_trt.register_forward_pre_hook(lambda module, args: tree_map(_contiguous, args))
+        through = _through_torch2trt if route == "torch2trt" else _through_onnx
+        model_trt, flatten = through(model, inputs, torch2trt_kwargs)
         bounds = rounding_bounds(_adopted_copy(model), example, fp16)
-        flatten = model_trt.output_flattener.flatten
         _compare(flatten(model_trt(*example)), flatten(expected), flatten(bounds), fp16)
+    model_trt.route = route
     return model_trt
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+Converted = tuple[nn.Module, Callable[[Any], list[Tensor]]]  # and how to take its outputs apart
+
+
+def _through_torch2trt(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any]) -> Converted:
+    model_trt = torch2trt.torch2trt(model, inputs, **options)
+    if model_trt.engine is None:
+        raise RuntimeError(
+            "convert: TensorRT could not build an engine; its log above says why (log_level=tensorrt.Logger.INFO makes "
+            "it say more)."
+        )
+    # TRTModule frees a contiguous copy of its input before the engine has read it; a hook's result lives on.
+    model_trt.register_forward_pre_hook(lambda module, args: tree_map(_contiguous, args))
+    return model_trt, model_trt.output_flattener.flatten
+
+
+_SHAPES = ("min_shapes", "opt_shapes", "max_shapes")
+_ONNX_OPTIONS = (*_SHAPES, "fp16_mode", "max_batch_size", "input_names", "output_names", "max_workspace_size")
+
+
+def _through_onnx(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any]) -> Converted:
+    from . import engine, onnx_export
+
+    unknown = sorted(set(options) - set(_ONNX_OPTIONS))
+    if unknown:
+        raise TypeError(
+            f"convert: route 'onnx' has no option {unknown[0]!r}, its options are {', '.join(_ONNX_OPTIONS)}; "
+            "route='torch2trt' takes all of torch2trt's."
+        )
+    if not isinstance(inputs, (list, tuple)):
+        raise TypeError(
+            "convert: route 'onnx' takes the model's arguments, not a data set; give min_shapes and max_shapes."
+        )
+    args, tensors = tuple(inputs), _tensors(inputs)
+    names = list(options.get("input_names") or (f"input_{i}" for i in range(len(tensors))))
+    axes, ranges = _dynamic_axes(tensors, names, options)
+    # What ONNX Runtime makes of the file does not matter here: the engine itself is compared.
+    with tempfile.TemporaryDirectory(prefix="torch2trt_adder") as folder:
+        path = onnx_export.export_onnx(
+            model,
+            args,
+            os.path.join(folder, f"{type(model).__name__}.onnx"),
+            axes,
+            input_names=names,
+            output_names=options.get("output_names"),
+            check=False,
+        )
+        plan = engine.build_engine(
+            path,
+            path.with_suffix(".plan"),
+            ranges,
+            fp16=bool(options.get("fp16_mode")),
+            workspace=options.get("max_workspace_size"),
+        )
+        runner = engine.Engine(plan)
+    output = model(*args)
+    flat = all(isinstance(leaf, Tensor) for leaf in args) and isinstance(output, Tensor)
+    return (runner if flat else _Structured(runner, tree_flatten(output)[1])), _tensors
+
+
+def _dynamic_axes(
+    tensors: Sequence[Tensor], names: Sequence[str], options: dict[str, Any]
+) -> tuple[list[dict[int, str]] | None, dict[str, tuple[int, int, int]]]:
+    """torch2trt's shape options as `export_onnx` and `build_engine` take them: names of axes, and their ranges."""
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    least, usual, most = (
+        shapes if options.get(key) is None else [tuple(shape) for shape in _shape_leaves(options[key])]
+        for key in _SHAPES
+    )
+    if options.get("max_batch_size") is not None:
+        least, most = (
+            [(extent, *shape[1:]) for shape in each] for extent, each in ((1, least), (options["max_batch_size"], most))
+        )
+    for key, each in zip(_SHAPES, (least, usual, most)):
+        if [len(shape) for shape in each] != [len(shape) for shape in shapes]:
+            raise ValueError(f"convert: {key} must hold one shape for each input, got {each} for inputs {shapes}.")
+    axes: list[dict[int, str]] = [{} for _ in tensors]
+    ranges = {}
+    for i, (a, b, c) in enumerate(zip(least, usual, most)):
+        for axis, extents in enumerate(zip(a, b, c)):
+            if extents[0] != extents[2]:
+                # Axes of one range are taken for one and the same, which the exporter then finds out.
+                axes[i][axis] = f"axis{axis}_{extents[0]}_{extents[2]}"
+                ranges[f"{names[i]}:{axis}"] = (extents[0], min(max(extents[1], extents[0]), extents[2]), extents[2])
+    return (axes if ranges else None), ranges
+
+
+def _shape_leaves(value: Any) -> list[Any]:
+    """The shapes in a nested structure of shapes, which are sequences of ints themselves."""
+    if isinstance(value, (list, tuple)) and all(isinstance(extent, int) for extent in value):
+        return [value]
+    return [shape for child in (value.values() if isinstance(value, dict) else value) for shape in _shape_leaves(child)]
+
+
+class _Structured(nn.Module):
+    """An engine with the nested inputs and outputs of the model that it was made of."""
+
+    def __init__(self, engine: nn.Module, structure: Any) -> None:
+        super().__init__()
+        self.engine, self._structure = engine, structure
+
+    def forward(self, *inputs: Any) -> Any:
+        outputs = self.engine(*_tensors(inputs))
+        return tree_unflatten([outputs] if isinstance(outputs, Tensor) else list(outputs), self._structure)
 
 
 def _adopted_copy(model: nn.Module) -> nn.Module:
@@ -134,7 +259,7 @@ def _check_arguments(model: nn.Module, inputs: Any) -> Sequence[Any]:
     for name, tensor in named:
         if tensor.dtype not in _DTYPES and not (tensor.dtype is torch.bool and name.startswith("input")):
             raise TypeError(
-                f"convert: {name} is {tensor.dtype}; torch2trt takes torch.float32 and torch.float16, so convert "
+                f"convert: {name} is {tensor.dtype}; an engine here takes torch.float32 and torch.float16, so convert "
                 "model and inputs with .float() or .half()."
             )
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):

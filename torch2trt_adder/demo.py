@@ -52,7 +52,7 @@ def run(epochs: int, checkpoint: pathlib.Path) -> None:
         _compare_with_engine(model.cuda(), test_images.cuda(), test_labels.cuda())
     else:
         print(
-            "With an NVIDIA GPU, TensorRT and torch2trt, the demo would go on to convert this network to a TensorRT "
+            "With an NVIDIA GPU and TensorRT, the demo would go on to convert this network to a TensorRT "
             f"engine and compare its accuracy and latency with PyTorch's. {reason}"
         )
 
