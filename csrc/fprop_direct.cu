@@ -16,8 +16,9 @@ __device__ __forceinline__ float load(void const* base, int64_t index, int32_t t
 }
 
 // Block x: pixels of one map; y: an image and kFilters of its filters, which share what is read of the input. kShares
-// threads side by side take every kShares-th term of an output each; their sums meet through shuffles.
-template <bool kFloat32, int kShares, int kFilters>
+// threads side by side take every kShares-th term of an output each; their sums meet through shuffles. kKernel x kKernel
+// taps are unrolled where it is not 0.
+template <bool kFloat32, int kShares, int kFilters, int kKernel>
 __global__ void __launch_bounds__(kThreads) adder2d_fprop_direct_kernel(__grid_constant__ FpropArgs const a, FastDiv const div_sets) {
   static_assert(kShares <= 32, "the threads of an output are in one warp");
   constexpr int kPixels = kThreads / kShares;
@@ -41,13 +42,14 @@ __global__ void __launch_bounds__(kThreads) adder2d_fprop_direct_kernel(__grid_c
       for (int f = 0; f < kFilters; ++f) sum[f] += fabsf(x - load<kFloat32>(a.p.w, filter + f * a.CRS + j, a.p.w_type));
     };
     if constexpr (kShares == 1) {  // in order, without a division
+      int32_t const R = kKernel > 0 ? kKernel : a.p.R, S = kKernel > 0 ? kKernel : a.p.S;
       int32_t j = 0;
       int64_t offset = 0;
       for (int32_t c = 0; c < a.Cg; ++c, offset += a.step_c) {
-        int32_t dh = 0;
-        for (int32_t r = 0; r < a.p.R; ++r, dh += a.p.dil_h, offset += a.step_r) {
-#pragma unroll 3
-          for (int32_t s = 0; s < a.p.S; ++s, ++j, offset += a.step_s) add_term(j, offset, dh, s * a.p.dil_w);
+#pragma unroll
+        for (int32_t r = 0; r < R; ++r, offset += a.step_r) {
+#pragma unroll
+          for (int32_t s = 0; s < S; ++s, ++j, offset += a.step_s) add_term(j, offset, r * a.p.dil_h, s * a.p.dil_w);
         }
       }
     } else {
@@ -74,13 +76,14 @@ __global__ void __launch_bounds__(kThreads) adder2d_fprop_direct_kernel(__grid_c
 
 // ---- launcher
 
-template <int kShares, int kFilters>
+template <int kShares, int kFilters, int kKernel = 0>
 cudaError_t launch(FpropArgs const& args, cudaStream_t stream) {
   int32_t const sets = args.p.K / kFilters;
   int64_t const rows = int64_t{args.p.N} * sets;
   dim3 const grid(ceil_div(args.p.P * args.p.Q, kThreads / kShares), static_cast<uint32_t>(rows < 65535 ? rows : 65535));
   bool const float32 = args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32;
-  auto const kernel = float32 ? adder2d_fprop_direct_kernel<true, kShares, kFilters> : adder2d_fprop_direct_kernel<false, kShares, kFilters>;
+  auto const kernel = float32 ? adder2d_fprop_direct_kernel<true, kShares, kFilters, kKernel>
+                              : adder2d_fprop_direct_kernel<false, kShares, kFilters, kKernel>;
   kernel<<<grid, kThreads, 0, stream>>>(args, FastDiv(sets));
   return cudaGetLastError();
 }
@@ -93,7 +96,7 @@ cudaError_t launch_fprop_direct(FpropArgs const& args, cudaStream_t stream) {
   bool const pairs = args.Kg % 2 == 0;
   if (args.CRS >= 128 && outputs * 32 <= threads) return pairs ? launch<32, 2>(args, stream) : launch<32, 1>(args, stream);
   if (args.CRS >= 16 && outputs * 8 <= threads) return launch<8, 1>(args, stream);
-  return launch<1, 1>(args, stream);
+  return args.p.R == 3 && args.p.S == 3 ? launch<1, 1, 3>(args, stream) : launch<1, 1>(args, stream);
 }
 
 }  // namespace adder2d
