@@ -63,6 +63,26 @@ __attribute__((visibility("default"))) char const* adder2d_error_string(int32_t 
 // Returns 0, or 1 for invalid params. Defined in cpu.cpp.
 __attribute__((visibility("default"))) int32_t adder2d_fprop_cpu(Adder2dParams const* params, int32_t threads);
 
+// The gradient of the input, by the rule of AdderNet, which is not the derivative:
+//
+//   dx[n,c,h,w] = sum over the k and (r,s) whose windows read x[n,c,h,w] of dy[n,k,p,q] * clamp(w[k,c,r,s] - x[n,c,h,w], -1, 1)
+typedef struct Adder2dDgradParams {
+  Adder2dParams layer;  // the forward problem with dy in the place of y: y, y_type, y_stride; dy is only read, b is not used
+  int32_t dx_type;      // Adder2dType
+  int32_t reserved;     // 0
+  int64_t dx_stride[4];  // elements between neighbours along N, C, H, W
+  void* dx;              // [N, C, H, W]; it overlaps no input
+} Adder2dDgradParams;
+
+// sizeof(Adder2dDgradParams)
+__attribute__((visibility("default"))) size_t adder2d_dgrad_params_size(void);
+
+// As adder2d_check, adder2d_fprop_workspace, adder2d_fprop and adder2d_fprop_cpu.
+__attribute__((visibility("default"))) char const* adder2d_dgrad_check(Adder2dDgradParams const* params);
+__attribute__((visibility("default"))) size_t adder2d_dgrad_workspace(Adder2dDgradParams const* params);
+__attribute__((visibility("default"))) int32_t adder2d_dgrad(Adder2dDgradParams const* params, void* stream);
+__attribute__((visibility("default"))) int32_t adder2d_dgrad_cpu(Adder2dDgradParams const* params, int32_t threads);
+
 // Number of output positions along one axis; below 1 where the kernel does not fit.
 static inline int64_t adder2d_output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
   int64_t const room = size + 2 * pad - dilation * (kernel - 1) - 1;

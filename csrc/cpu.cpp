@@ -1,10 +1,14 @@
-// adder2d on the CPU: adder2d_fprop_cpu of adder2d.h, float32.
+// adder2d on the CPU: adder2d_fprop_cpu and adder2d_dgrad_cpu of adder2d.h, float32.
 //
 // The output is cut into tiles of one image and one group. A thread copies the input that a tile reads into a small
 // buffer: padding written out as zeros, rows and columns sorted by stride phase, so that tap (c, r, s) of output pixel
 // f = p * pitch + q reads x_tile[f + offset[c, r, s]]. The kernel then needs neither bounds nor strides: it takes
 // vectors along f, for several filters at once, straight over the ends of rows (the few results there are dropped).
 // Each term is one subtraction, one bit operation and one addition, and nothing else limits it.
+//
+// The input gradient is computed by the same tiles: dy takes the place of x, the channels of x that of the filters, and the
+// input pixels of one stride phase that of the output pixels (see class Dgrad). Its kernel has one operand more, the value
+// of x at each output: a term is dy * clamp(w - x, -1, 1).
 //
 // Sections: kernel, instruction sets, tile, threads, operator.
 #include "adder2d.h"
@@ -20,6 +24,7 @@
 #include <functional>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -36,7 +41,8 @@ constexpr int kMaxVectors = 8;   // most vectors along f that a kernel takes at 
 constexpr int64_t kTaps = 128;   // terms summed one after the other; longer sums add such sums up, which rounds less
 constexpr int64_t kBlockK = 32;  // filters summed side by side: their sums and kTaps weights each fit half of L1
 
-// sums[k][f] += sum over t < taps of |x[f + offset[t]] - w[k][t]| for a block of filters k and pixels f.
+// sums[k][f] += sum over t < taps of |x[f + offset[t]] - w[k][t]| for a block of filters k and pixels f, or
+// sums[k][f] += sum over t < taps of x[f + offset[t]] * clamp(w[k][t] - own[k][f], -1, 1) for the input gradient.
 struct KernelArgs {
   float const* x;
   int64_t const* offset;
@@ -44,7 +50,8 @@ struct KernelArgs {
   int64_t w_stride;  // between filters
   int64_t taps;
   float* sums;
-  int64_t sums_stride;  // between filters
+  float const* own;
+  int64_t sums_stride;  // between filters, of own too
 };
 
 // acc += |x - w|
@@ -57,11 +64,38 @@ inline __attribute__((always_inline)) void add_abs_diff(Float& acc, Float const&
 #endif
 }
 
-template <int kLanes, int kK, int kF>
+// d = clamp(d, -1, 1), which keeps NaN. Compilers make two operations of a comparison and a choice, as neither minimum nor
+// maximum has its NaN; that of x86 has, of its operands in this order.
+template <int kLanes, typename Float>
+inline __attribute__((always_inline)) void clamp_to_one(Float& d) {
+  Float const one = Float{} + 1.f;
+#if defined(__aarch64__)
+  d = (Float)vminq_f32(vmaxq_f32((float32x4_t)d, (float32x4_t)-one), (float32x4_t)one);
+#else
+  if constexpr (kLanes == 4) {
+    Float low = -one, high = one;
+    asm("maxps %1, %0" : "+x"(low) : "x"(d));
+    asm("minps %1, %0" : "+x"(high) : "x"(low));
+    d = high;
+  } else {
+    asm("vmaxps %1, %2, %0" : "=v"(d) : "v"(d), "v"(-one));
+    asm("vminps %1, %2, %0" : "=v"(d) : "v"(d), "v"(one));
+  }
+#endif
+}
+
+template <int kLanes, bool kDgrad, int kK, int kF>
 inline __attribute__((always_inline)) void accumulate(KernelArgs const& a) {
   typedef float Float __attribute__((vector_size(4 * kLanes)));
   typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
-  Float acc[kK][kF] = {};
+  Float acc[kK][kF] = {}, own[kK][kF];
+  if constexpr (kDgrad) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kK; ++k) {
+#pragma GCC unroll 8
+      for (int f = 0; f < kF; ++f) memcpy(&own[k][f], a.own + k * a.sums_stride + f * kLanes, sizeof(Float));
+    }
+  }
   for (int64_t t = 0; t < a.taps; ++t) {
     Float x_frag[kF];
 #pragma GCC unroll 8
@@ -70,7 +104,15 @@ inline __attribute__((always_inline)) void accumulate(KernelArgs const& a) {
     for (int k = 0; k < kK; ++k) {
       float const w = a.w[k * a.w_stride + t];
 #pragma GCC unroll 8
-      for (int f = 0; f < kF; ++f) add_abs_diff<Float, Int>(acc[k][f], x_frag[f], w);
+      for (int f = 0; f < kF; ++f) {
+        if constexpr (kDgrad) {
+          Float d = w - own[k][f];
+          clamp_to_one<kLanes>(d);
+          acc[k][f] += x_frag[f] * d;
+        } else {
+          add_abs_diff<Float, Int>(acc[k][f], x_frag[f], w);
+        }
+      }
     }
   }
 #pragma GCC unroll 4
@@ -90,41 +132,48 @@ inline __attribute__((always_inline)) void accumulate(KernelArgs const& a) {
 
 // One function template per instruction set: the kernel is inlined into it and compiled with its target.
 struct Baseline {  // SSE2 on x86-64, NEON on Arm
-  static constexpr int kLanes = 4, kVectors = 2;
-  template <int kK, int kF>
-  static void run(KernelArgs const& args) { accumulate<kLanes, kK, kF>(args); }
+  static constexpr int kLanes = 4, kVectors = 2, kDgradVectors = 1;
+  template <bool kDgrad, int kK, int kF>
+  static void run(KernelArgs const& args) { accumulate<kLanes, kDgrad, kK, kF>(args); }
 };
 
 #if defined(__x86_64__)
 struct Avx2 {
-  static constexpr int kLanes = 8, kVectors = 2;
-  template <int kK, int kF>
-  __attribute__((target("avx2"))) static void run(KernelArgs const& args) { accumulate<kLanes, kK, kF>(args); }
+  static constexpr int kLanes = 8, kVectors = 2, kDgradVectors = 1;
+  template <bool kDgrad, int kK, int kF>
+  __attribute__((target("avx2,fma"))) static void run(KernelArgs const& args) { accumulate<kLanes, kDgrad, kK, kF>(args); }
 };
 
 struct Avx512 {
-  static constexpr int kLanes = 16, kVectors = 4;
-  template <int kK, int kF>
-  __attribute__((target("avx512f"))) static void run(KernelArgs const& args) { accumulate<kLanes, kK, kF>(args); }
+  static constexpr int kLanes = 16, kVectors = 4, kDgradVectors = 2;
+  template <bool kDgrad, int kK, int kF>
+  __attribute__((target("avx512f"))) static void run(KernelArgs const& args) { accumulate<kLanes, kDgrad, kK, kF>(args); }
 };
 #endif
 
-struct Isa {
-  int lanes;    // floats in a vector
+struct Kernels {
   int vectors;  // that a kernel takes at once for kFilters filters, as the registers allow; kMaxVectors for one filter
   void (*one_filter[kMaxVectors])(KernelArgs const&);  // [vectors - 1]
   void (*filters[4])(KernelArgs const&);               // [vectors - 1], kFilters at once
 };
 
+struct Isa {
+  int lanes;  // floats in a vector
+  Kernels fprop, dgrad;
+};
+
+template <typename Target, bool kDgrad>
+constexpr Kernels make_kernels() {
+  return {kDgrad ? Target::kDgradVectors : Target::kVectors,
+          {Target::template run<kDgrad, 1, 1>, Target::template run<kDgrad, 1, 2>, Target::template run<kDgrad, 1, 3>,
+           Target::template run<kDgrad, 1, 4>, Target::template run<kDgrad, 1, 5>, Target::template run<kDgrad, 1, 6>,
+           Target::template run<kDgrad, 1, 7>, Target::template run<kDgrad, 1, 8>},
+          {Target::template run<kDgrad, kFilters, 1>, Target::template run<kDgrad, kFilters, 2>,
+           Target::template run<kDgrad, kFilters, 3>, Target::template run<kDgrad, kFilters, 4>}};
+}
 template <typename Target>
 constexpr Isa make_isa() {
-  return {Target::kLanes,
-          Target::kVectors,
-          {Target::template run<1, 1>, Target::template run<1, 2>, Target::template run<1, 3>,
-           Target::template run<1, 4>, Target::template run<1, 5>, Target::template run<1, 6>,
-           Target::template run<1, 7>, Target::template run<1, 8>},
-          {Target::template run<kFilters, 1>, Target::template run<kFilters, 2>, Target::template run<kFilters, 3>,
-           Target::template run<kFilters, 4>}};
+  return {Target::kLanes, make_kernels<Target, false>(), make_kernels<Target, true>()};
 }
 
 // The widest one of this CPU, or the one that TORCH2TRT_ADDER_CPU_ISA names (for tests); null where it names none.
@@ -134,7 +183,7 @@ Isa const* select_isa() {
 #if defined(__x86_64__)
   static constexpr Isa avx2 = make_isa<Avx2>(), avx512 = make_isa<Avx512>();
   if (allowed("avx512") && __builtin_cpu_supports("avx512f")) return &avx512;
-  if (allowed("avx2") && __builtin_cpu_supports("avx2")) return &avx2;
+  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2;
 #endif
   static constexpr Isa baseline = make_isa<Baseline>();
   return allowed("baseline") ? &baseline : nullptr;
@@ -290,16 +339,48 @@ constexpr int64_t kTermsPerThread = 1 << 18;  // fewer are done before another t
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-class Fprop {
+// What is computed tile by tile: a forward pass, or one stride phase of an input gradient in the shape of one.
+struct Problem {
+  Adder2dParams p;
+  float const* w;  // [K][C / groups][R][S]
+  // The input gradient: x at the place of each output, and the whole of it with the phase, for what needs the rule itself.
+  float const* own = nullptr;
+  int64_t own_stride[4] = {};
+  Adder2dDgradParams const* dgrad = nullptr;
+  int64_t phase_h = 0, phase_w = 0;
+};
+
+// dx of one element term by term.
+float dgrad_by_rule(Adder2dDgradParams const& params, int64_t n, int64_t c, int64_t h, int64_t w) {
+  Adder2dParams const& p = params.layer;
+  int64_t const channels = p.C / p.groups, filters = p.K / p.groups, group = c / channels;
+  float const x = static_cast<float const*>(p.x)[n * p.x_stride[0] + c * p.x_stride[1] + h * p.x_stride[2] + w * p.x_stride[3]];
+  float sum = 0.f;
+  for (int64_t r = 0, top = h + p.pad_h; r < p.R && top >= 0; ++r, top -= p.dil_h)
+    for (int64_t s = 0, left = w + p.pad_w; s < p.S && left >= 0; ++s, left -= p.dil_w) {
+      int64_t const row = top / p.stride_h, column = left / p.stride_w;
+      if (top % p.stride_h != 0 || left % p.stride_w != 0 || row >= p.P || column >= p.Q) continue;
+      float const* const dy = static_cast<float const*>(p.y) + n * p.y_stride[0] + row * p.y_stride[2] + column * p.y_stride[3];
+      for (int64_t k = group * filters; k < (group + 1) * filters; ++k) {
+        float const d = static_cast<float const*>(p.w)[((k * channels + c % channels) * p.R + r) * p.S + s] - x;
+        sum += dy[k * p.y_stride[1]] * (d < -1.f ? -1.f : d > 1.f ? 1.f : d);
+      }
+    }
+  return sum;
+}
+
+class Pass {
  public:
-  Fprop(Adder2dParams const& p, Isa const& isa, int64_t threads)
-      : p_(p),
-        isa_(isa),
-        filters_(p.K / p.groups),
-        crs_(int64_t(p.C) / p.groups * p.R * p.S),
+  Pass(Problem const& problem, Isa const& isa, int64_t threads)
+      : problem_(problem),
+        p_(problem.p),
+        lanes_(isa.lanes),
+        kernels_(problem.dgrad == nullptr ? isa.fprop : isa.dgrad),
+        filters_(p_.K / p_.groups),
+        crs_(int64_t(p_.C) / p_.groups * p_.R * p_.S),
         tile_(choose_tile(threads)) {
-    offsets_ = tile_.tap_offsets(p);
-    workspace_floats_ = tile_.floats + slack() + kBlockK * kMaxVectors * isa_.lanes;
+    offsets_ = tile_.tap_offsets(p_);
+    workspace_floats_ = tile_.floats + slack() + 2 * kBlockK * kMaxVectors * lanes_;
     workspace_.reset(static_cast<float*>(malloc(threads_ * workspace_floats_ * sizeof(float))));
     if (workspace_ == nullptr) throw std::bad_alloc();
   }
@@ -311,17 +392,23 @@ class Fprop {
   }
 
  private:
+  // Pixels f to f_end of the tile at (p0, q0), less those beyond the end of a row, for the filters from k on. Their sums
+  // lie side by side, a filter's `stride` floats behind the one's before.
+  struct Block {
+    int64_t n, k, count, p0, q0, f, f_end, width, stride;
+  };
+
   // The largest tile that fits the buffer, made smaller, or its filters split, until every thread has a few of them.
   Tile choose_tile(int64_t threads) {
     int64_t const outputs = int64_t(p_.N) * p_.K * p_.P * p_.Q;
     threads = std::clamp<int64_t>(outputs / divide_up(kTermsPerThread, crs_), 1, threads);
     int64_t h = p_.P, w = p_.Q;
-    while (Tile(p_, h, w).floats > kTileFloats && h * w > isa_.lanes)
+    while (Tile(p_, h, w).floats > kTileFloats && h * w > lanes_)
       (h > 1 ? h : w) = divide_up(h > 1 ? h : w, 2);
     int64_t const wanted = threads > 1 ? 4 * threads : 1;
     auto const tiles = [&] { return int64_t(p_.N) * p_.groups * divide_up(p_.P, h) * divide_up(p_.Q, w); };
     int64_t const parts = std::min(divide_up(wanted, tiles()), divide_up(filters_, 2 * kBlockK));
-    while (tiles() * parts < wanted && h > 1 && h * w > 4 * isa_.lanes) h = divide_up(h, 2);
+    while (tiles() * parts < wanted && h > 1 && h * w > 4 * lanes_) h = divide_up(h, 2);
     h = divide_up(p_.P, divide_up(p_.P, h));  // of equal size
     w = divide_up(p_.Q, divide_up(p_.Q, w));
     part_ = divide_up(divide_up(filters_, parts), kFilters) * kFilters;
@@ -331,7 +418,7 @@ class Fprop {
     return Tile(p_, h, w);
   }
 
-  int64_t slack() const { return kMaxVectors * isa_.lanes; }  // floats that the last vectors may read behind the tile
+  int64_t slack() const { return kMaxVectors * lanes_; }  // floats that the last vectors may read behind the tile
 
   void run_tile(int64_t item, float* workspace) const {
     auto const take = [&item](int64_t count) { int64_t const i = item % count; item /= count; return i; };
@@ -343,98 +430,232 @@ class Fprop {
 
     float* const x_tile = workspace;
     float* const sums = workspace + tile_.floats + slack();
+    float* const own = sums + kBlockK * kMaxVectors * lanes_;
     float const* const x = static_cast<float const*>(p_.x) + n * p_.x_stride[0];
     tile_.fill(x_tile, p_, x + g * (p_.C / p_.groups) * p_.x_stride[1], p0, q0);
     std::fill_n(x_tile + tile_.floats, slack(), 0.f);
 
     int64_t const height = std::min(tile_.outputs_h, p_.P - p0), width = std::min(tile_.outputs_w, p_.Q - q0);
     int64_t const pixels = (height - 1) * tile_.pitch + width;
-    int64_t const all_vectors = divide_up(pixels, isa_.lanes);
-    int64_t const most_vectors = k_end - k_begin < kFilters ? kMaxVectors : isa_.vectors;
+    int64_t const all_vectors = divide_up(pixels, lanes_);
+    int64_t const most_vectors = k_end - k_begin < kFilters ? kMaxVectors : kernels_.vectors;
     int64_t const blocks = divide_up(all_vectors, most_vectors);
     for (int64_t block = 0; block < blocks; ++block) {
       int64_t const vector = all_vectors * block / blocks;
       int64_t const vectors = all_vectors * (block + 1) / blocks - vector;
-      int64_t const f = vector * isa_.lanes;
+      int64_t const f = vector * lanes_, stride = vectors * lanes_;
       for (int64_t k = k_begin; k < k_end; k += kBlockK) {
-        int64_t const count = std::min(kBlockK, k_end - k);
-        sum_block(x_tile + f, g * filters_ + k, count, vectors, sums);
-        store_block(sums, vectors * isa_.lanes, n, g * filters_ + k, count, p0, q0, f,
-                    std::min(f + vectors * isa_.lanes, pixels), width);
+        Block const at{n, g * filters_ + k, std::min(kBlockK, k_end - k), p0, q0, f, std::min(f + stride, pixels), width, stride};
+        if (problem_.dgrad != nullptr) load_own(at, own);
+        sum_block(x_tile + f, at, vectors, own, sums);
+        store_block(at, sums);
       }
     }
   }
 
-  // sums[count][vectors * lanes] for the filters from k on and the pixels from `x` on.
-  void sum_block(float const* x, int64_t k, int64_t count, int64_t vectors, float* sums) const {
-    int64_t const stride = vectors * isa_.lanes;
-    float const* const w = static_cast<float const*>(p_.w) + k * crs_;
-    std::fill_n(sums, count * stride, 0.f);
+  void sum_block(float const* x, Block const& at, int64_t vectors, float const* own, float* sums) const {
+    float const* const w = problem_.w + at.k * crs_;
+    std::fill_n(sums, at.count * at.stride, 0.f);
     for (int64_t t = 0; t < crs_; t += kTaps) {
-      KernelArgs args{x, offsets_.data() + t, w + t, crs_, std::min(kTaps, crs_ - t), sums, stride};
+      KernelArgs args{x, offsets_.data() + t, w + t, crs_, std::min(kTaps, crs_ - t), sums, own, at.stride};
       int64_t i = 0;
-      for (; i + kFilters <= count; i += kFilters) {
-        isa_.filters[vectors - 1](args);
-        args.w += kFilters * crs_;
-        args.sums += kFilters * stride;
-      }
-      for (; i < count; ++i) {
-        isa_.one_filter[vectors - 1](args);
-        args.w += crs_;
-        args.sums += stride;
-      }
+      auto const advance = [&](int64_t filters) {
+        i += filters;
+        args.w += filters * crs_;
+        args.sums += filters * at.stride;
+        args.own += filters * at.stride;
+      };
+      for (; i + kFilters <= at.count; advance(kFilters)) kernels_.filters[vectors - 1](args);
+      for (; i < at.count; advance(1)) kernels_.one_filter[vectors - 1](args);
     }
   }
 
-  // y = b - sums for the pixels f to f_end of the tile at (p0, q0), less those beyond the end of a row.
-  void store_block(float const* sums, int64_t stride, int64_t n, int64_t k, int64_t count, int64_t p0, int64_t q0,
-                   int64_t f, int64_t f_end, int64_t width) const {
-    float const* const b = p_.b == nullptr ? nullptr : static_cast<float const*>(p_.b) + k;
-    float* const y = static_cast<float*>(p_.y) + n * p_.y_stride[0] + k * p_.y_stride[1];
-    while (f < f_end) {
-      int64_t const row = f / tile_.pitch, q = f % tile_.pitch;
-      int64_t const pixels = std::min(tile_.pitch - q, f_end - f), kept = std::min(width - q, pixels);
-      float* const to = y + (p0 + row) * p_.y_stride[2] + (q0 + q) * p_.y_stride[3];
-      auto const store = [&](int64_t i, int64_t j) {
-        to[i * p_.y_stride[1] + j * p_.y_stride[3]] = (b == nullptr ? 0.f : b[i]) - sums[i * stride + j];
+  // Calls visit(element, its place among the sums, filter, p, q) for the block's elements of a tensor in the output's shape.
+  template <typename Element, typename Visit>
+  void visit_block(Block const& at, Element* tensor, int64_t const* stride, Visit const& visit) const {
+    tensor += at.n * stride[0] + at.k * stride[1];
+    for (int64_t f = at.f; f < at.f_end;) {
+      int64_t const p = at.p0 + f / tile_.pitch, column = f % tile_.pitch, q = at.q0 + column;
+      int64_t const pixels = std::min(tile_.pitch - column, at.f_end - f), kept = std::min(at.width - column, pixels);
+      Element* const row = tensor + p * stride[2] + q * stride[3];
+      int64_t const place = f - at.f;
+      auto const visit_one = [&](int64_t i, int64_t j) {
+        visit(row[i * stride[1] + j * stride[3]], i * at.stride + place + j, at.k + i, p, q + j);
       };
-      if (p_.y_stride[1] == 1) {  // channels_last
+      if (stride[1] == 1) {  // channels_last
         for (int64_t j = 0; j < kept; ++j)
-          for (int64_t i = 0; i < count; ++i) store(i, j);
+          for (int64_t i = 0; i < at.count; ++i) visit_one(i, j);
       } else {
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t j = 0; j < kept; ++j) store(i, j);
+        for (int64_t i = 0; i < at.count; ++i)
+          for (int64_t j = 0; j < kept; ++j) visit_one(i, j);
       }
       f += pixels;
-      sums += pixels;
     }
+  }
+
+  void load_own(Block const& at, float* own) const {
+    std::fill_n(own, at.count * at.stride, 0.f);
+    visit_block(at, problem_.own, problem_.own_stride,
+                [own](float const& x, int64_t place, int64_t, int64_t, int64_t) { own[place] = x; });
+  }
+
+  void store_block(Block const& at, float const* sums) const {
+    auto* const y = static_cast<float*>(p_.y);
+    if (problem_.dgrad == nullptr) {
+      auto const* const b = static_cast<float const*>(p_.b);
+      visit_block(at, y, p_.y_stride, [=](float& y, int64_t place, int64_t k, int64_t, int64_t) {
+        y = (b == nullptr ? 0.f : b[k]) - sums[place];
+      });
+    } else {
+      visit_block(at, y, p_.y_stride, [&](float& dx, int64_t place, int64_t c, int64_t i, int64_t j) {
+        dx = sums[place];
+        if (dx != dx && !inside(i, j)) {  // a NaN may have met the zeros around dy, which the rule does not know
+          Problem const& a = problem_;
+          dx = dgrad_by_rule(*a.dgrad, at.n, c, a.phase_h + i * a.dgrad->layer.stride_h, a.phase_w + j * a.dgrad->layer.stride_w);
+        }
+      });
+    }
+  }
+
+  // Whether all taps of output (p, q) lie in the input.
+  bool inside(int64_t p, int64_t q) const {
+    int64_t const h = p * p_.stride_h - p_.pad_h, w = q * p_.stride_w - p_.pad_w;
+    return h >= 0 && h + (p_.R - 1) * int64_t(p_.dil_h) < p_.H && w >= 0 && w + (p_.S - 1) * int64_t(p_.dil_w) < p_.W;
   }
 
   struct Free {
     void operator()(float* pointer) const { free(pointer); }
   };
 
+  Problem const& problem_;
   Adder2dParams const& p_;
-  Isa const& isa_;
+  int64_t lanes_;
+  Kernels const& kernels_;
   int64_t filters_, crs_;           // filters of a group, terms of a sum
   int64_t part_, parts_;            // filters of an item, items a tile
   int64_t items_, threads_;
   Tile tile_;
   std::vector<int64_t> offsets_;    // [C / groups][R][S]
-  int64_t workspace_floats_;        // of one thread: tile buffer, sums
+  int64_t workspace_floats_;        // of one thread: tile buffer, sums, x of an input gradient
   std::unique_ptr<float, Free> workspace_;
 };
 
 // A layer on 1x1 maps, as at the end of a network, would leave most lanes empty: its batch takes the place of a row.
-Adder2dParams batch_as_row(Adder2dParams p) {
+void take_batch_as_row(Problem& problem) {
+  Adder2dParams& p = problem.p;
   if (p.H == 1 && p.W == 1 && p.R == 1 && p.S == 1 && p.P == 1 && p.Q == 1 && p.pad_h == 0 && p.pad_w == 0) {
     std::swap(p.N, p.W);
     p.Q = p.W;
     p.stride_w = 1;
     std::swap(p.x_stride[0], p.x_stride[3]);
     std::swap(p.y_stride[0], p.y_stride[3]);
+    std::swap(problem.own_stride[0], problem.own_stride[3]);
   }
-  return p;
+}
+
+// One axis of an input gradient, written for the rows. Rows of x that are stride apart, a phase, are read by every step-th
+// tap, and through each of these by rows of dy side by side: i of the phase through tap first + m * step from
+// start + i - m * lag. Backwards, these taps are those of a layer of stride 1 and dilation lag that reads dy.
+struct Phase {
+  int64_t phase, size;   // first row, number of rows
+  int64_t first, step, taps;
+  int32_t lag, pad;      // of the layer that reads dy
+
+  // The phase that tap `first` reads, for first below min(taps, step).
+  Phase(int64_t first, int64_t rows, int64_t all_taps, int64_t stride, int64_t pad_before, int64_t dilation) : first(first) {
+    int64_t const common = std::gcd(stride, dilation);
+    step = stride / common;
+    lag = int32_t(dilation / common);
+    taps = divide_up(all_taps - first, step);
+    int64_t const position = first * dilation - pad_before;
+    phase = (position % stride + stride) % stride;
+    size = rows > phase ? divide_up(rows - phase, stride) : 0;
+    pad = int32_t((taps - 1) * lag - (phase - position) / stride);
+  }
+};
+
+class Dgrad {
+ public:
+  Dgrad(Adder2dDgradParams const& params, Isa const& isa, int64_t threads)
+      : params_(params), p_(params.layer), isa_(isa), threads_(threads) {}
+
+  void run() {
+    int32_t const phases_h = std::min(p_.R, p_.stride_h / std::gcd(p_.stride_h, p_.dil_h));
+    int32_t const phases_w = std::min(p_.S, p_.stride_w / std::gcd(p_.stride_w, p_.dil_w));
+    if (phases_h < p_.stride_h || phases_w < p_.stride_w) clear();  // no tap reads the other phases
+    for (int32_t r = 0; r < phases_h; ++r)
+      for (int32_t s = 0; s < phases_w; ++s)
+        run_phase(Phase(r, p_.H, p_.R, p_.stride_h, p_.pad_h, p_.dil_h), Phase(s, p_.W, p_.S, p_.stride_w, p_.pad_w, p_.dil_w));
+  }
+
+ private:
+  void clear() const {
+    int64_t const* const stride = params_.dx_stride;
+    for (int64_t n = 0; n < p_.N; ++n)
+      for (int64_t c = 0; c < p_.C; ++c)
+        for (int64_t h = 0; h < p_.H; ++h)
+          for (int64_t w = 0; w < p_.W; ++w)
+            static_cast<float*>(params_.dx)[n * stride[0] + c * stride[1] + h * stride[2] + w * stride[3]] = 0.f;
+  }
+
+  void run_phase(Phase const& h, Phase const& w) const {
+    if (h.size == 0 || w.size == 0) return;
+    std::vector<float> const weights = pack(h, w);
+    Problem problem{p_, weights.data()};
+    Adder2dParams& p = problem.p;
+    std::swap(p.C, p.K);
+    p.H = p_.P, p.W = p_.Q, p.P = int32_t(h.size), p.Q = int32_t(w.size), p.R = int32_t(h.taps), p.S = int32_t(w.taps);
+    p.stride_h = p.stride_w = 1;
+    p.dil_h = h.lag, p.dil_w = w.lag, p.pad_h = h.pad, p.pad_w = w.pad;
+    auto const strides = [&](int64_t const* from, int64_t* to) {
+      to[0] = from[0], to[1] = from[1], to[2] = from[2] * p_.stride_h, to[3] = from[3] * p_.stride_w;
+      return h.phase * from[2] + w.phase * from[3];
+    };
+    p.x = p_.y;
+    std::copy_n(p_.y_stride, 4, p.x_stride);
+    p.y = static_cast<float*>(params_.dx) + strides(params_.dx_stride, p.y_stride);
+    problem.own = static_cast<float const*>(p_.x) + strides(p_.x_stride, problem.own_stride);
+    problem.dgrad = &params_;
+    problem.phase_h = h.phase;
+    problem.phase_w = w.phase;
+    take_batch_as_row(problem);
+    Pass(problem, isa_, threads_).run();
+  }
+
+  // The weights of the phase's taps, last tap first: [C][K / groups][taps][taps].
+  std::vector<float> pack(Phase const& h, Phase const& w) const {
+    int64_t const channels = p_.C / p_.groups, filters = p_.K / p_.groups;
+    std::vector<float> packed(p_.C * filters * h.taps * w.taps);
+    int64_t const threads = std::clamp<int64_t>(packed.size() / kTermsPerThread, 1, threads_);
+    run_on_threads(p_.C, threads, [&](int64_t c, int64_t) {
+      float* to = packed.data() + c * filters * h.taps * w.taps;
+      for (int64_t k = c / channels * filters; k < (c / channels + 1) * filters; ++k) {
+        float const* const from = static_cast<float const*>(p_.w) + (k * channels + c % channels) * p_.R * p_.S;
+        for (int64_t r = h.taps - 1; r >= 0; --r)
+          for (int64_t s = w.taps - 1; s >= 0; --s) *to++ = from[(h.first + r * h.step) * p_.S + w.first + s * w.step];
+      }
+    });
+    return packed;
+  }
+
+  Adder2dDgradParams const& params_;
+  Adder2dParams const& p_;
+  Isa const& isa_;
+  int64_t threads_;
+};
+
+// Runs `compute` with the instruction set of this CPU.
+template <typename Compute>
+int32_t guarded(int64_t images, Compute const& compute) {
+  static Isa const* const isa = select_isa();
+  if (isa == nullptr) return 3;
+  if (images == 0) return 0;
+  try {
+    compute(*isa);
+    return 0;
+  } catch (std::exception const&) {
+    return 2;
+  }
 }
 
 }  // namespace
@@ -443,14 +664,16 @@ int32_t adder2d_fprop_cpu(Adder2dParams const* params, int32_t threads) {
   if (adder2d_check(params) != nullptr) return 1;
   for (int32_t const type : {params->x_type, params->w_type, params->y_type})
     if (type != ADDER2D_FLOAT32) return 1;
-  static Isa const* const isa = select_isa();
-  if (isa == nullptr) return 3;
-  if (params->N == 0) return 0;
-  try {
-    Adder2dParams const p = batch_as_row(*params);
-    Fprop(p, *isa, std::max(threads, 1)).run();
-    return 0;
-  } catch (std::exception const&) {
-    return 2;
-  }
+  return guarded(params->N, [&](Isa const& isa) {
+    Problem problem{*params, static_cast<float const*>(params->w)};
+    take_batch_as_row(problem);
+    Pass(problem, isa, std::max(threads, 1)).run();
+  });
+}
+
+int32_t adder2d_dgrad_cpu(Adder2dDgradParams const* params, int32_t threads) {
+  if (adder2d_dgrad_check(params) != nullptr) return 1;
+  for (int32_t const type : {params->layer.x_type, params->layer.w_type, params->layer.y_type, params->dx_type})
+    if (type != ADDER2D_FLOAT32) return 1;
+  return guarded(params->layer.N, [&](Isa const& isa) { Dgrad(*params, isa, std::max(threads, 1)).run(); });
 }

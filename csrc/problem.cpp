@@ -56,3 +56,13 @@ char const* adder2d_check(Adder2dParams const* p) {
     return sentence("one filter must be below 2^31 elements, got %dx%dx%d", p->C / p->groups, p->R, p->S);
   return nullptr;
 }
+
+size_t adder2d_dgrad_params_size(void) { return sizeof(Adder2dDgradParams); }
+
+char const* adder2d_dgrad_check(Adder2dDgradParams const* params) {
+  if (params == nullptr) return "params is null";
+  if (char const* const reason = adder2d_check(&params->layer)) return reason;
+  if (!is_type(params->dx_type)) return sentence("dx_type must be float32 (0), float16 (1) or bfloat16 (2), got %d", params->dx_type);
+  if (params->reserved != 0) return sentence("reserved must be 0, got %d", params->reserved);
+  return nullptr;
+}

@@ -24,10 +24,23 @@ class Adder2dParams(ctypes.Structure):
     ]
 
 
-# The same struct for `struct.pack`, which costs a fraction of filling a ctypes.Structure; in two pieces, because the
+class Adder2dDgradParams(ctypes.Structure):
+    """``Adder2dDgradParams`` of adder2d.h."""
+
+    _fields_ = [
+        ("layer", Adder2dParams),
+        ("dx_type", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("dx_stride", ctypes.c_int64 * 4),
+        ("dx", ctypes.c_void_p),
+    ]
+
+
+# The same structs for `struct.pack`, which costs a fraction of filling a ctypes.Structure; in two pieces, because the
 # first depends on shapes alone, so that a call has only the pointers to pack.
 PROBLEM = struct.Struct("@20i8q")
 POINTERS = struct.Struct("@5PN")
+DGRAD = struct.Struct("@2i4qP")  # Adder2dDgradParams behind its Adder2dParams
 
 
 def path() -> pathlib.Path:
@@ -58,6 +71,11 @@ def load() -> ctypes.CDLL:
             "adder2d_fprop_workspace": (ctypes.c_size_t, [ctypes.c_void_p]),
             "adder2d_fprop": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
             "adder2d_fprop_cpu": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32]),
+            "adder2d_dgrad_params_size": (ctypes.c_size_t, []),
+            "adder2d_dgrad_check": (ctypes.c_char_p, [ctypes.c_void_p]),
+            "adder2d_dgrad_workspace": (ctypes.c_size_t, [ctypes.c_void_p]),
+            "adder2d_dgrad": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
+            "adder2d_dgrad_cpu": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32]),
             "adder2d_error_string": (ctypes.c_char_p, [ctypes.c_int32]),
         }
         for name, (result, arguments) in prototypes.items():
@@ -65,10 +83,14 @@ def load() -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise RuntimeError(f"The library {file} cannot be used ({error}): {remedy}.") from error
-    theirs, ours = library.adder2d_params_size(), ctypes.sizeof(Adder2dParams)
-    if theirs != ours:
-        raise RuntimeError(
-            f"The library {file} was built from another version of adder2d.h "
-            f"(Adder2dParams has {theirs} bytes there, {ours} here): {remedy}."
-        )
+    sizes = {
+        "Adder2dParams": (library.adder2d_params_size(), ctypes.sizeof(Adder2dParams)),
+        "Adder2dDgradParams": (library.adder2d_dgrad_params_size(), ctypes.sizeof(Adder2dDgradParams)),
+    }
+    for name, (theirs, ours) in sizes.items():
+        if theirs != ours:
+            raise RuntimeError(
+                f"The library {file} was built from another version of adder2d.h "
+                f"({name} has {theirs} bytes there, {ours} here): {remedy}."
+            )
     return library

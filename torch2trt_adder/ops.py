@@ -364,8 +364,133 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+class _GradInputPlan(NamedTuple):
+    """What a launch needs beyond pointers."""
+
+    stride: tuple[int, int, int, int]  # of the input gradient
+    problem: bytes  # Adder2dParams up to the pointers
+    kind: int  # Adder2dType of the input gradient
+    workspace_bytes: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _grad_input_plan(
+    grad_size: tuple[int, ...],
+    grad_stride: tuple[int, ...],
+    grad_dtype: torch.dtype,
+    input_size: tuple[int, ...],
+    input_stride: tuple[int, ...],
+    channels_last: bool,
+    weight_size: tuple[int, ...],
+    dtype: torch.dtype,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    device: int,
+) -> _GradInputPlan:
+    """Checks the problem and packs it. `device` is the current CUDA device, or -1 for the CPU."""
+    size = _output_size(input_size, weight_size, None, stride, padding, dilation, groups)
+    if tuple(grad_size) != size:
+        raise ValueError(f"adder2d_grad_input: grad_output must be {list(size)}, got {list(grad_size)}.")
+    for extent in (*input_size, *weight_size, *size):
+        if extent >= 2**31:
+            raise ValueError(f"adder2d_grad_input: every axis must be below 2^31, got {extent}; split the call.")
+    _, C, H, W = input_size
+    output_stride = (C * H * W, 1, C * W, C) if channels_last else (C * H * W, H * W, W, 1)
+    kind = _KERNEL_TYPES[dtype]
+    problem = library.PROBLEM.pack(
+        *input_size, size[1], *weight_size[2:], *size[2:], *stride, *padding, *dilation, groups,
+        kind, kind, _KERNEL_TYPES[grad_dtype], 0, *input_stride, *grad_stride,
+    )  # fmt: skip
+    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0) + library.DGRAD.pack(kind, 0, *output_stride, 0)
+    loaded = library.load()
+    reason = loaded.adder2d_dgrad_check(params)
+    if reason:
+        raise ValueError(f"adder2d_grad_input: {reason.decode()}.")
+    workspace_bytes = loaded.adder2d_dgrad_workspace(params) if device >= 0 else 0
+    return _GradInputPlan(output_stride, problem, kind, workspace_bytes)
+
+
+def _grad_input_kernel(grad_output, input, weight, channels_last, stride, padding, dilation, groups, device):
+    """dx by adder2d_dgrad on the current CUDA device `device`, or by adder2d_dgrad_cpu where that is -1."""
+    plan = _grad_input_plan(
+        _size(grad_output), grad_output.stride(), grad_output.dtype, _size(input), input.stride(), channels_last,
+        _size(weight), input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, device,
+    )  # fmt: skip
+    grad_input = torch.empty_strided(_size(input), plan.stride, dtype=input.dtype, device=input.device)
+    if _size(input)[0] == 0:
+        return grad_input
+    weight = weight.contiguous()
+    workspace = None
+    if plan.workspace_bytes:
+        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=input.device)
+    params = (
+        plan.problem
+        + library.POINTERS.pack(
+            input.data_ptr(),
+            weight.data_ptr(),
+            0,
+            grad_output.data_ptr(),
+            0 if workspace is None else workspace.data_ptr(),
+            plan.workspace_bytes,
+        )
+        + library.DGRAD.pack(plan.kind, 0, *plan.stride, grad_input.data_ptr())
+    )
+    loaded = library.load()
+    if device < 0:
+        if loaded.adder2d_dgrad_cpu(params, torch.get_num_threads()):
+            raise RuntimeError(
+                "adder2d_grad_input: the CPU kernel refused to compute the gradient of an input "
+                f"{list(_size(input))}; please report this call's shapes."
+            )
+        return grad_input
+    error = loaded.adder2d_dgrad(params, torch._C._cuda_getCurrentRawStream(device))
+    if error:
+        raise RuntimeError(
+            f"adder2d_grad_input: the launch on cuda:{device} failed with error {error}, "
+            f"{loaded.adder2d_error_string(error).decode()}; if the GPU is newer or older than the build of "
+            f"{library.path()}, build that again on this machine."
+        )
+    return grad_input
+
+
+def _check_grad_input(grad_output: Tensor, input: Tensor, weight: Tensor) -> None:
+    _check_tensors(input, weight, None)
+    if grad_output.device != input.device:
+        raise RuntimeError(
+            f"adder2d_grad_input: grad_output is on {grad_output.device} and input on {input.device}; move one of them."
+        )
+
+
+def _grad_input_cuda(grad_output, input, weight, stride, padding, dilation, groups):
+    _check_grad_input(grad_output, input, weight)
+    device = input.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _grad_input_cuda(grad_output, input, weight, stride, padding, dilation, groups)
+    if input.dtype is torch.float64:
+        return _grad_input_torch(grad_output, input, weight, stride, padding, dilation, groups)
+    if grad_output.dtype not in _KERNEL_TYPES:
+        grad_output = grad_output.float()
+    return _grad_input_kernel(
+        grad_output, input, weight, _is_channels_last(input), stride, padding, dilation, groups, device
+    )
+
+
+def _grad_input_cpu(grad_output, input, weight, stride, padding, dilation, groups):
+    _check_grad_input(grad_output, input, weight)
+    if input.dtype is torch.float64:
+        return _grad_input_torch(grad_output, input, weight, stride, padding, dilation, groups)
+    channels_last = _is_channels_last(input)  # of what came in, not of its float32 copy
+    dx = _grad_input_kernel(
+        grad_output.float(), input.float(), weight.float(), channels_last, stride, padding, dilation, groups, -1
+    )
+    return dx.to(input.dtype)
+
+
 def _grad_input_torch(grad_output, input, weight, stride, padding, dilation, groups):
-    """dx = sum over k,r,s of dy * clamp(w - x, -1, 1): tap by tap and filter by filter, for some samples at a time."""
+    """dx in float64, which the kernels do not take: tap by tap and filter by filter, for some samples at a time."""
     (N, C, H, W), (K, _, R, S), (P, Q) = input.shape, weight.shape, grad_output.shape[2:]
     dtype = _sum_dtype(input.dtype)
     grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
@@ -451,7 +576,7 @@ def _cudnn_precision(tensor: Tensor, exact: bool) -> Iterator[None]:
 
 for _device in ("CPU", "CUDA"):
     _library.impl("adder2d", _adder2d_cpu if _device == "CPU" else _adder2d_cuda, _device)
-    _library.impl("adder2d_grad_input", _grad_input_torch, _device)
+    _library.impl("adder2d_grad_input", _grad_input_cpu if _device == "CPU" else _grad_input_cuda, _device)
     _library.impl("adder2d_grad_weight", _grad_weight_torch, _device)
 # Reached in inference mode only: elsewhere Autograd is there to turn it into adder2d.
 _library.impl("adder2d_eta", lambda *args: _adder2d(*args[:-1]), "CompositeExplicitAutograd")

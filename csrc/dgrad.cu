@@ -1,0 +1,99 @@
+// Entry points of the input gradient: validation, choice of kernel, batches beyond 2^31 pixels.
+#include "dgrad.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace adder2d {
+namespace {
+
+constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, and a tile may overhang the end
+constexpr size_t kMaxSplitBytes = 64 << 20;
+constexpr int32_t kMaxPhases = 1024;  // with more, tiles would be mostly empty
+
+DgradAxis make_axis(int32_t size, int32_t taps, int32_t outputs, int32_t stride, int32_t pad, int32_t dilation) {
+  int32_t const common = std::gcd(stride, dilation);
+  return {stride, pad, dilation, size, taps, outputs, std::min(stride, size), ceil_div(size, stride), stride / common,
+          dilation / common};
+}
+
+DgradArgs make_args(Adder2dDgradParams const& params) {
+  DgradArgs args{};
+  Adder2dParams const& p = args.p = params.layer;
+  args.dx = params.dx;
+  args.dx_type = params.dx_type;
+  std::copy_n(params.dx_stride, 4, args.dx_stride);
+  args.Cg = p.C / p.groups;
+  args.Kg = p.K / p.groups;
+  args.h = make_axis(p.H, p.R, p.P, p.stride_h, p.pad_h, p.dil_h);
+  args.w = make_axis(p.W, p.S, p.Q, p.stride_w, p.pad_w, p.dil_w);
+  int64_t const IJ = int64_t{args.h.positions} * args.w.positions, HW = int64_t{p.H} * p.W;
+  args.NIJ = static_cast<int32_t>(std::min(p.N * IJ, kMaxPixels));
+  args.small_map = HW <= kMaxPixels;
+  args.div_IJ = FastDiv(std::min(IJ, kMaxPixels));
+  args.div_J = FastDiv(args.w.positions);
+  args.div_W = FastDiv(p.W);
+  args.div_stride_h = FastDiv(p.stride_h);
+  args.div_stride_w = FastDiv(p.stride_w);
+  args.div_RS = FastDiv(int64_t{p.R} * p.S);
+  args.div_S = FastDiv(p.S);
+  args.div_step_h = FastDiv(args.h.step);
+  args.div_step_w = FastDiv(args.w.step);
+  int64_t const* const stride = args.dx_stride;
+  bool const aligned = reinterpret_cast<uintptr_t>(args.dx) % (4 * type_size(args.dx_type)) == 0 && stride[0] % 4 == 0;
+  args.pixel_vectors = aligned && p.stride_h == 1 && p.stride_w == 1 && stride[3] == 1 && stride[2] == p.W && HW % 4 == 0 &&
+                       stride[1] % 4 == 0;
+  args.channel_vectors = !args.pixel_vectors && aligned && stride[1] == 1 && args.Cg % 4 == 0 && stride[2] % 4 == 0 &&
+                         stride[3] % 4 == 0;
+  return args;
+}
+
+// Images of one launch: all of them, or as many as keep the number of pixels an int32.
+int32_t images_per_launch(Adder2dParams const& p) {
+  int64_t const IJ = int64_t{ceil_div(p.H, p.stride_h)} * ceil_div(p.W, p.stride_w);
+  return static_cast<int32_t>(std::clamp<int64_t>(kMaxPixels / IJ, 1, std::max(p.N, 1)));
+}
+
+// A tiled kernel needs enough channels a group to fill the short side of a tile.
+bool wants_direct(DgradArgs const& args) {
+  return args.Cg < 8 || int64_t{args.h.phases} * args.w.phases > kMaxPhases ||
+         int64_t{args.h.positions} * args.w.positions > kMaxPixels;
+}
+
+}  // namespace
+}  // namespace adder2d
+
+using namespace adder2d;
+
+size_t adder2d_dgrad_workspace(Adder2dDgradParams const* params) {
+  if (adder2d_dgrad_check(params) != nullptr || params->layer.N == 0) return 0;
+  Adder2dDgradParams part = *params;
+  part.layer.N = images_per_launch(part.layer);
+  DgradArgs const args = make_args(part);
+  return wants_direct(args) ? 0 : plan_dgrad_simt(args, kMaxSplitBytes).workspace_bytes;
+}
+
+int32_t adder2d_dgrad(Adder2dDgradParams const* params, void* stream_pointer) {
+  if (adder2d_dgrad_check(params) != nullptr) return cudaErrorInvalidValue;
+  cudaStream_t const stream = static_cast<cudaStream_t>(stream_pointer);
+  Adder2dParams const& whole = params->layer;
+  int32_t const step = images_per_launch(whole);
+  for (int64_t n = 0; n < whole.N; n += step) {
+    Adder2dDgradParams part = *params;
+    part.layer.N = static_cast<int32_t>(std::min<int64_t>(whole.N - n, step));
+    part.layer.x = static_cast<char const*>(whole.x) + n * whole.x_stride[0] * type_size(whole.x_type);
+    part.layer.y = static_cast<char*>(whole.y) + n * whole.y_stride[0] * type_size(whole.y_type);
+    part.dx = static_cast<char*>(params->dx) + n * params->dx_stride[0] * type_size(params->dx_type);
+    DgradArgs const args = make_args(part);
+    FpropPlan plan{};
+    bool direct = wants_direct(args);
+    if (!direct) {
+      plan = plan_dgrad_simt(args, kMaxSplitBytes);
+      if (plan.workspace_bytes > whole.workspace_bytes) plan = plan_dgrad_simt(args, 0);
+      direct = plan.workspace_bytes > whole.workspace_bytes;
+    }
+    cudaError_t const error = direct ? launch_dgrad_direct(args, stream) : launch_dgrad_simt(args, plan, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
