@@ -1,5 +1,7 @@
 """The command `torch2trt-adder`, run as users run it."""
 
+import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -22,14 +24,29 @@ def run(*arguments: str, folder: pathlib.Path | None = None) -> subprocess.Compl
     return subprocess.run(command, cwd=folder or root, env=environment, capture_output=True, text=True, timeout=600)
 
 
+VERBS = ("demo", "info", "convert", "export", "build", "check", "bench", "inspect", "triton")
+
+
 def test_help_names_the_verbs() -> None:
     for result in (run("--help"), run()):
         assert result.returncode == 0
-        assert all(text in result.stdout for text in ("demo", "info", "torch2trt(model, [x])", "exit codes"))
+        assert all(text in result.stdout for text in (*VERBS, "torch2trt(model, [x])", "exit codes"))
 
 
 @pytest.mark.parametrize(
-    "arguments", [["frobnicate"], ["demo", "--epochs", "0"], ["demo", "--epochs", "many"], ["info", "--no"]]
+    "arguments",
+    [
+        ["frobnicate"],
+        ["demo", "--epochs", "0"],
+        ["demo", "--epochs", "many"],
+        ["info", "--no"],
+        ["export", "model:make"],
+        ["export", "model:make", "x.onnx", "--shape", "1,3,8,8"],
+        ["export", "model:make", "x.onnx", "--dynamic", "batch=0"],
+        ["build", "x.onnx", "x.plan", "--range", "batch=1:8"],
+        ["convert", "model:make", "x.plan", "--dynamic", "batch=1:8:64"],
+        ["convert", "model:make", "x.plan", "--route", "other"],
+    ],
 )
 def test_wrong_usage(arguments: list[str]) -> None:
     result = run(*arguments)
@@ -79,3 +96,183 @@ def test_demo(tmp_path: pathlib.Path) -> None:
         assert re.search(r"^TensorRT +\d+\.\d% +[\d.]+ ms +[\d.]+ ms$", result.stdout, re.MULTILINE)
     else:
         assert "With an NVIDIA GPU and TensorRT, the demo would go on to convert" in result.stdout
+
+
+# ---- export, build, and what needs a GPU
+
+MODEL = """
+import torch
+from torch import nn
+from torch2trt_adder import Adder2d
+
+def adders():
+    torch.manual_seed(0)
+    return nn.Sequential(Adder2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), Adder2d(8, 4, 3))
+
+def plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+
+def wrong():
+    return 3
+
+def raises():
+    raise KeyError("weights")
+"""
+
+# tensorrt-rtx has the parser and builder of TensorRT 11, and works without a GPU.
+WITH_RTX = """
+import sys, tensorrt_rtx
+sys.modules["tensorrt"] = tensorrt_rtx
+from torch2trt_adder.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / "network.py").write_text(MODEL)
+    return tmp_path
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="needs onnx, onnxscript and onnxruntime")
+def test_export_as_json(folder: pathlib.Path) -> None:
+    torch.save(dict(network_from(folder).state_dict()), folder / "weights.pth")
+    arguments = ["export", "network:adders", "out/model.onnx", "--shape", "2x3x9x8", "--dynamic", "0=batch"]
+    result = run(*arguments, "--checkpoint", "weights.pth", "--json", folder=folder)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["passed"] and report["versions"]["torch"] == torch.__version__
+    assert report["result"] == {"file": "out/model.onnx", "adder_nodes": 2, "nodes": 4, "opset": 17, "checked": True}
+    assert "PASSED | torch2trt-adder export network:adders" in result.stderr
+    assert [path.name for path in (folder / "out").iterdir()] == ["model.onnx"]
+
+
+def network_from(folder: pathlib.Path) -> torch.nn.Module:
+    namespace: dict = {}
+    exec((folder / "network.py").read_text(), namespace)
+    return namespace["adders"]()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["export", "network", "x.onnx"], r"'network' is no model: name a function as package\.module:function"),
+        (
+            ["export", "nowhere:make", "x.onnx"],
+            r"the function nowhere:make cannot be found \(No module named 'nowhere'\)",
+        ),
+        (["export", "network:make", "x.onnx"], "the function network:make cannot be found"),
+        (["export", "network:wrong", "x.onnx"], r"network:wrong\(\) must return a torch\.nn\.Module, got int"),
+        (["export", "network:raises", "x.onnx"], r"network:raises\(\) raised KeyError: 'weights'"),
+        (["export", "network:adders", "x.onnx"], "input shapes are unknown: give one --shape for each input"),
+        (["export", "network:adders", "x.onnx", "--checkpoint", "no.pth"], r"the checkpoint no\.pth cannot be read"),
+        (["export", "no.pt2", "x.onnx"], r"no\.pt2 cannot be read \(No such file"),
+    ],
+)
+def test_failures_are_sentences(arguments: list[str], message: str, folder: pathlib.Path) -> None:
+    result = run(*arguments, folder=folder)
+    assert result.returncode == 1 and result.stdout.splitlines()[-1].startswith("FAILED | torch2trt-adder export")
+    assert re.search(f"^error: .*{message}", result.stderr, re.MULTILINE) and "Traceback" not in result.stderr
+    assert not (folder / "x.onnx").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_convert_without_a_gpu(folder: pathlib.Path) -> None:
+    result = run("convert", "network:adders", "x.plan", "--shape", "1x3x8x8", "--json", folder=folder)
+    report = json.loads(result.stdout)
+    assert result.returncode == 1 and not report["passed"]
+    assert re.search("finds no NVIDIA GPU here.*use a machine with a GPU", report["error"])
+
+
+def with_rtx(*arguments: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install tensorrt-rtx")
+    path = pathlib.Path(cli.__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))}
+    command = [sys.executable, "-c", WITH_RTX, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnx and onnxscript")
+def test_build_and_triton(folder: pathlib.Path) -> None:
+    """A plan on a CPU, and a model repository of it; without a GPU the plan is refused by name."""
+    export = ["export", "network:plain", "x.onnx", "--shape", "2x3x8x8", "--dynamic", "0=batch", "--no-check"]
+    assert with_rtx(*export, folder=folder).returncode == 0
+    result = with_rtx("build", "x.onnx", "x.plan", "--range", "batch=1:2:8", "--fp16", "--json", folder=folder)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["result"] == {"file": "x.plan", "bytes": (folder / "x.plan").stat().st_size}
+
+    result = with_rtx("triton", "repository", "x.plan", "--name", "digits", "--json", folder=folder)
+    assert result.returncode == 0, result.stderr
+    root = folder / "repository"
+    written = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    library = "libtorch2trt_adder.so"
+    assert written == {"digits/1/model.plan", "digits/config.pbtxt", library, "start.sh"}
+    assert (root / "digits/config.pbtxt").read_text() == 'name: "digits"\nplatform: "tensorrt_plan"\n'
+    command = f"tritonserver --model-repository {root} --backend-config=tensorrt,plugins={root / library}"
+    assert (root / "start.sh").read_text() == f"#!/bin/sh\nexec {command}\n" and os.access(root / "start.sh", os.X_OK)
+    assert json.loads(result.stdout)["result"]["command"] == command
+    assert (root / "digits/1/model.plan").read_bytes() == (folder / "x.plan").read_bytes()
+    result = with_rtx("triton", "other", "x.plan", "--embedded", folder=folder)
+    assert not (folder / "other" / library).exists()
+    assert "--backend-config=tensorrt,version-compatible=true" in (folder / "other/start.sh").read_text()
+
+    for arguments in (
+        ["triton", "no", "x.onnx"],
+        ["triton", "no", "none.plan"],
+        ["triton", "no", "x.plan", "--name", "a/b"],
+    ):
+        result = with_rtx(*arguments, folder=folder)
+        assert result.returncode == 1 and result.stderr.startswith("error: ") and not (folder / "no").exists()
+    if not torch.cuda.is_available():
+        for verb in (["bench"], ["inspect"], ["check", "network:plain"]):
+            result = with_rtx(*verb, "x.plan", folder=folder)
+            assert result.returncode == 1 and "x.plan needs an NVIDIA GPU" in result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("route", ["torch2trt", "onnx"])
+def test_every_verb_on_a_gpu(route: str, folder: pathlib.Path) -> None:
+    reason = cli.converter.missing(route)
+    if reason is not None:
+        pytest.skip(reason)
+
+    def result(*arguments: str) -> dict:
+        done = run(*arguments, "--json", folder=folder)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["result"]
+
+    convert = ["convert", "network:adders", "x.plan", "--shape", "4x3x9x8", "--dynamic", "0=1:4:8", "--route", route]
+    assert result(*convert)["route"] == route
+    checked = result("check", "network:adders", "x.plan", "--samples", "1000")
+    assert checked["relative_difference"] <= checked["allowed"] < 1e-2
+    assert checked["agree"] >= 0.999 * checked["predictions"] > 0
+    times = result("bench", "x.plan", "--shape", "8x3x9x8", "--cuda-graph")["milliseconds"]
+    assert 0 < times["min"] <= times["p50"] <= times["p90"] <= times["p99"] <= times["max"]
+    assert result("inspect", "x.plan")["adder_layers"] == 2
+    failed = run("check", "network:adders", "x.plan", "--rtol", "1e-12", "--json", folder=folder)
+    assert failed.returncode == 1 and json.loads(failed.stdout)["result"]["relative_difference"] > 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_files_on_a_gpu(folder: pathlib.Path) -> None:
+    """export and build in two steps, and convert from a .pt2 and from the .onnx file."""
+    if cli.converter.missing("onnx") is not None:
+        pytest.skip(cli.converter.missing("onnx"))
+    model, x = network_from(folder).eval(), torch.randn(2, 3, 9, 8)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, folder / "model.pt2")
+    for arguments in (
+        ["export", "network:adders", "x.onnx", "--shape", "2x3x9x8", "--dynamic", "0=batch", "--no-check"],
+        ["build", "x.onnx", "x.plan", "--range", "batch=1:4:8", "--timing-cache", "t.cache", "--workspace", "256"],
+        ["check", "network:adders", "x.plan"],
+        ["convert", "x.onnx", "y.plan", "--dynamic", "0=1:4:8"],
+        ["check", "network:adders", "y.plan"],
+        ["convert", "model.pt2", "z.plan", "--dynamic", "0=1:4:8"],
+        ["check", "network:adders", "z.plan"],
+        ["triton", "repository", "z.plan"],
+    ):
+        done = run(*arguments, folder=folder)
+        assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"

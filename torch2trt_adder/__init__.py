@@ -1,8 +1,9 @@
 """Adder layers (AdderNet) as a PyTorch operator and module and as a TensorRT plugin with its torch2trt converter.
 
-Importing this needs torch alone. Where torch2trt is installed, the import registers the converter with it.
+Importing this needs torch alone. Where torch2trt or torch_tensorrt is installed, the import registers a converter with it.
 """
 
+import importlib.util
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -44,3 +45,15 @@ def adder2d(
 
 
 adder2d.__doc__ = ops.adder2d.__doc__
+
+_torch_tensorrt_error: Exception | None = None
+if importlib.util.find_spec("torch_tensorrt"):
+    try:
+        from . import torch_tensorrt_converter  # noqa: F401
+    except Exception as error:  # a torch_tensorrt of another torch or TensorRT; all else works without it
+        _torch_tensorrt_error = error
+
+
+def torch_tensorrt_error() -> Exception | None:
+    """Why the converter for Torch-TensorRT could not be registered where torch_tensorrt is installed."""
+    return _torch_tensorrt_error

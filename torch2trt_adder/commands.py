@@ -1,0 +1,321 @@
+"""What the verbs of the command line do with models and engines. Each prints for people and returns the same as a dict."""
+
+import importlib
+import importlib.util
+import io
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import converter, engine, files, onnx_export
+from .engine import Engine, Range
+
+Shape = tuple[int, ...]
+
+# ---- models
+
+
+def load_model(source: str, checkpoint: pathlib.Path | None = None, half: bool = False) -> Any:
+    """A network in eval mode from ``package.module:function`` (called without arguments), or a program from a .pt2 file.
+
+    Raises:
+        RuntimeError: the function, file or checkpoint cannot be found, or gives no network.
+    """
+    if source.endswith(".pt2"):
+        if checkpoint is not None or half:
+            raise RuntimeError(
+                f"{source} has its parameters and types already; --checkpoint and --half are for functions."
+            )
+        try:
+            return torch.export.load(io.BytesIO(files.read(pathlib.Path(source))))
+        except OSError:
+            raise
+        except Exception as error:  # torch has no class of its own for a bad file
+            raise RuntimeError(f"{source} cannot be loaded: {error}") from error
+    module_name, _, function = source.partition(":")
+    if not module_name or not function:
+        raise RuntimeError(
+            f"{source!r} is no model: name a function as package.module:function, or a file that ends in .pt2 or .onnx."
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(f"the function {source} cannot be found ({error}).") from error
+    try:
+        model = make()
+    except Exception as error:  # the user's code
+        raise RuntimeError(f"{source}() raised {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise RuntimeError(f"{source}() must return a torch.nn.Module, got {type(model).__name__}.")
+    if checkpoint is not None:
+        try:
+            model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+        except OSError as error:
+            raise OSError(f"the checkpoint {checkpoint} cannot be read ({error.strerror}).") from error
+        except Exception as error:
+            raise RuntimeError(f"the checkpoint {checkpoint} does not fit {source}: {error}") from error
+    return model.eval().half() if half else model.eval()
+
+
+def random_inputs(shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], device: str, seed: int = 0) -> list[Tensor]:
+    """Normal draws, or 0 and 1 where the type is no floating one."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(shape, generator=generator)
+            if dtype.is_floating_point
+            else torch.randint(2, shape, generator=generator)
+        )
+        .to(dtype)
+        .to(device)
+        for shape, dtype in zip(shapes, dtypes)
+    ]
+
+
+def _example(model: Any, shapes: Sequence[Shape], half: bool) -> list[Tensor]:
+    if shapes:
+        return random_inputs(shapes, [torch.float16 if half else torch.float32] * len(shapes), "cpu")
+    if isinstance(model, torch.export.ExportedProgram) and model.example_inputs is not None:
+        return [leaf for leaf in model.example_inputs[0] if isinstance(leaf, Tensor)]
+    raise RuntimeError("the model's input shapes are unknown: give one --shape for each input, as --shape 1x3x224x224.")
+
+
+# ---- verbs
+
+
+def export(
+    source: str,
+    path: pathlib.Path,
+    shapes: Sequence[Shape],
+    dynamic: dict[int, str],
+    checkpoint: pathlib.Path | None,
+    half: bool,
+    opset: int | None,
+    check: bool,
+) -> dict[str, Any]:
+    model = load_model(source, checkpoint, half)
+    args = _example(model, shapes, half)
+    with engine.elapsed(f"Exporting {source}"):
+        onnx_export.export_onnx(model, args, path, dynamic or None, opset=opset, check=check)
+    import onnx
+
+    proto = onnx.load(path)
+    version = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    nodes = len(onnx_export.adder_nodes(proto.graph))
+    checked = "compared with PyTorch in ONNX Runtime" if check else "not checked"
+    print(f"{path}: {nodes} Adder2d nodes among {len(proto.graph.node)}, opset {version}, {checked}.")
+    return {"file": str(path), "adder_nodes": nodes, "nodes": len(proto.graph.node), "opset": version, "checked": check}
+
+
+def build(
+    source: pathlib.Path,
+    path: pathlib.Path,
+    ranges: dict[str, Range],
+    fp16: bool,
+    workspace: int | None,
+    timing_cache: pathlib.Path | None,
+    embed_plugin: bool,
+    verbose: bool,
+) -> dict[str, Any]:
+    engine.build_engine(
+        source,
+        path,
+        ranges,
+        fp16=fp16,
+        workspace=None if workspace is None else workspace << 20,
+        timing_cache=timing_cache,
+        embed_plugin=embed_plugin,
+        verbose=verbose,
+    )
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB.")
+    return {"file": str(path), "bytes": path.stat().st_size}
+
+
+def convert(
+    source: str,
+    path: pathlib.Path,
+    shapes: Sequence[Shape],
+    dynamic: dict[int, Range],
+    checkpoint: pathlib.Path | None,
+    half: bool,
+    fp16: bool,
+    route: str,
+) -> dict[str, Any]:
+    files.check_writable(path)
+    reason = converter.missing(route)
+    if reason is not None:
+        raise RuntimeError(reason)
+    if source.endswith((".pt2", ".onnx")):
+        if route == "torch2trt":
+            raise RuntimeError(f"torch2trt traces Python code, which {source} is not; leave --route out.")
+        return _convert_file(source, path, shapes, dynamic, fp16)
+    model = load_model(source, checkpoint, half).cuda()
+    args = [tensor.cuda() for tensor in _example(model, shapes, half)]
+    options: dict[str, Any] = {}
+    if dynamic:
+        for i, key in enumerate(("min_shapes", "opt_shapes", "max_shapes")):
+            options[key] = [
+                tuple(dynamic[axis][i] if axis in dynamic else extent for axis, extent in enumerate(tensor.shape))
+                for tensor in args
+            ]
+    with engine.elapsed(f"Converting {source}"):
+        model_trt = converter.convert(model, args, route, fp16_mode=fp16, **options)
+    runner = model_trt.engine if isinstance(model_trt.engine, Engine) else model_trt  # nested outputs are wrapped
+    files.write(path, bytes(runner.engine.serialize()))
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, through {model_trt.route}, compared with PyTorch.")
+    return {"file": str(path), "route": model_trt.route, "bytes": path.stat().st_size}
+
+
+def _convert_file(
+    source: str, path: pathlib.Path, shapes: Sequence[Shape], dynamic: dict[int, Range], fp16: bool
+) -> dict[str, Any]:
+    """An exported program or an ONNX file: built, and compared with PyTorch or ONNX Runtime where that is installed."""
+    with tempfile.TemporaryDirectory(prefix="torch2trt_adder") as folder:
+        exported, program = pathlib.Path(source), None
+        if source.endswith(".pt2"):
+            program = load_model(source)
+            example = _example(program, shapes, half=False)
+            exported = onnx_export.export_onnx(program, example, pathlib.Path(folder) / "program.onnx", check=False)
+        axes = engine._axes(engine._load_onnx(exported))
+        ranges = {f"{name}:{axis}": dynamic[axis] for name, axis, _ in axes if axis in dynamic}
+        engine.build_engine(exported, path, ranges, fp16=fp16)
+    result = {"file": str(path), "route": "onnx", "bytes": path.stat().st_size}
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, through ONNX.")
+    if program is None and importlib.util.find_spec("onnxruntime") is None:
+        print("Not compared: onnxruntime is not installed.")
+        return result
+    return {**result, **check(source, path, shapes, 1, None, None, False, fp16, False)}
+
+
+def _load(
+    plan: pathlib.Path, shapes: Sequence[Shape], host_code: bool
+) -> tuple[Engine, list[Shape], list[torch.dtype]]:
+    """The engine, and what to feed it: the shapes given, or those that it was tuned for."""
+    runner = Engine(plan, host_code=host_code)
+    usual = [runner._profile[name][1] for name in runner.input_names]
+    if shapes and len(shapes) != len(usual):
+        raise RuntimeError(
+            f"{plan} has {len(usual)} inputs ({', '.join(runner.input_names)}), got {len(shapes)} shapes."
+        )
+    return runner, list(shapes or usual), [runner._dtypes[name] for name in runner.input_names]
+
+
+def check(
+    source: str,
+    plan: pathlib.Path,
+    shapes: Sequence[Shape],
+    samples: int,
+    rtol: float | None,
+    checkpoint: pathlib.Path | None,
+    half: bool,
+    fp16: bool,
+    host_code: bool,
+) -> dict[str, Any]:
+    """PyTorch (or, for an ONNX file, ONNX Runtime) against the engine, on random inputs."""
+    runner, shapes, dtypes = _load(plan, shapes, host_code)
+    reference: Callable[[list[Tensor]], list[Tensor]]
+    bound: Callable[[list[Tensor]], list[float]] | None = None
+    if source.endswith(".onnx"):
+        session = onnx_export.onnxruntime_session(source)
+        reference = lambda inputs: onnx_export.run_onnxruntime(session, inputs)  # noqa: E731
+        rtol = (5e-2 if fp16 else 1e-3) if rtol is None else rtol
+    else:
+        model = load_model(source, checkpoint, half)
+        model = (model.module() if isinstance(model, torch.export.ExportedProgram) else model).cuda()
+        reference = lambda inputs: converter._tensors(model(*inputs))  # noqa: E731
+        if rtol is None:
+            bound = lambda inputs: [  # noqa: E731
+                t.item() for t in converter._tensors(converter.rounding_bounds(model, inputs, fp16))
+            ]
+    worst, allowed, same, total, infinite = 0.0, 0.0, 0, 0, 0
+    batch = max(1, shapes[0][0])
+    with torch.no_grad(), engine.elapsed(f"Comparing on {samples} inputs"):
+        for step in range(-(-samples // batch)):
+            inputs = random_inputs(shapes, dtypes, "cuda", seed=step)
+            outputs = runner(*inputs)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            expected = reference(inputs)
+            if len(expected) != len(outputs):
+                raise RuntimeError(f"{source} has {len(expected)} outputs, {plan} {len(outputs)}.")
+            limits = bound(inputs) if bound is not None else None
+            for i, (y, y0) in enumerate(zip(outputs, expected)):
+                if y.shape != y0.shape:
+                    raise RuntimeError(f"output {i} is {list(y0.shape)} in {source} and {list(y.shape)} in {plan}.")
+                y, y0 = y.double().cpu(), y0.double().cpu()
+                finite = y0.isfinite()
+                infinite += int((finite & ~y.isfinite()).sum())
+                largest = y0[finite].abs().max().item() if finite.any() else 0.0
+                difference = (y - y0)[finite].abs().nan_to_num(0).max().item() if finite.any() else 0.0
+                worst = max(worst, difference / max(largest, 1e-30))
+                if limits is not None:
+                    allowed = max(allowed, limits[i] / max(largest, 1e-30))
+                if i == 0 and y.dim() > 1 and y.shape[1] > 1:
+                    same += int((y.argmax(1) == y0.argmax(1)).sum())
+                    total += y.argmax(1).numel()
+    allowed = allowed if rtol is None else rtol
+    print(f"Largest difference, relative to the largest value: {worst:.2e}, allowed {allowed:.2e}.")
+    if total:
+        print(f"Predictions agree on {same} of {total}.")
+    result = {"relative_difference": worst, "allowed": allowed, "agree": same, "predictions": total}
+    if infinite or not worst <= allowed:
+        lost = f"; {infinite} values are infinite or NaN in the engine alone" if infinite else ""
+        raise Failed(f"{plan} differs from {source} by {worst:.2e}, more than {allowed:.2e}{lost}.", result)
+    return result
+
+
+class Failed(RuntimeError):
+    """A failure that has a result all the same."""
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def bench(plan: pathlib.Path, shapes: Sequence[Shape], runs: int, cuda_graph: bool, host_code: bool) -> dict[str, Any]:
+    runner, shapes, dtypes = _load(plan, shapes, host_code)
+    runner.cuda_graph = cuda_graph
+    inputs = random_inputs(shapes, dtypes, "cuda")
+    with engine.elapsed(f"Timing {plan.name}"):
+        times = engine.latencies(runner, inputs, runs)
+    percentiles = {f"p{p}": times[min(len(times) - 1, round(p / 100 * (len(times) - 1)))] for p in (50, 90, 95, 99)}
+    batch = shapes[0][0] if shapes and shapes[0] else 1
+    result = {
+        "shapes": dict(zip(runner.input_names, map(list, shapes))),
+        "runs": runs,
+        "cuda_graph": cuda_graph,
+        "milliseconds": {"min": times[0], "mean": statistics.fmean(times), **percentiles, "max": times[-1]},
+        "per_second": batch * 1000 / percentiles["p50"],
+    }
+    print("Inputs: " + ", ".join(f"{name} {list(shape)}" for name, shape in zip(runner.input_names, shapes)) + ".")
+    print("Latency in ms: " + ", ".join(f"{name} {value:.3f}" for name, value in result["milliseconds"].items()) + ".")
+    print(f"Throughput: {result['per_second']:.0f} samples per second, at the median latency.")
+    return result
+
+
+def inspect(plan: pathlib.Path, shapes: Sequence[Shape], host_code: bool) -> dict[str, Any]:
+    runner, shapes, dtypes = _load(plan, shapes, host_code)
+    found = engine.layers(runner)
+    times = engine.profile(runner, random_inputs(shapes, dtypes, "cuda"))
+    total = sum(times.values())
+    for layer in found:
+        layer["milliseconds"] = times.get(layer["name"])
+    print(f"{runner.extra_repr()}")
+    print(f"{'ms':>9} {'%':>5}  {'':5} layer, precision of its outputs")
+    for layer in found:
+        time = layer["milliseconds"]
+        share = f"{time:9.4f} {100 * time / total:5.1f}" if time is not None and total else f"{'':15}"
+        precision = f", {layer['precision']}" if layer["precision"] else ""
+        print(f"{share}  {'adder' if layer['adder'] else '':5} {layer['name']}{precision}")
+    adders = [layer for layer in found if layer["adder"]]
+    spent = sum(layer["milliseconds"] or 0 for layer in adders)
+    print(f"{len(adders)} adder layers of {len(found)}: {spent:.4f} of {total:.4f} ms.")
+    return {"layers": found, "adder_layers": len(adders), "milliseconds": total, "adder_milliseconds": spent}

@@ -1,0 +1,42 @@
+"""Adder layers in Torch-TensorRT's dynamo frontend. Importing this file needs torch_tensorrt and registers the converter.
+
+    import torch2trt_adder, torch_tensorrt
+    model_trt = torch_tensorrt.compile(model, ir="dynamo", inputs=[x], min_block_size=1)
+
+Torch-TensorRT leaves blocks below ``min_block_size`` operators (5 by default) to PyTorch without a word. Engines that it
+has saved load after ``import torch2trt_adder``, which registers the plugin.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch_tensorrt.dynamo.conversion import dynamo_tensorrt_converter
+from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
+
+from . import plugin
+
+
+@dynamo_tensorrt_converter(torch.ops.torch2trt_adder.adder2d.default, supports_dynamic_shapes=True)
+def convert_adder2d(ctx: Any, target: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Any:
+    """One plugin layer for one call; weight and bias are parameters, constants or results of other layers."""
+    input, weight, bias, stride, padding, dilation, groups = args
+    trt = plugin._tensorrt(None)
+    input = get_trt_tensor(ctx, input, f"{name}_input")
+    half = input.dtype == trt.DataType.HALF  # the operator's output has the type of its input
+    layer = plugin.add_adder2d(
+        ctx.net,
+        input,
+        weight,
+        bias,
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        trt.DataType.HALF if half else trt.DataType.FLOAT,
+        name,
+    )
+    return layer.get_output(0)
+
+
+plugin.register()
