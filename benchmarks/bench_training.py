@@ -3,15 +3,15 @@
     python3 benchmarks/bench_training.py --json training.json       # on the GPU, and the CPU row
     python3 benchmarks/bench_training.py --cpu                      # the CPU row alone
 
-Layers: forward and backward to input and weight of one layer with a cold second-level cache, between CUDA events; dgrad
-is the gradient of the input alone, in 10^12 accumulated terms a second (T/s) and as a fraction of what ceiling.cu
-reaches in the same run. Steps: forward, loss, backward and SGD with momentum; the first time is the median from one step
-to the next, host time included, the second the GPU's alone for a step that the host has enqueued beforehand, and the
-memory is the most allocated during a step, weights and optimizer included. conv is the same network with convolutions,
-in float32 without TF32 and in float16 under autocast; published is the rule of AdderNet's code: unfolded columns and
-broadcasts, in torch. Gradients are compared with the definition in float64, by the rule of tests/conftest.py, before a
-layer is timed, and those of a network with the published rule's. The exit code is 1 if a result was wrong or a call
-failed.
+Layers: forward and backward to input and weight of one layer with a cold second-level cache, between CUDA events;
+dgrad is the gradient of the input alone, in 10^12 accumulated terms a second (T/s) and as a fraction of what
+ceiling.cu reaches in the same run. Steps: forward, loss, backward and SGD with momentum; the first time is the median
+from one step to the next, host time included, the second the GPU's alone for a step that the host has enqueued
+beforehand, and the memory is the most allocated during a step, weights and optimizer included. conv is the same
+network with convolutions, in float32 without TF32 and in float16 under autocast; published is the rule of AdderNet's
+code: unfolded columns and broadcasts, in torch. Gradients are compared with the definition in float64, by the rule of
+tests/conftest.py, before a layer is timed, and those of a network with the published rule's. The exit code is 1 if a
+result was wrong or a call failed.
 """
 
 import argparse
