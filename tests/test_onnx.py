@@ -13,10 +13,11 @@ from torch import Tensor, nn
 onnx = pytest.importorskip("onnx", reason="needs onnx: pip install onnx onnxscript onnxruntime")
 pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
 
-import torch2trt_adder
 from conftest import CASES, Case, assert_forward
 from test_converter import adder2d as PublishedStyle
 from test_converter import calibrated
+
+import torch2trt_adder
 from torch2trt_adder import Adder2d, onnx_export
 from torch2trt_adder.models import addernet_mnist, resnet20
 from torch2trt_adder.onnx_export import adder_nodes, export_onnx, onnxruntime_session, run_onnxruntime
@@ -259,7 +260,7 @@ def test_exported_program(tmp_path: pathlib.Path) -> None:
     assert len(adder_nodes(proto.graph)) == 1
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     with pytest.raises(ValueError, match="an exported program has its dynamic axes already"):
-        export_onnx(program, x, tmp_path / "model.onnx", {0: "batch"})
+        export_onnx(program, x, tmp_path / "model.onnx", {0: "batch"}, check=CHECK)
 
 
 def test_opset(tmp_path: pathlib.Path) -> None:
@@ -279,7 +280,7 @@ def test_network_that_opset_17_cannot_express(tmp_path: pathlib.Path) -> None:
     proto = onnx.load(export_onnx(model, x, tmp_path / "model.onnx", check=CHECK))
     assert {(e.domain, e.version) for e in proto.opset_import} == {("", 18), ("torch2trt_adder", 1)}
     with pytest.raises(RuntimeError, match="cannot be written in opset 17 .*leave opset out, which gives 18"):
-        export_onnx(model, x, tmp_path / "other.onnx", opset=17)
+        export_onnx(model, x, tmp_path / "other.onnx", opset=17, check=CHECK)
     assert not (tmp_path / "other.onnx").exists()
 
 
@@ -309,13 +310,13 @@ def test_plain_torch_onnx_export_of_addernet_mnist(how: dict, dtype: torch.dtype
 
 def test_training_mode(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"the model is in training mode.*model\.eval\(\)"):
-        export_onnx(small().train(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx")
+        export_onnx(small().train(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx", check=CHECK)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtype(dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
     with pytest.raises(TypeError, match=r"cannot be exported.*\.float\(\) or \.half\(\)"):
-        export_onnx(small().to(dtype), torch.randn(1, 4, 8, 8, dtype=dtype), tmp_path / "model.onnx")
+        export_onnx(small().to(dtype), torch.randn(1, 4, 8, 8, dtype=dtype), tmp_path / "model.onnx", check=CHECK)
     assert not list(tmp_path.iterdir())
 
 
@@ -325,7 +326,7 @@ def test_network_that_torch_cannot_export(tmp_path: pathlib.Path) -> None:
             return torch.linalg.lu_factor(x)[0]
 
     with pytest.raises(RuntimeError, match="torch's exporter cannot express the network: .*lu_factor"):
-        export_onnx(Unknown().eval(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx")
+        export_onnx(Unknown().eval(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx", check=CHECK)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +339,7 @@ def test_network_that_torch_cannot_export(tmp_path: pathlib.Path) -> None:
 )
 def test_dynamic_that_does_not_fit(dynamic: Any, message: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=message):
-        export_onnx(small(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx", dynamic)
+        export_onnx(small(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx", dynamic, check=CHECK)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])

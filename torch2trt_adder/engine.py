@@ -233,9 +233,12 @@ def _set_precision(trt: ModuleType, network: Any, config: Any, proto: Any, fp16:
     if fp16 or in_half:
         # A file in float16 needs it, too: without, a plugin is offered no float16 input or output.
         config.set_flag(trt.BuilderFlag.FP16)
-    names = {node.name for node in adder_nodes(proto.graph)}
+    names = [node.name for node in adder_nodes(proto.graph)]
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    adders = [layer for layer in layers if "PLUGIN" in layer.type.name and (layer.name in names or not names)]
+    plugins = [layer for layer in layers if "PLUGIN" in layer.type.name]
+    adders = [layer for layer in plugins if layer.name in names]
+    if len(adders) != len(names):  # nodes without names of their own: hold the outputs of all plugins
+        adders = plugins
     if fp16 and hold_float32(network, adders, trt=trt):
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
 
@@ -539,7 +542,8 @@ def _deserialize(trt: ModuleType, plan: bytes, source: str, host_code: bool) -> 
         plugin.register(trt)
     torch.cuda.init()
     runtime = trt.Runtime(log)
-    runtime.engine_host_code_allowed = host_code
+    if host_code:
+        runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise RuntimeError(
@@ -789,12 +793,15 @@ def layers(engine: Engine) -> list[dict[str, Any]]:
     for layer in json.loads(text)["Layers"]:
         if isinstance(layer, str):
             layer = {"Name": layer}
+        name, kind = layer["Name"], layer.get("LayerType", "")
         outputs = [output.get("Format/Datatype", "") for output in layer.get("Outputs", [])]
+        ours = layer.get("PluginType") == OP_TYPE or re.search(r":adder2d_\d+$", name) is not None
         found.append(
             {
-                "name": layer["Name"],
-                "type": layer.get("LayerType", ""),
-                "adder": layer.get("PluginType", "") == OP_TYPE or bool(re.search(r"(^|:)adder2d_\d+$", layer["Name"])),
+                "name": name,
+                "type": kind,
+                # Layers that convert an adder layer's input end with its name, too.
+                "adder": ours and ("plugin" in kind.lower() if kind else not name.startswith("Reformat")),
                 "precision": ", ".join(dict.fromkeys(outputs)),
             }
         )
