@@ -39,12 +39,16 @@ DgradArgs make_args(Adder2dDgradParams const& params) {
   args.div_S = FastDiv(p.S);
   args.div_step_h = FastDiv(args.h.step);
   args.div_step_w = FastDiv(args.w.step);
+  auto const multiples = [](int64_t const* stride, int64_t of) {  // along all axes but the channels
+    return stride[0] % of == 0 && stride[2] % of == 0 && stride[3] % of == 0;
+  };
+  args.filter_vectors = p.y_type != ADDER2D_FLOAT32 && p.y_stride[1] == 1 && multiples(p.y_stride, 8) && args.Kg % 8 == 0 &&
+                        reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
   int64_t const* const stride = args.dx_stride;
-  bool const aligned = reinterpret_cast<uintptr_t>(args.dx) % (4 * type_size(args.dx_type)) == 0 && stride[0] % 4 == 0;
+  bool const aligned = reinterpret_cast<uintptr_t>(args.dx) % (4 * type_size(args.dx_type)) == 0;
   args.pixel_vectors = aligned && p.stride_h == 1 && p.stride_w == 1 && stride[3] == 1 && stride[2] == p.W && HW % 4 == 0 &&
-                       stride[1] % 4 == 0;
-  args.channel_vectors = !args.pixel_vectors && aligned && stride[1] == 1 && args.Cg % 4 == 0 && stride[2] % 4 == 0 &&
-                         stride[3] % 4 == 0;
+                       stride[0] % 4 == 0 && stride[1] % 4 == 0;
+  args.channel_vectors = aligned && !args.pixel_vectors && stride[1] == 1 && args.Cg % 4 == 0 && multiples(stride, 4);
   return args;
 }
 

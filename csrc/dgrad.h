@@ -32,6 +32,7 @@ struct DgradArgs {
   int32_t NIJ;             // pixels of one phase in the whole batch; meaningless to the direct kernel
   bool small_map;          // H * W is an int32, and div_W works
   FastDiv div_IJ, div_J, div_W, div_stride_h, div_stride_w, div_RS, div_S, div_step_h, div_step_w;
+  bool filter_vectors;     // dy is float16 or bfloat16, and eight filters from a multiple of 8 on are 16 aligned bytes of it
   // Four elements of dx from a multiple of 4 on that may be stored at once: pixels side by side, or channels.
   bool pixel_vectors, channel_vectors;
 };

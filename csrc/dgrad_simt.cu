@@ -48,6 +48,7 @@ struct Tile {
 
   static_assert(kThreads == 128, "the fill loops are laid out for 128 threads");
   static_assert(kTileC % (kLanesC * kThreadC) == 0 && kTileHW % (kLanesHW * kThreadHW) == 0, "warps must tile the block");
+  static_assert(kTileK % 8 == 0, "the fills take filters eight at a time");
   static_assert(kTileK % kUnroll == 0 && kUnroll % 2 == 0, "fragments alternate between two buffers");
   static_assert(kTileK % kRows == 0, "threads must divide the sums of dy evenly");
   static_assert(kRows * kTileHW <= kStageFloats, "sums of dy meet in a stage");
@@ -65,6 +66,11 @@ struct Smem {
   alignas(16) float stage[T::kStages][T::kStageFloats];
   alignas(16) Window window[T::kTileHW];
 };
+
+// float16 or bfloat16 bits.
+__device__ __forceinline__ float half_as_float(uint16_t bits, int32_t type) {
+  return type == ADDER2D_FLOAT16 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(uint32_t{bits} << 16);
+}
 
 // ---- place of a tile
 
@@ -157,20 +163,23 @@ __device__ __forceinline__ uint32_t non_finite(float4 const& v) {
 // ---- packed weights
 
 // w / 2 as [groups][phases][slices of filters][taps of the phase][kTileK][pitch], which is the order in which a tile reads
-// them, with zeros where there is no filter or channel; then, as [groups][tiles of channels][slices of filters], NaN where a
-// slice has a NaN for the tile, else 0.
+// them, with zeros where there is no filter or channel; then, as [groups][tiles of channels][blocks], NaN where one of the
+// blocks that packed for a tile has met a NaN, else 0.
 struct Packed {
+  static constexpr int kThreads = 256, kBlockK = 8;  // filters of a block
+
   float* weights;
   float* marks;
-  int32_t slices;  // of filters
-  int32_t pitch;
+  int32_t slices, pitch;  // slices of filters
+  int32_t blocks;         // of filters
 
   __host__ __device__ Packed(DgradArgs const& a, FpropPlan const& plan, int32_t tile_c, int32_t tile_k)
-      : weights(static_cast<float*>(a.p.workspace)), slices(ceil_div(a.Kg, tile_k)), pitch(plan.tiles_k * tile_c) {
+      : weights(static_cast<float*>(a.p.workspace)), slices(ceil_div(a.Kg, tile_k)), pitch(plan.tiles_k * tile_c),
+        blocks(slices * (tile_k / kBlockK)) {
     marks = weights + int64_t{a.p.groups} * slices * a.p.R * a.p.S * tile_k * pitch;
   }
   size_t bytes(DgradArgs const& a, FpropPlan const& plan) const {
-    int64_t const floats = marks - weights + int64_t{a.p.groups} * plan.tiles_k * slices;
+    int64_t const floats = marks - weights + int64_t{a.p.groups} * plan.tiles_k * blocks;
     return ceil_div<size_t>(floats * sizeof(float), 16) * 16;
   }
   // Slices of the whole reduction before those of the phase with these first taps, of height `taps_h`.
@@ -179,32 +188,30 @@ struct Packed {
   }
 };
 
-constexpr int kPackThreads = 256;
-
-// A block packs one slice of filters for one tile of channels.
+// A block packs kBlockK filters for one tile of channels.
 template <class T>
-__global__ void __launch_bounds__(kPackThreads)
+__global__ void __launch_bounds__(Packed::kThreads)
     adder2d_dgrad_pack_kernel(__grid_constant__ DgradArgs const a, __grid_constant__ FpropPlan const plan) {
   launch_dependents();
   Packed const packed(a, plan, T::kTileC, T::kTileK);
-  int32_t const slice = blockIdx.x % packed.slices, rest = blockIdx.x / packed.slices;
+  int32_t const first_k = blockIdx.x % packed.blocks * Packed::kBlockK, rest = blockIdx.x / packed.blocks;
   int32_t const tile_c = rest % plan.tiles_k, group = rest / plan.tiles_k, RS = a.p.R * a.p.S;
   int32_t const c = tile_c * T::kTileC + threadIdx.x % T::kTileC;
   bool nan = false;
   // Turns take one tap after the other of the same filters, whose weights lie side by side.
 #pragma unroll 4
-  for (int32_t turn = threadIdx.x / T::kTileC; turn < T::kTileK * RS; turn += kPackThreads / T::kTileC) {
+  for (int32_t turn = threadIdx.x / T::kTileC; turn < Packed::kBlockK * RS; turn += Packed::kThreads / T::kTileC) {
     int32_t rs, s, first_h, first_w;
-    int32_t const row = a.div_RS.divmod(turn, &rs), k = slice * T::kTileK + row, r = a.div_S.divmod(rs, &s);
+    int32_t const k = first_k + a.div_RS.divmod(turn, &rs), r = a.div_S.divmod(rs, &s);
     int32_t const tap_h = a.div_step_h.divmod(r, &first_h), tap_w = a.div_step_w.divmod(s, &first_w);
     int32_t const taps_h = taps_of(a.h, first_h), taps_w = taps_of(a.w, first_w);
     bool const present = k < a.Kg && c < a.Cg;
     int64_t const index = ((int64_t{group} * a.Kg + k) * a.Cg + c) * RS + rs;
     float const w = present ? load_as_float(a.p.w, index, a.p.w_type) : 0.f;
     nan |= w != w;
-    int32_t const to = packed.phase(a, group, taps_before(a.h, first_h), taps_h, taps_before(a.w, first_w)) +
-                       (slice * taps_h + tap_h) * taps_w + tap_w;
-    packed.weights[(int64_t{to} * T::kTileK + row) * packed.pitch + c] = 0.5f * w;
+    int32_t const slice = packed.phase(a, group, taps_before(a.h, first_h), taps_h, taps_before(a.w, first_w)) +
+                          (k / T::kTileK * taps_h + tap_h) * taps_w + tap_w;
+    packed.weights[(int64_t{slice} * T::kTileK + k % T::kTileK) * packed.pitch + c] = 0.5f * w;
   }
   nan = __syncthreads_or(nan);
   if (threadIdx.x == 0) packed.marks[blockIdx.x] = nan ? NAN : 0.f;
@@ -257,7 +264,7 @@ struct Filler {
     }
   }
 
-  __device__ __forceinline__ int32_t type_bytes() const { return kFill == Fill::kConvert && a.p.y_type != ADDER2D_FLOAT32 ? 2 : 4; }
+  __device__ __forceinline__ static constexpr int32_t type_bytes() { return kFill == Fill::kConvert ? 2 : 4; }
 
   __device__ __forceinline__ void fill_w(float* w_smem) const {
     float const* src = weights;
@@ -297,14 +304,20 @@ struct Filler {
       char const* const base = window.dy + offset;
       float* const dst = dy_smem + first * T::kPitchHW + i * T::kThreads + lane;
       if constexpr (kFill == Fill::kConvert) {
+        auto const* const src = reinterpret_cast<uint16_t const*>(base);
 #pragma unroll
-        for (int begin = 0; begin < kTerms; begin += 4) {
-          float v[4];
+        for (int begin = 0; begin < kTerms; begin += 8) {
+          alignas(16) uint16_t v[8];
+          if (a.filter_vectors) {
+            uint4 const zero = make_uint4(0, 0, 0, 0);
+            *reinterpret_cast<uint4*>(v) =
+                valid && first + begin < filters ? __ldg(reinterpret_cast<uint4 const*>(src + begin)) : zero;
+          } else {
 #pragma unroll
-          for (int k = begin; k < begin + 4; ++k)
-            v[k - begin] = valid && first + k < filters ? load_as_float(base, k * step, a.p.y_type) : 0.f;
+            for (int k = 0; k < 8; ++k) v[k] = valid && first + begin + k < filters ? __ldg(src + (begin + k) * step) : uint16_t{0};
+          }
 #pragma unroll
-          for (int k = begin; k < begin + 4; ++k) dst[k * T::kPitchHW] = v[k - begin];
+          for (int k = 0; k < 8; ++k) dst[(begin + k) * T::kPitchHW] = half_as_float(v[k], a.p.y_type);
         }
       } else {
         float const* src = reinterpret_cast<float const*>(base);
@@ -342,10 +355,30 @@ struct Filler {
 
 // ---- tile
 
+// x' of the thread's outputs.
+template <class T, typename Load>
+__device__ __forceinline__ void load_x(DgradArgs const& a, View<T> const& view, float (&x)[T::kThreadC][T::kThreadHW], Load const& load) {
+#pragma unroll
+  for (int j = 0; j < T::kThreadHW; ++j) {
+    int32_t n = 0, row = 0, column = 0;
+    bool const present = view.locate(a, view.pixel(j), &n, &row, &column);
+    int64_t const index = n * a.p.x_stride[0] + row * a.p.x_stride[2] + column * a.p.x_stride[3];
+#pragma unroll
+    for (int i = 0; i < T::kThreadC; ++i) {
+      int32_t const c = view.channel(i);
+      x[i][j] = present && c < view.end_c ? load(index + c * a.p.x_stride[1]) : 0.f;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < T::kThreadC; ++i)
+#pragma unroll
+    for (int j = 0; j < T::kThreadHW; ++j) x[i][j] = fmaf(0.5f, x[i][j], -0.5f);
+}
+
 // Accumulates slices first .. last - 1 of one tile: acc[channel][pixel] = sum(dy * sat(w' - x')), dy_sum[pixel] = sum(dy).
 template <class T, Fill kFill>
 __device__ __forceinline__ void accumulate(DgradArgs const& a, FpropPlan const& plan, View<T> const& view, int32_t first,
-                                           int32_t last, Smem<T>& smem, float const (&x)[T::kThreadC][T::kThreadHW],
+                                           int32_t last, Smem<T>& smem, float (&x)[T::kThreadC][T::kThreadHW],
                                            float (&acc)[T::kThreadC][T::kThreadHW], float (&dy_sum)[T::kThreadHW]) {
   Filler<T, kFill> filler(a, plan, smem, view, first);
   int32_t fill_stage = 0, filled = first;
@@ -357,6 +390,11 @@ __device__ __forceinline__ void accumulate(DgradArgs const& a, FpropPlan const& 
   };
   __syncthreads();
   for (int i = 0; i < T::kStages - 1; ++i) fill();
+  if (a.p.x_type == ADDER2D_FLOAT32) {
+    load_x<T>(a, view, x, [&](int64_t index) { return __ldg(static_cast<float const*>(a.p.x) + index); });
+  } else {
+    load_x<T>(a, view, x, [&](int64_t index) { return half_as_float(__ldg(static_cast<uint16_t const*>(a.p.x) + index), a.p.x_type); });
+  }
 
   float w_frag[2][T::kThreadC], dy_frag[2][T::kThreadHW];
   auto load = [&](float const* w_smem, float const* dy_smem, int buffer) {
@@ -443,25 +481,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   int32_t const last = static_cast<int32_t>(slices * (blockIdx.y + 1) / plan.splits);
 
   float x[T::kThreadC][T::kThreadHW], acc[T::kThreadC][T::kThreadHW] = {}, dy_sum[T::kThreadHW] = {};
-#pragma unroll
-  for (int j = 0; j < T::kThreadHW; ++j) {
-    int32_t n = 0, y = 0, column = 0;
-    bool const present = view.locate(a, view.pixel(j), &n, &y, &column);
-    int64_t const index = n * a.p.x_stride[0] + y * a.p.x_stride[2] + column * a.p.x_stride[3];
-#pragma unroll
-    for (int i = 0; i < T::kThreadC; ++i) {
-      int32_t const c = view.channel(i);
-      float const v = present && c < view.end_c ? load_as_float(a.p.x, index + c * a.p.x_stride[1], a.p.x_type) : 0.f;
-      x[i][j] = fmaf(0.5f, v, -0.5f);
-    }
-  }
 
   wait_for_primary();
   accumulate<T, kFill>(a, plan, view, first, last, *reinterpret_cast<Smem<T>*>(smem_bytes), x, acc, dy_sum);
   Packed const packed(a, plan, T::kTileC, T::kTileK);
-  float const* const marks = packed.marks + (int64_t{view.group} * plan.tiles_k + view.tile_c) * packed.slices;
+  float const* const marks = packed.marks + (int64_t{view.group} * plan.tiles_k + view.tile_c) * packed.blocks;
   float mark = 0.f;
-  for (int32_t i = threadIdx.x; i < packed.slices; i += T::kThreads) mark += marks[i];
+  for (int32_t i = threadIdx.x; i < packed.blocks; i += T::kThreads) mark += marks[i];
   mark = __syncthreads_or(mark != 0.f) ? NAN : 0.f;
 #pragma unroll
   for (int i = 0; i < T::kThreadC; ++i)
@@ -524,8 +550,8 @@ cudaError_t launch_tile(DgradArgs const& args, FpropPlan const& plan, cudaStream
     cudaError_t const error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSmemBytes));
     if (error != cudaSuccess) return error;
   }
-  int32_t const slices = ceil_div(args.Kg, T::kTileK);
-  adder2d_dgrad_pack_kernel<T><<<slices * plan.tiles_k * args.p.groups, kPackThreads, 0, stream>>>(args, plan);
+  int32_t const pack_blocks = Packed(args, plan, T::kTileC, T::kTileK).blocks * plan.tiles_k * args.p.groups;
+  adder2d_dgrad_pack_kernel<T><<<pack_blocks, Packed::kThreads, 0, stream>>>(args, plan);
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   error = launch_dependent(kernel, dim3(plan.tiles, plan.splits), dim3(T::kThreads), kSmemBytes, stream, args, plan);
@@ -538,9 +564,9 @@ using Tile64x64 = Tile<64, 64, 32, 2>;
 using Tile32x128 = Tile<32, 128, 32, 2>;
 using Tile16x256 = Tile<16, 256, 16, 2>;
 
-constexpr double kRate = 46;  // accumulated terms a cycle and multiprocessor, of 64
+constexpr double kRate = 52;  // accumulated terms a cycle and multiprocessor, of 64
 template <class T>
-constexpr TileSize kSizeOf{T::kTileC, T::kTileHW, T::kTileK, T::kBlocksPerSM, kRate};
+constexpr TileSize kSizeOf{T::kTileC, T::kTileHW, T::kTileK, 3, kRate};  // three blocks already hide each other's waits
 // In the order of launch_dgrad_simt.
 constexpr TileSize kTiles[] = {kSizeOf<Tile64x64>, kSizeOf<Tile128x32>, kSizeOf<Tile32x128>, kSizeOf<Tile16x256>};
 constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
