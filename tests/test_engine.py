@@ -235,6 +235,7 @@ def test_monitor_is_called(
 def test_to_float16_types(plain: pathlib.Path, rtx: ModuleType) -> None:
     """TensorRT's own view of the network: convolutions in HALF, inputs and outputs as they were."""
     proto = engine._load_onnx(plain)
+    del proto.graph.value_info[:]  # as other exporters leave it
     engine.to_float16(proto)
     onnx.checker.check_model(proto, full_check=True)
     _builder, network, _parser = engine._parse(rtx, proto, plain)
@@ -404,6 +405,27 @@ def test_predictions_agree_on_1000_inputs(name: str, tmp_path: pathlib.Path) -> 
     clear = (top[:, 0] - top[:, 1]) > 2 * (got - logits).abs().amax()
     agree = got.argmax(1) == logits.argmax(1)
     print(f"{name}: predictions agree on {int(agree.sum())} of 1000, {int((~clear).sum())} too close to call")
+    assert agree[clear].all() and clear.sum() > 900
+
+
+@on_gpu
+@pytest.mark.parametrize("route", ["onnx", "torch2trt"])
+def test_torchvision_model_with_adder_layers(route: str) -> None:
+    torchvision = pytest.importorskip("torchvision", reason="needs torchvision")
+    if converter.missing(route) is not None:
+        pytest.skip(converter.missing(route))
+    torch.manual_seed(0)
+    model = calibrated_on_gpu(adderize(torchvision.models.resnet18(num_classes=10)), 32, 3, 64, 64)
+    x = torch.randn(1000, 3, 64, 64, device="cuda")
+    runner = convert(model, [x[:8]], route=route, max_batch_size=50)
+    for batch in (1, 50):
+        check(runner, model, x[:batch])
+    with torch.no_grad():
+        logits, got = (torch.cat([network(batch) for batch in x.split(50)]) for network in (model, runner))
+    top = logits.topk(2).values
+    clear = (top[:, 0] - top[:, 1]) > 2 * (got - logits).abs().amax()
+    agree = got.argmax(1) == logits.argmax(1)
+    print(f"resnet18 through {route}: predictions agree on {int(agree.sum())} of 1000")
     assert agree[clear].all() and clear.sum() > 900
 
 

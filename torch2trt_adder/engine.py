@@ -310,10 +310,11 @@ def to_float16(proto: Any) -> None:
 
     graph, FLOAT, FLOAT16 = proto.graph, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
     initializers = {tensor.name: tensor for tensor in graph.initializer}
+    inferred = onnx.shape_inference.infer_shapes(proto).graph.value_info  # some exporters write no types
     floats = {tensor.name for tensor in graph.initializer if tensor.data_type == FLOAT}
     floats |= {
         entry.name
-        for entry in (*graph.input, *graph.output, *graph.value_info)
+        for entry in (*graph.input, *graph.output, *graph.value_info, *inferred)
         if entry.type.tensor_type.elem_type == FLOAT
     }
     nodes: list[Any] = []
