@@ -8,7 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -221,8 +221,8 @@ def test_cnn_twin():
 
 
 @pytest.fixture
-def run_example(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """Runs the example in this process; returns what it printed, or with error=True why it ended."""
+def run_example(capsys: pytest.CaptureFixture) -> Iterator[Callable[..., str]]:
+    """Runs the example in this process, on one thread; returns what it printed, or with error=True why it ended."""
     spec = importlib.util.spec_from_file_location("train_cifar", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
@@ -237,7 +237,10 @@ def run_example(capsys: pytest.CaptureFixture) -> Callable[..., str]:
         assert ended.value.code not in (None, 0)
         return capsys.readouterr().err + str(ended.value.code)
 
-    return run
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second one waits for the first wherever cores are shared with other work
+    yield run
+    torch.set_num_threads(threads)
 
 
 def test_accuracy_within_a_point_of_the_twin(run_example, tmp_path):
