@@ -1,5 +1,6 @@
-"""The CPU kernel, beyond the cases that test_ops.py runs: instruction sets, threads, fork, memory, rounding."""
+"""The CPU kernels, beyond the cases that test_ops.py runs: instruction sets, threads, fork, memory, rounding."""
 
+import math
 import os
 import pathlib
 import subprocess
@@ -8,8 +9,9 @@ import threading
 
 import pytest
 import torch
+from torch import Tensor
 
-from conftest import CASES, Case, assert_forward
+from conftest import CASES, Case, assert_forward, assert_grad_input
 from torch2trt_adder import adder2d
 
 # What the kernel cuts in pieces: rows, columns, filters, sums; and what it treats apart: 1x1 maps, large dilation.
@@ -20,6 +22,14 @@ LARGE = [
     Case("one_pixel_maps", 71, 130, 1, 1, 67, 1, 1),
     Case("large_dilation", 1, 3, 203, 205, 6, 3, 3, padding=(1, 1), dilation=(97, 101)),
     Case("large_dilation_and_stride", 1, 2, 203, 205, 6, 3, 3, stride=(2, 3), dilation=(30, 31)),
+]
+# Strides part the input gradient into phases: with taps, without, and with rows that no window reaches.
+STRIDES = [
+    Case("patches", 2, 5, 35, 37, 7, 4, 5, stride=(4, 5)),
+    Case("common_factor", 1, 7, 23, 29, 5, 3, 4, stride=(4, 6), padding=(2, 3), dilation=(2, 3)),
+    Case("stride_of_dilation", 2, 6, 19, 20, 9, 3, 2, stride=(2, 3), padding=(1, 0), dilation=(4, 3)),
+    Case("stride_beyond_input", 3, 4, 3, 5, 6, 2, 2, stride=(7, 9), padding=(3, 1)),
+    Case("groups_and_stride", 2, 12, 17, 15, 21, 3, 3, stride=(2, 1), padding=(2, 0), groups=3),
 ]
 
 
@@ -36,6 +46,72 @@ def one_torch_thread():
 def test_large(case, memory_format):
     x, w, b = case.tensors(memory_format=memory_format)
     assert_forward(adder2d(x, w, b, *case.geometry), x, w, b, case.geometry)
+
+
+def grad_input(dy: Tensor, x: Tensor, w: Tensor, geometry: tuple) -> Tensor:
+    return torch.ops.torch2trt_adder.adder2d_grad_input(dy, x, w, *geometry)
+
+
+def grad_output(case: Case, x: Tensor, w: Tensor) -> Tensor:
+    y = adder2d(x, w, None, *case.geometry)
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).contiguous(
+        memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    )
+
+
+@pytest.mark.parametrize("case", LARGE + STRIDES, ids=lambda case: case.name)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_input_gradient(case, memory_format):
+    x, w, _ = case.tensors(memory_format=memory_format)
+    dy = grad_output(case, x, w)
+    dx = grad_input(dy, x, w, case.geometry)
+    assert dx.stride() == torch.empty_like(x).stride()
+    assert_grad_input(dx, dy, x, w, case.geometry)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["x", "w", "dy"])
+@pytest.mark.parametrize("case", [CASES[2], CASES[4], *STRIDES], ids=lambda case: case.name)
+def test_input_gradient_of_non_finite(case, where, value):
+    """Exactly the elements that the rule makes NaN or infinite are so: none that only padding lies between."""
+    x, w, _ = case.tensors()
+    dy = grad_output(case, x, w)
+    for at in (0, 0.5, 1):
+        tensors = {"x": x.clone(), "w": w.clone(), "dy": dy.clone()}
+        flat = tensors[where].view(-1)
+        flat[int(at * (len(flat) - 1))] = value
+        if where != "dy":  # infinity less infinity
+            tensors["w" if where == "x" else "x"].view(-1)[0] = math.inf
+        dx = grad_input(tensors["dy"], tensors["x"], tensors["w"], case.geometry)
+        assert_grad_input(dx, tensors["dy"], tensors["x"], tensors["w"], case.geometry)
+
+
+def test_input_gradient_of_strided_tensors():
+    case = CASES[2]
+    base = torch.randn(2 * case.N, case.C + 3, 2 * case.H, 3 * case.W)
+    x, w = base[::2, 1 : 1 + case.C, ::2, 2::3], torch.randn(3, 3, case.C, case.K).permute(3, 2, 1, 0)
+    one = torch.randn(())
+    for dy in (one.expand(case.N, case.K, 11, 9), torch.randn(11, case.K, 9, case.N).permute(3, 1, 0, 2)):
+        assert_grad_input(grad_input(dy, x, w, case.geometry), dy, x, w, case.geometry)
+
+
+def test_input_gradient_refuses_other_shapes():
+    x, w, _ = CASES[2].tensors()
+    with pytest.raises(ValueError, match=r"grad_output must be \[2, 17, 11, 9\], got \[2, 17, 11, 8\]"):
+        grad_input(torch.zeros(2, 17, 11, 8), x, w, CASES[2].geometry)
+    with pytest.raises(ValueError, match="needs a weight"):
+        grad_input(torch.zeros(2, 17, 11, 9), x, w[:, 1:], CASES[2].geometry)
+    with pytest.raises(TypeError, match="weight is torch.float16"):
+        grad_input(torch.zeros(2, 17, 11, 9), x, w.half(), CASES[2].geometry)
+
+
+def test_input_gradient_takes_other_dtypes_of_grad_output():
+    for dtype in (torch.float64, torch.bfloat16):
+        x, w, _ = CASES[2].tensors()
+        dy = grad_output(CASES[2], x, w).to(dtype)
+        dx = grad_input(dy, x, w, CASES[2].geometry)
+        assert dx.dtype is torch.float32
+        assert_grad_input(dx, dy, x, w, CASES[2].geometry)
 
 
 def test_equal_terms_do_not_drift():
@@ -97,6 +173,25 @@ def test_every_instruction_set_gives_the_same_bits(isa, digest_of_default):
     assert run(COMPUTE, TORCH2TRT_ADDER_CPU_ISA=isa) == digest_of_default
 
 
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_input_gradient_of_every_instruction_set(isa):
+    """Only some have a fused multiplication and addition, so bits may differ."""
+    if not supports(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    script = f"""
+import sys
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+from conftest import assert_grad_input
+from test_cpu import CASES, STRIDES, grad_input, grad_output
+for case in CASES + STRIDES:
+    x, w, _ = case.tensors()
+    dy = grad_output(case, x, w)
+    x.view(-1)[3] = w.view(-1)[-1] = float("nan")
+    assert_grad_input(grad_input(dy, x, w, case.geometry), dy, x, w, case.geometry)
+"""
+    run(script, TORCH2TRT_ADDER_CPU_ISA=isa)
+
+
 def test_unknown_instruction_set_is_refused():
     script = "import torch, torch2trt_adder\ntorch2trt_adder.adder2d(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))"
     with pytest.raises(AssertionError, match="RuntimeError"):
@@ -112,6 +207,16 @@ def test_result_does_not_depend_on_threads(one_torch_thread):
     for threads in (2, 3, 8):
         torch.set_num_threads(threads)
         assert torch.equal(adder2d(x, w, b, *LARGE[0].geometry), alone)
+
+
+@pytest.mark.parametrize("case", [LARGE[0], STRIDES[4]], ids=lambda case: case.name)
+def test_input_gradient_does_not_depend_on_threads(case, one_torch_thread):
+    x, w, _ = case.tensors()
+    dy = grad_output(case, x, w)
+    alone = grad_input(dy, x, w, case.geometry)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        assert torch.equal(grad_input(dy, x, w, case.geometry), alone)
 
 
 def test_callers_at_once():

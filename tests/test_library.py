@@ -19,6 +19,9 @@ def test_struct_matches_header():
     assert library.load().adder2d_params_size() == ctypes.sizeof(library.Adder2dParams)
     assert library.PROBLEM.size + library.POINTERS.size == ctypes.sizeof(library.Adder2dParams)
     assert library.PROBLEM.size == library.Adder2dParams.x.offset
+    assert library.load().adder2d_dgrad_params_size() == ctypes.sizeof(library.Adder2dDgradParams)
+    assert library.Adder2dDgradParams.dx_type.offset == ctypes.sizeof(library.Adder2dParams)
+    assert library.DGRAD.size + ctypes.sizeof(library.Adder2dParams) == ctypes.sizeof(library.Adder2dDgradParams)
 
 
 def test_packed_bytes_are_the_struct():
