@@ -74,7 +74,9 @@ def adder2d(
     if eta == ETA or not (weight.requires_grad and torch.is_grad_enabled()):
         return _adder2d(input, weight, bias, stride, padding, dilation, groups)
     check_eta("adder2d", eta)
-    if torch.jit.is_tracing() or _is_exporting():  # graphs for inference
+    # Graphs for inference. Dynamo of some torch versions takes is_exporting() for true in any compilation; what it traces
+    # itself for an export keeps adder2d_eta until run_decompositions().
+    if torch.jit.is_tracing() or (_is_exporting() and not torch.compiler.is_dynamo_compiling()):
         return _adder2d(input, weight, bias, stride, padding, dilation, groups)
     return _adder2d_eta(input, weight, bias, stride, padding, dilation, groups, eta)
 
