@@ -791,7 +791,7 @@ def layers(engine: Engine) -> list[dict[str, Any]]:
     trt = engine._trt
     text = engine.engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     found = []
-    for layer in json.loads(text)["Layers"]:
+    for layer in json.loads(text, strict=False)["Layers"]:  # TensorRT 8.6 does not escape control characters
         if isinstance(layer, str):
             layer = {"Name": layer}
         name, kind = layer["Name"], layer.get("LayerType", "")
