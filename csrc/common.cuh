@@ -60,6 +60,18 @@ __device__ __forceinline__ void copy16_async(void* dst_smem, void const* src) {
 #endif
 }
 
+// The same, or zeros where `valid` is false (`src` is not read then).
+__device__ __forceinline__ void copy16_async(void* dst_smem, void const* src, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "{\n  .reg .pred ignore;\n  setp.eq.u32 ignore, %2, 0;\n  cp.async.cg.shared.global [%0], [%1], 16, ignore;\n}\n" ::"r"(
+          smem_address(dst_smem)),
+      "l"(src), "r"(static_cast<uint32_t>(valid)));
+#else
+  *static_cast<float4*>(dst_smem) = valid ? *static_cast<float4 const*>(src) : float4{};
+#endif
+}
+
 __device__ __forceinline__ void copy_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;\n" ::);
@@ -86,10 +98,11 @@ __device__ __forceinline__ void wait_for_primary() {
 #endif
 }
 
-// Launches a kernel that calls wait_for_primary before it reads what the kernel before it wrote.
+// Launches a kernel; with `dependent`, before the one before it on the stream has finished: it calls wait_for_primary before it
+// reads what that wrote.
 template <typename... Params, typename... Args>
-cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
-                             Args const&... args) {
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream, bool dependent,
+                   Args const&... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -99,8 +112,13 @@ cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, s
   config.dynamicSmemBytes = smem_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = dependent ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args...);
+}
+template <typename... Params, typename... Args>
+cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
+                             Args const&... args) {
+  return launch(kernel, grid, block, smem_bytes, stream, true, args...);
 }
 
 __device__ __forceinline__ float load_as_float(void const* base, int64_t index, int32_t type) {

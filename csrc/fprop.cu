@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include <algorithm>
+
 namespace adder2d {
 
 FpropArgs make_fprop_args(Adder2dParams const& p) {
@@ -19,9 +21,12 @@ FpropArgs make_fprop_args(Adder2dParams const& p) {
   args.step_s = p.dil_w * p.x_stride[3];
   args.step_r = p.dil_h * p.x_stride[2] - p.S * args.step_s;
   args.step_c = p.x_stride[1] - p.R * p.dil_h * p.x_stride[2];
-  args.y_vectors = p.y_type == ADDER2D_FLOAT32 && p.y_stride[3] == 1 && p.y_stride[2] == p.Q && args.NPQ % 4 == 0 &&
-                   int64_t{p.P} * p.Q % 4 == 0 && p.y_stride[0] % 4 == 0 && p.y_stride[1] % 4 == 0 &&
-                   reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
+  int64_t const* const stride = p.y_stride;
+  args.y_filters = stride[1] == 1 && stride[3] != 1;
+  args.y_linear = stride[2] == p.Q * stride[3] && stride[0] == p.P * stride[2];
+  bool const aligned = reinterpret_cast<uintptr_t>(p.y) % (4 * type_size(p.y_type)) == 0 && stride[0] % 4 == 0;
+  args.y_vectors = aligned && (args.y_filters ? args.Kg % 4 == 0 && stride[2] % 4 == 0 && stride[3] % 4 == 0
+                                              : stride[3] == 1 && stride[2] == p.Q && int64_t{p.P} * p.Q % 4 == 0 && stride[1] % 4 == 0);
   return args;
 }
 
@@ -38,10 +43,10 @@ constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, a
 
 constexpr size_t kMaxWorkspace = 64 << 20;
 
-// Images of one launch: all of them, or as many as keep N * P * Q and N * K an int32.
+// Images of one launch: all of them, or as many as keep N * P * Q and N * K an int32, and as find room.
 int32_t images_per_launch(Adder2dParams const& p) {
-  int64_t const pixels = int64_t{p.P} * p.Q, images = kMaxPixels / (pixels > p.K ? pixels : p.K);
-  return static_cast<int32_t>(images < 1 ? 1 : images < p.N ? images : p.N);
+  int64_t const images = kMaxPixels / std::max<int64_t>(int64_t{p.P} * p.Q, p.K);
+  return images_of_fprop_half(p, static_cast<int32_t>(std::clamp<int64_t>(images, 1, std::max(p.N, 1))));
 }
 
 // A tiled kernel needs enough filters a group to fill the short side of a tile, and enough work to be worth its pipeline.
@@ -71,7 +76,8 @@ Choice choose_cached(FpropArgs const& args) {
   constexpr uint32_t kEntries = 64;
   static thread_local Entry entries[kEntries] = {};
   Adder2dParams key = args.p;
-  key.x = key.w = key.b = key.y = key.workspace = nullptr;  // plans do not depend on addresses
+  key.x = reinterpret_cast<void const*>(reinterpret_cast<uintptr_t>(key.x) % 16);  // plans do not depend on other addresses
+  key.w = key.b = key.y = key.workspace = nullptr;
   int device = 0;
   cudaGetDevice(&device);
   uint32_t hash = 2166136261u;  // FNV-1a
@@ -89,8 +95,8 @@ using namespace adder2d;
 size_t adder2d_fprop_workspace(Adder2dParams const* params) {
   if (adder2d_check(params) != nullptr || params->N == 0 || wants_direct(*params)) return 0;
   Adder2dParams p = *params;
-  p.N = images_per_launch(p);
   p.workspace_bytes = kMaxWorkspace;
+  p.N = images_per_launch(p);
   return choose(make_fprop_args(p)).plan.workspace_bytes;
 }
 
@@ -98,7 +104,7 @@ int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
   if (adder2d_check(params) != nullptr) return cudaErrorInvalidValue;
   cudaStream_t const stream = static_cast<cudaStream_t>(stream_pointer);
   Adder2dParams p = *params;
-  int32_t const step = p.N > 0 ? images_per_launch(p) : 1;
+  int32_t const step = images_per_launch(p);
   for (int32_t n = 0; n < params->N; n += step) {
     p.N = params->N - n < step ? params->N - n : step;
     p.x = static_cast<char const*>(params->x) + n * p.x_stride[0] * type_size(p.x_type);

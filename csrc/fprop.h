@@ -18,21 +18,22 @@ struct FpropArgs {
   // Elements of x from a tap to the next one along s; then from behind the last s to the next r; then from behind the last
   // r to the next channel.
   int64_t step_s, step_r, step_c;
-  bool y_vectors;   // four pixels from a multiple of 4 on are 16 aligned bytes of y
-  // fprop_half alone: filters of a group in the packed weights, rounded up; whether all inputs are float16.
-  int32_t packed_pitch;
-  bool exact_halves;
+  // Filters lie side by side in y (channels_last); else pixels do. Four of them from a multiple of 4 on may be stored at once.
+  bool y_filters, y_vectors;
+  bool y_linear;  // pixel m of the batch lies at m * y_stride[3]
 };
 
-// How a tiled kernel cuts the work: one block for each tile of the output and split of the reduction. With more than one
-// split, sums go through the workspace and a second, small kernel adds them in order.
+// How a tiled kernel cuts the work: one block for each of the first `whole` tiles of the output, then one for each split of
+// the reduction of each other tile. Sums of splits go through the workspace, and a second, small kernel adds them in order.
 struct FpropPlan {
   int32_t tile;              // index into the family's table of tiles
   int32_t tiles_k, tiles_pq;
   int32_t tiles;             // tiles_k * tiles_pq * groups
+  int32_t whole;             // all of them where splits is 1
   int32_t slices;            // reduction steps of one tile
   int32_t splits;
-  size_t packed_bytes;       // of packed weights at the start of the workspace, 0 for none
+  bool turned;               // sums change hands before they are stored (Turn in fprop_tiled.cuh); set by the launcher
+  size_t packed_bytes;       // of packed weights and image at the start of the workspace, 0 for none
   size_t workspace_bytes;    // all of it
 };
 
@@ -46,7 +47,9 @@ cudaError_t launch_fprop_direct(FpropArgs const& args, cudaStream_t stream);
 FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes);
 cudaError_t launch_fprop_simt(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream);
 
-// ---- fprop_half.cu: implicit GEMM with half pairs, summed by the tensor cores
+// ---- fprop_half.cu: implicit GEMM with half pairs
+// How many of `images` images to launch at a time, so that their packed copies find room in p's workspace.
+int32_t images_of_fprop_half(Adder2dParams const& p, int32_t images);
 bool takes_fprop_half(FpropArgs const& args, size_t workspace_bytes);
 FpropPlan plan_fprop_half(FpropArgs const& args, size_t workspace_bytes);
 cudaError_t launch_fprop_half(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream);

@@ -1,8 +1,11 @@
 // Implicit GEMM on half pairs: float16 and bfloat16 input, Ampere and newer.
 //
-// Pairs lie along the channels. For every output, 32 terms are 16 pairs of |x - w|, added in float16 four pairs at a time
-// and then to a float32 accumulator: no term is rounded more than seven times in float16, however long the sum (the
-// difference, two levels of four, three sums of fours, the two halves).
+// Pairs lie along the channels, which therefore lie side by side in memory: a small kernel before the main one packs the
+// weights in the order in which they are read, and the image too, unless it is float16 in channels_last already.
+//
+// For every output, 32 terms are 16 pairs of |x - w|, added in float16 four pairs at a time and then to a float32
+// accumulator: no term is rounded more than seven times in float16, however long the sum (the difference, two levels of
+// four, three sums of fours, the two halves).
 //
 // Halves lose what float32 keeps: a difference or a sum beyond 65504, and bits below 2^-24 of inputs that are not float16.
 // A tile in which that may have happened is summed again by exact_sum, in float32: slow, and rare.
@@ -11,162 +14,249 @@
 namespace adder2d {
 namespace {
 
+constexpr int kVector = 8;       // halves of 16 bytes
+constexpr int kMinChannels = 3;  // of a group: vectors would be mostly empty with fewer
+
+// ---- problem
+
+// The problem as these kernels read it. The reduction runs over vectors of kVector channels: all of one tap, then the next
+// tap's. Channels of a group are filled up with zeros to a multiple of kVector, on both sides.
+struct HalfArgs : FpropArgs {
+  __half const* image;            // [N][H][W][groups][channels], packed or the input itself
+  int32_t step_n, step_h, step_w;  // vectors from one image, row and column to the next
+  int32_t vectors;                // of a tap and group
+  int32_t pitch;                  // filters of a group in the packed weights, rounded up
+  bool packs_image;
+  bool exact_halves;              // no conversion rounds
+  FastDiv div_vectors, div_HW, div_W;
+};
+
 // ---- traits
 
-enum class Source { kPixels, kChannels };  // neighbours that a thread or warp loads together: NCHW, NHWC
-
-template <int kTileK_, int kTilePQ_>
+template <int kTileK_, int kTilePQ_, int kThreadK_, int kStages_, int kBlocks>
 struct Tile {
-  static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;  // outputs of a block: filters, pixels
-  static constexpr int kTileC = 16;                           // channels of a slice, all of one tap
-  static constexpr int kThreadK = 8, kThreadPQ = 4;           // outputs of a thread
+  static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;       // outputs of a block: filters, pixels
+  static constexpr int kTileC = 32, kVectors = kTileC / kVector;   // halves of a slice of the reduction
+  static constexpr int kStages = kStages_;                         // slices in flight
+  static constexpr int kThreadK = kThreadK_, kThreadPQ = 4;        // outputs of a thread
   static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
-  static constexpr int kLanesK = 4, kLanesPQ = 8;             // a warp's threads
+  static constexpr int kLanesK = kTileK >= 4 * kThreadK ? 4 : kTileK / kThreadK, kLanesPQ = 32 / kLanesK;  // a warp's threads
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
   static constexpr int kStepK = kTileK / kThreadK, kStepPQ = kTilePQ / kThreadPQ;  // between outputs of a thread
-  static constexpr int kPitch = kTileC + 8;  // halves; 48 bytes, so that 8 rows of 16 bytes lie in 32 different banks
-  static constexpr int kPixels = kTilePQ > kThreads ? kTilePQ / kThreads : 1;   // kPixels: pixels that a thread loads
-  static constexpr int kShares = kTilePQ < kThreads ? kThreads / kTilePQ : 1;   // threads that share a pixel's channels
-  static constexpr int kLoads = kTileC / kShares;                               // channels that a thread loads of a pixel
-  static constexpr int kBlocksPerSM = 2;
+  static constexpr int kPitch = kTileC + kVector;  // 80 bytes, so that 8 rows of 16 bytes lie in 32 different banks
+  static constexpr int kRows = kThreads / kVectors;  // rows of a slice that are copied at once
+  static constexpr int kBlocksPerSM = kBlocks;
 
-  static_assert(kThreads == 256, "16 warps on a multiprocessor, of 128 registers a thread");
+  static_assert(kTileC == 32, "two turns of 16 channels, then to float32: what bounds the error");
+  static_assert(kThreadK % 4 == 0, "sums are stored four filters at a time");
   static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
-  static_assert(kLoads % 8 == 0, "a thread stores 8 halves at once");
+  static_assert(kTilePQ % kRows == 0 && (kTileK % kRows == 0 || kTileK < kRows), "copies must tile the slice");
+};
+
+// An output pixel: where its window starts, in vectors from the image's first. An absent pixel has w0 = kOutside.
+struct alignas(16) Window {
+  int32_t offset, h0, w0, unused;
 };
 
 template <class T>
 struct Smem {
-  alignas(16) __half w[2][T::kTileK][T::kPitch];
-  alignas(16) __half x[2][T::kTilePQ][T::kPitch];
-  alignas(16) Pixel pixel[T::kTilePQ];
+  alignas(16) __half w[T::kStages][T::kTileK][T::kPitch];
+  alignas(16) __half x[T::kStages][T::kTilePQ][T::kPitch];
+  Window window[T::kTilePQ];
 };
 
 template <class T>
 struct View : TilePlace {
-  static constexpr int kThreads = T::kThreads, kItems = T::kThreadK * T::kThreadPQ / 4;
-  int32_t thread_k, thread_pq;  // first output of the thread; the others lie kStepK, kStepPQ apart
+  using Turned = Turn<T::kTileK, T::kTilePQ, T::kThreads, T::kLanesK, T::kLanesPQ>;
+  static constexpr int kThreads = T::kThreads, kItems = Turned::kItems;
+  int32_t thread;
+  int32_t thread_k, thread_pq;  // first output that the thread sums; the others lie kStepK, kStepPQ apart
 
-  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread)
-      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ) {
+  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread_index)
+      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ), thread(thread_index) {
     int32_t const warp = thread / 32, lane = thread % 32;
     thread_k = warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ;
     thread_pq = warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ;
   }
-  __device__ __forceinline__ int32_t k(int32_t i) const { return first_k + thread_k + i * T::kStepK; }
-  __device__ __forceinline__ int32_t pixel(int32_t j) const { return first_pixel + thread_pq + j * T::kStepPQ; }
-  static __device__ __forceinline__ constexpr int32_t row(int32_t half, int32_t e) { return half * 4 + e; }
-  // Item i: pixel i / 2 of the thread, the first or second four of its filter rows.
-  __device__ __forceinline__ void store(FpropArgs const& a, int32_t item, float4 const& sum) const {
-    int32_t const m = pixel(item / 2), half = item % 2;
-    if (k(row(half, 0)) < end_k) store1(a, k(row(half, 0)), m, sum.x);
-    if (k(row(half, 1)) < end_k) store1(a, k(row(half, 1)), m, sum.y);
-    if (k(row(half, 2)) < end_k) store1(a, k(row(half, 2)), m, sum.z);
-    if (k(row(half, 3)) < end_k) store1(a, k(row(half, 3)), m, sum.w);
+  __device__ __forceinline__ int32_t k(int32_t i) const { return thread_k + i * T::kStepK; }
+  __device__ __forceinline__ int32_t pq(int32_t j) const { return thread_pq + j * T::kStepPQ; }
+  __device__ __forceinline__ void store(FpropArgs const& a, FpropPlan const&, int32_t item, float4 const& sum) const {
+    Turned::store(a, *this, item, thread, sum);
   }
 };
 
-// ---- fill
+// ---- pack
 
-__device__ __forceinline__ uint32_t bits(__half2 h) { return *reinterpret_cast<uint32_t*>(&h); }
-
-// Two neighbouring inputs of 16 bits as a half pair.
-template <bool kBfloat16>
-__device__ __forceinline__ uint32_t half_pair(uint32_t low, uint32_t high) {
-  if constexpr (!kBfloat16) return low | high << 16;
-  return bits(__floats2half2_rn(__uint_as_float(low << 16), __uint_as_float(high << 16)));
+// 16 bits of either type as a half.
+__device__ __forceinline__ uint16_t to_half(uint16_t bits, int32_t type) {
+  if (type == ADDER2D_FLOAT16) return bits;
+  return __half_as_ushort(__float2half_rn(__uint_as_float(uint32_t{bits} << 16)));
 }
 
-// The slices of one tile in order: kTileC channels of one tap after another. Packed weights lie in that order.
-template <class T, bool kBfloat16, Source kSource>
+constexpr int kPackThreads = 256;
+constexpr int kPackPixels = 64, kPackVectors = 4;    // of the image a block
+constexpr int kPackFilters = 8;                      // of the weights a block, one a warp
+constexpr int kPackElements = kPackVectors * kVector * 49;  // of one filter in a block
+
+// Binary logarithm of the vectors of a filter in a block: fewer for large kernels, so that they find room.
+__host__ __device__ inline int32_t pack_shift(int32_t RS) { return RS * kPackVectors * kVector <= kPackElements ? 2 : 0; }
+static_assert(kPackVectors == 1 << 2 && kPackFilters == 1 << 3 && kPackThreads == 32 * kPackFilters, "threads are numbered by shifts");
+
+// Weights [K, Cg, R, S] of any type to halves [groups][slices][pitch][kTileC], with zeros where there is nothing. The image to
+// [N][H][W][groups * vectors]; its blocks come behind those of the weights.
+template <int kTileC>
+__global__ void __launch_bounds__(kPackThreads)
+    adder2d_pack_half_kernel(__grid_constant__ HalfArgs const a, int32_t slices, int32_t weight_blocks) {
+  __shared__ union {
+    __half w[kPackFilters][kPackElements + 2];  // as in memory
+    uint16_t x[kPackVectors * kVector][kPackPixels + 2];  // rows of 33 banks: writing and reading are free of conflicts
+  } turned;
+  launch_dependents();
+  alignas(16) uint16_t packed[kVector];
+  if (blockIdx.x < weight_blocks) {
+    int32_t const RS = a.p.R * a.p.S, shift = pack_shift(RS), columns = ceil_div(a.vectors, 1 << shift);
+    int32_t const first_vector = blockIdx.x % columns << shift, rows = a.pitch / kPackFilters;
+    int32_t const first_k = blockIdx.x / columns % rows * kPackFilters, group = blockIdx.x / columns / rows;
+    int32_t const warp = threadIdx.x / 32, first_c = first_vector * kVector;
+    int32_t const length = first_k + warp < a.Kg ? min(kVector << shift, a.Cg - first_c) * RS : 0;
+    int64_t const from = ((int64_t{group} * a.Kg + first_k + warp) * a.Cg + first_c) * RS;
+#pragma unroll 4
+    for (int32_t i = threadIdx.x % 32; i < kVector * RS << shift; i += 32)
+      turned.w[warp][i] = __float2half_rn(i < length ? load_as_float(a.p.w, from + i, a.p.w_type) : 0.f);
+    __syncthreads();
+    auto* const to = static_cast<uint4*>(a.p.workspace) + (int64_t{group} * slices * a.pitch + first_k) * (kTileC / kVector);
+    auto const store = [&](int32_t k, int32_t vector, uint4 const& v) {  // vector of the whole reduction
+      int32_t const slice = vector / (kTileC / kVector), lane = vector % (kTileC / kVector);
+      to[(int64_t{slice} * a.pitch + k) * (kTileC / kVector) + lane] = v;
+    };
+    int32_t const part = threadIdx.x & ((1 << shift) - 1), k = threadIdx.x >> shift & (kPackFilters - 1);
+    if (first_vector + part < a.vectors) {
+      for (int32_t tap = threadIdx.x >> shift >> 3; tap < RS; tap += kPackThreads >> shift >> 3) {
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) packed[e] = __half_as_ushort(turned.w[k][(part * kVector + e) * RS + tap]);
+        store(k, tap * a.vectors + first_vector + part, *reinterpret_cast<uint4*>(packed));
+      }
+    }
+    int32_t const vectors = RS * a.vectors;  // behind them, the last slice is filled up
+    for (int32_t i = threadIdx.x; i < kPackFilters * (slices * (kTileC / kVector) - vectors) && first_vector == 0; i += kPackThreads)
+      store(i % kPackFilters, vectors + i / kPackFilters, make_uint4(0, 0, 0, 0));
+    return;
+  }
+
+  int32_t const vectors = a.p.groups * a.vectors, block = static_cast<int32_t>(blockIdx.x) - weight_blocks;
+  int32_t const columns_x = ceil_div(vectors, kPackVectors), pixels = a.p.N * a.p.H * a.p.W;
+  int32_t const first_vector = block % columns_x * kPackVectors, first_pixel = block / columns_x * kPackPixels;
+  auto const* const x = static_cast<uint16_t const*>(a.p.x);
+  auto const offset_of = [&](int32_t m) {
+    int32_t hw, w;
+    int32_t const n = a.div_HW.divmod(m, &hw), h = a.div_W.divmod(hw, &w);
+    return n * a.p.x_stride[0] + h * a.p.x_stride[2] + w * a.p.x_stride[3];
+  };
+  int32_t const m = first_pixel + threadIdx.x / kPackVectors, vector = first_vector + threadIdx.x % kPackVectors;
+  static_assert(kPackThreads == kPackPixels * kPackVectors, "one vector a thread");
+  if (a.p.x_stride[1] == 1) {  // channels lie side by side already
+    if (m >= pixels || vector >= vectors) return;
+    int32_t part;
+    int32_t const group = a.div_vectors.divmod(vector, &part);
+    uint16_t const* const src = x + offset_of(m) + group * a.Cg;
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      int32_t const c = part * kVector + e;
+      packed[e] = c < a.Cg ? to_half(__ldg(src + c), a.p.x_type) : uint16_t{0};
+    }
+  } else {
+    // A warp reads pixels side by side, and the block turns them over.
+    int32_t const pixel = first_pixel + threadIdx.x % kPackPixels;
+    int64_t const offset = pixel < pixels ? offset_of(pixel) : 0;
+#pragma unroll
+    for (int i = threadIdx.x / kPackPixels; i < kPackVectors * kVector; i += kPackThreads / kPackPixels) {
+      int32_t part;
+      int32_t const group = a.div_vectors.divmod(first_vector + i / kVector, &part), c = part * kVector + i % kVector;
+      bool const present = pixel < pixels && group < a.p.groups && c < a.Cg;
+      uint16_t const bits = present ? __ldg(x + offset + (int64_t{group} * a.Cg + c) * a.p.x_stride[1]) : uint16_t{0};
+      turned.x[i][threadIdx.x % kPackPixels] = to_half(bits, a.p.x_type);
+    }
+    __syncthreads();
+    if (m >= pixels || vector >= vectors) return;
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) packed[e] = turned.x[threadIdx.x % kPackVectors * kVector + e][threadIdx.x / kPackVectors];
+  }
+  reinterpret_cast<uint4*>(const_cast<__half*>(a.image))[int64_t{m} * vectors + vector] = *reinterpret_cast<uint4*>(packed);
+}
+
+// ---- fill
+
+// The slices of one tile in order. A thread copies the same vector of a slice for some filters and some pixels.
+template <class T>
 struct Filler {
-  using Bits = uint16_t;
-  FpropArgs const& a;
+  HalfArgs const& a;
   Smem<T>& smem;
-  int32_t c, r, s;
-  int64_t x_offset;   // elements from a window's first tap to the slice's tap and first channel
-  __half const* w;    // the thread's part of the slice's packed weights
-  uint32_t staged[T::kPixels][T::kLoads];  // kPixels: one input each; kChannels: the first half of them, a pair each
+  __half const* w;          // what the thread copies first of the slice's packed weights
+  int32_t thread;
+  int32_t vector, dh, dw;   // the thread's vector of the slice: of which tap; behind the last tap dh is kOutside
+  int32_t offset;           // vectors from a window's first one to this one
 
-  __device__ __forceinline__ Filler(FpropArgs const& args, FpropPlan const& plan, Smem<T>& shared, View<T> const& view,
+  __device__ __forceinline__ Filler(HalfArgs const& args, FpropPlan const& plan, Smem<T>& shared, View<T> const& view,
                                     int32_t slice)
-      : a(args), smem(shared) {
-    int32_t rs;
-    c = a.div_RS.divmod(slice, &rs) * T::kTileC;
-    r = a.div_S.divmod(rs, &s);
-    x_offset = c * a.p.x_stride[1] + r * a.p.dil_h * a.p.x_stride[2] + s * a.p.dil_w * a.p.x_stride[3];
-    int32_t const pitch = plan.tiles_k * T::kTileK;
+      : a(args), smem(shared), thread(threadIdx.x) {
+    asm volatile("" : "+r"(thread));  // else it is read from the special register for each slice, which takes long
+    int32_t s;
+    int32_t const rs = a.div_vectors.divmod(slice * T::kVectors + threadIdx.x % T::kVectors, &vector);
+    int32_t const r = a.div_S.divmod(rs, &s);
+    dh = r < a.p.R ? r * a.p.dil_h : kOutside;
+    dw = s * a.p.dil_w;
+    offset = vector + r * a.p.dil_h * a.step_h + dw * a.step_w;
     w = static_cast<__half const*>(a.p.workspace) +
-        ((int64_t{view.group} * plan.slices + slice) * pitch + view.first_k - view.group * a.Kg) * T::kTileC;
-    for (int i = threadIdx.x; i < T::kTilePQ; i += T::kThreads)
-      smem.pixel[i] = make_pixel(a, view.group, view.first_pixel + i);
-  }
-
-  // Starts the copies of the slice: weights straight to shared memory, inputs to registers.
-  __device__ __forceinline__ void load(int32_t stage) {
-    constexpr int kCopies = T::kTileK * T::kTileC / 8;  // of 8 halves
-    static_assert(kCopies <= T::kThreads, "one copy a thread");
-    if (threadIdx.x < kCopies) copy16_async(&smem.w[stage][threadIdx.x / 2][threadIdx.x % 2 * 8], w + threadIdx.x * 8);
-    copy_commit();
-    int32_t const dh = r * a.p.dil_h, dw = s * a.p.dil_w;
-    int32_t const first = T::kShares == 1 ? 0 : threadIdx.x / T::kTilePQ * T::kLoads;
-    int32_t const channels = min(T::kLoads, a.Cg - c - first);
-    Bits const* const x = static_cast<Bits const*>(a.p.x) + x_offset + first * a.p.x_stride[1];
-#pragma unroll
-    for (int i = 0; i < T::kPixels; ++i) {
-      Pixel const pixel = smem.pixel[i * T::kThreads + threadIdx.x % T::kTilePQ];
-      bool const valid = inside(a, pixel, dh, dw);
-      Bits const* src = x + pixel.offset;
-      if constexpr (kSource == Source::kChannels) {
-#pragma unroll
-        for (int j = 0; j < T::kLoads / 8; ++j) {
-          uint4 v = make_uint4(0, 0, 0, 0);
-          if (valid && j * 8 < channels) v = __ldg(reinterpret_cast<uint4 const*>(src + j * 8));
-          staged[i][j * 4] = v.x, staged[i][j * 4 + 1] = v.y, staged[i][j * 4 + 2] = v.z, staged[i][j * 4 + 3] = v.w;
-        }
-      } else if (valid && channels == T::kLoads) {
-#pragma unroll
-        for (int j = 0; j < T::kLoads; ++j, src += a.p.x_stride[1]) staged[i][j] = __ldg(src);
-      } else {
-#pragma unroll
-        for (int j = 0; j < T::kLoads; ++j, src += a.p.x_stride[1]) staged[i][j] = valid && j < channels ? __ldg(src) : 0;
+        ((int64_t{view.group} * plan.slices + slice) * a.pitch + view.first_k - view.group * a.Kg) * T::kTileC +
+        threadIdx.x * kVector;
+    for (int i = threadIdx.x; i < T::kTilePQ; i += T::kThreads) {
+      Window window{0, 0, kOutside, 0};
+      int32_t const m = view.first_pixel + i;
+      if (m < a.NPQ) {
+        int32_t pq, q;
+        int32_t const n = a.div_PQ.divmod(m, &pq), p = a.div_Q.divmod(pq, &q);
+        window.h0 = p * a.p.stride_h - a.p.pad_h;
+        window.w0 = q * a.p.stride_w - a.p.pad_w;
+        window.offset = n * a.step_n + view.group * a.vectors + window.h0 * a.step_h + window.w0 * a.step_w;
       }
-    }
-    w += int64_t{a.packed_pitch} * T::kTileC;
-    x_offset += a.step_s;
-    if (++s == a.p.S) {
-      s = 0;
-      x_offset += a.step_r;
-      if (++r == a.p.R) {
-        r = 0;
-        c += T::kTileC;
-        x_offset += a.step_c + (T::kTileC - 1) * a.p.x_stride[1];
-      }
+      smem.window[i] = window;
     }
   }
 
-  // Inputs from registers to shared memory; waits for the weights.
-  __device__ __forceinline__ void store(int32_t stage) {
-    int32_t const first = T::kShares == 1 ? 0 : threadIdx.x / T::kTilePQ * T::kLoads;
+  // The windows of the pixels that the thread copies.
+  static constexpr int kPixels = T::kTilePQ / T::kRows;
+  __device__ __forceinline__ void read(Window (&windows)[kPixels]) const {
 #pragma unroll
-    for (int i = 0; i < T::kPixels; ++i) {
-      __half* const dst = &smem.x[stage][i * T::kThreads + threadIdx.x % T::kTilePQ][first];
+    for (int i = 0; i < kPixels; ++i) windows[i] = smem.window[i * T::kRows + thread / T::kVectors];
+  }
+
+  // Starts the copies of the next slice.
+  __device__ __forceinline__ void fill(int32_t stage, Window const (&windows)[kPixels]) {
+    int32_t const row = thread / T::kVectors, column = thread % T::kVectors * kVector;
 #pragma unroll
-      for (int j = 0; j < T::kLoads / 8; ++j) {
-        uint32_t pair[4];
+    for (int k = 0; k < T::kTileK; k += T::kRows)
+      if (T::kTileK >= T::kRows || row < T::kTileK) copy16_async(&smem.w[stage][k + row][column], w + k * T::kTileC);
+    auto const* const image = reinterpret_cast<uint4 const*>(a.image);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if constexpr (kSource == Source::kChannels) {
-            uint32_t const both = staged[i][j * 4 + e];
-            pair[e] = kBfloat16 ? half_pair<true>(both & 0xffff, both >> 16) : both;
-          } else {
-            pair[e] = half_pair<kBfloat16>(staged[i][j * 8 + e * 2], staged[i][j * 8 + e * 2 + 1]);
-          }
-        }
-        *reinterpret_cast<uint4*>(dst + j * 8) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+    for (int i = 0; i < kPixels; ++i) {
+      bool const valid = static_cast<uint32_t>(windows[i].h0 + dh) < static_cast<uint32_t>(a.p.H) &&
+                         static_cast<uint32_t>(windows[i].w0 + dw) < static_cast<uint32_t>(a.p.W);
+      copy16_async(&smem.x[stage][i * T::kRows + row][column], image + (windows[i].offset + offset), valid);
+    }
+    w += a.pitch * T::kTileC;
+    vector += T::kVectors;
+    offset += T::kVectors;
+    while (vector >= a.vectors) {
+      vector -= a.vectors;
+      offset += a.p.dil_w * a.step_w - a.vectors;
+      dw += a.p.dil_w;
+      if (dw == a.p.S * a.p.dil_w) {
+        offset += a.p.dil_h * a.step_h - dw * a.step_w;
+        dw = 0;
+        dh += a.p.dil_h;
+        if (dh == a.p.R * a.p.dil_h) dh = kOutside;
       }
     }
-    copy_wait<0>();
   }
 };
 
@@ -174,74 +264,82 @@ struct Filler {
 
 __device__ __forceinline__ void load16(__half2 (&fragment)[8], __half const* smem) {
   *reinterpret_cast<uint4*>(fragment) = *reinterpret_cast<uint4 const*>(smem);
-  *reinterpret_cast<uint4*>(fragment + 4) = *reinterpret_cast<uint4 const*>(smem + 8);
+  *reinterpret_cast<uint4*>(fragment + 4) = *reinterpret_cast<uint4 const*>(smem + kVector);
 }
 
-// *sum += |x - w| for eight pairs, four at a time as a tree.
-__device__ __forceinline__ void add_pairs(__half2 const (&x)[8], __half2 const (&w)[8], __half2* sum) {
-#pragma unroll
-  for (int e = 0; e < 8; e += 4) {
-    __half2 const low = __hadd2(__habs2(__hsub2(x[e], w[e])), __habs2(__hsub2(x[e + 1], w[e + 1])));
-    __half2 const high = __hadd2(__habs2(__hsub2(x[e + 2], w[e + 2])), __habs2(__hsub2(x[e + 3], w[e + 3])));
-    *sum = __hadd2(*sum, __hadd2(low, high));
-  }
+// |x - w| of four pairs, added as a tree.
+__device__ __forceinline__ __half2 add_four(__half2 const* x, __half2 const* w) {
+  __half2 const low = __hadd2(__habs2(__hsub2(x[0], w[0])), __habs2(__hsub2(x[1], w[1])));
+  __half2 const high = __hadd2(__habs2(__hsub2(x[2], w[2])), __habs2(__hsub2(x[3], w[3])));
+  return __hadd2(low, high);
 }
 
-// Accumulates slices first .. last - 1 into acc[pixel][half of the filter rows][row].
-template <class T, bool kBfloat16, Source kSource>
-__device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& plan, View<T> const& view, int32_t first,
-                                           int32_t last, Smem<T>& smem, float (&acc)[T::kThreadPQ][2][4]) {
-  __half2 const zero = __half2half2(__ushort_as_half(0));
-  __half2 pairs[T::kThreadPQ][T::kThreadK];
-#pragma unroll
-  for (int j = 0; j < T::kThreadPQ; ++j)
-#pragma unroll
-    for (int i = 0; i < T::kThreadK; ++i) pairs[j][i] = zero;
-
-  Filler<T, kBfloat16, kSource> filler(a, plan, smem, view, first);
+// Accumulates slices first .. last - 1 into acc[pixel][filter].
+template <class T>
+__device__ __forceinline__ void accumulate(HalfArgs const& a, FpropPlan const& plan, View<T> const& view, int32_t first,
+                                           int32_t last, Smem<T>& smem, float (&acc)[T::kThreadPQ][T::kThreadK]) {
+  Filler<T> filler(a, plan, smem, view, first);
   wait_for_primary();
   __syncthreads();
-  filler.load(0);
-  filler.store(0);
+  int32_t next = first, fill_stage = 0;
+  Window windows[Filler<T>::kPixels];
+  auto fill = [&] {
+    if (next < last) filler.fill(fill_stage, windows);
+    ++next;
+    fill_stage = fill_stage + 1 == T::kStages ? 0 : fill_stage + 1;
+    copy_commit();  // an empty group keeps the count that copy_wait relies on
+  };
+  filler.read(windows);
+  for (int i = 0; i < T::kStages - 1; ++i) fill();
+
+  int32_t stage = 0;
+#pragma unroll 1
   for (int32_t slice = first; slice < last; ++slice) {
-    int32_t const stage = (slice - first) % 2;
+    copy_wait<T::kStages - 2>();
     __syncthreads();
-    if (slice + 1 < last) filler.load(stage ^ 1);
-    __half2 x[T::kThreadPQ][8];
+    __half const* const w_smem = smem.w[stage][view.thread_k];
+    __half const* const x_smem = smem.x[stage][view.thread_pq];
+    stage = stage + 1 == T::kStages ? 0 : stage + 1;
+    __half2 x[T::kThreadPQ][8], pairs[T::kThreadPQ][T::kThreadK];
 #pragma unroll
-    for (int j = 0; j < T::kThreadPQ; ++j) load16(x[j], smem.x[stage][view.thread_pq + j * T::kStepPQ]);
+    for (int j = 0; j < T::kThreadPQ; ++j) load16(x[j], x_smem + j * T::kStepPQ * T::kPitch);
+    filler.read(windows);
 #pragma unroll
     for (int i = 0; i < T::kThreadK; ++i) {
       __half2 w[8];
-      load16(w, smem.w[stage][view.thread_k + i * T::kStepK]);
+      load16(w, w_smem + i * T::kStepK * T::kPitch);
 #pragma unroll
-      for (int j = 0; j < T::kThreadPQ; ++j) add_pairs(x[j], w, &pairs[j][i]);
+      for (int j = 0; j < T::kThreadPQ; ++j) pairs[j][i] = __hadd2(add_four(x[j], w), add_four(x[j] + 4, w + 4));
+      if (i == 0) fill();  // not before: it would wait for the windows
     }
-    if (stage == 1 || slice + 1 == last) {  // every second slice
 #pragma unroll
-      for (int j = 0; j < T::kThreadPQ; ++j)
+    for (int j = 0; j < T::kThreadPQ; ++j) load16(x[j], x_smem + j * T::kStepPQ * T::kPitch + 16);
 #pragma unroll
-        for (int i = 0; i < T::kThreadK; ++i) {
-          acc[j][i / 4][i % 4] += __half2float(__hadd(__low2half(pairs[j][i]), __high2half(pairs[j][i])));
-          pairs[j][i] = zero;
-        }
+    for (int i = 0; i < T::kThreadK; ++i) {
+      __half2 w[8];
+      load16(w, w_smem + i * T::kStepK * T::kPitch + 16);
+#pragma unroll
+      for (int j = 0; j < T::kThreadPQ; ++j) {
+        __half2 const sum = __hadd2(__hadd2(pairs[j][i], add_four(x[j], w)), add_four(x[j] + 4, w + 4));
+        acc[j][i] += __half2float(__hadd(__low2half(sum), __high2half(sum)));
+      }
     }
-    if (slice + 1 < last) filler.store(stage ^ 1);
   }
 }
 
 // Sum over the same slices for one output, in float32 from memory.
 template <class T>
-__device__ __noinline__ float exact_sum(FpropArgs const& a, int32_t group, int32_t k, int32_t m, int32_t first, int32_t last) {
+__device__ __noinline__ float exact_sum(HalfArgs const& a, int32_t group, int32_t k, int32_t m, int32_t first, int32_t last) {
   if (m >= a.NPQ || k >= (group + 1) * a.Kg) return 0.f;
   Pixel const pixel = make_pixel(a, group, m);
   float sum = 0.f;
-  for (int32_t slice = first; slice < last; ++slice) {
-    int32_t rs, s;
-    int32_t const c0 = a.div_RS.divmod(slice, &rs) * T::kTileC, r = a.div_S.divmod(rs, &s);
+  int32_t const end = min(last * T::kVectors, a.p.R * a.p.S * a.vectors);
+  for (int32_t i = first * T::kVectors; i < end; ++i) {
+    int32_t vector, s;
+    int32_t const rs = a.div_vectors.divmod(i, &vector), r = a.div_S.divmod(rs, &s);
     bool const valid = inside(a, pixel, r * a.p.dil_h, s * a.p.dil_w);
     int64_t const offset = pixel.offset + r * a.p.dil_h * a.p.x_stride[2] + s * a.p.dil_w * a.p.x_stride[3];
-    for (int32_t c = c0; c < min(c0 + T::kTileC, a.Cg); ++c) {
+    for (int32_t c = vector * kVector; c < min((vector + 1) * kVector, a.Cg); ++c) {
       float const x = valid ? load_as_float(a.p.x, offset + c * a.p.x_stride[1], a.p.x_type) : 0.f;
       sum += fabsf(x - load_as_float(a.p.w, (int64_t{k} * a.Cg + c) * a.p.R * a.p.S + rs, a.p.w_type));
     }
@@ -249,120 +347,142 @@ __device__ __noinline__ float exact_sum(FpropArgs const& a, int32_t group, int32
   return sum;
 }
 
-// ---- kernels
+// ---- kernel
 
-// Weights [K, Cg, R, S] of any type to halves [groups][slices][pitch][kTileC], zeros behind the filters of a group and the
-// channels: in the order of the slices. A thread writes the 16 channels of one filter and tap.
-template <int kTileC>
-__global__ void __launch_bounds__(128) adder2d_pack_half_kernel(__grid_constant__ FpropArgs const a, int32_t slices) {
-  launch_dependents();
-  int64_t const index = int64_t{blockIdx.x} * 128 + threadIdx.x;
-  int32_t const k = static_cast<int32_t>(index % a.packed_pitch);
-  int64_t const rest = index / a.packed_pitch;
-  int32_t const slice = static_cast<int32_t>(rest % slices), group = static_cast<int32_t>(rest / slices);
-  if (group >= a.p.groups) return;
-  int32_t rs;
-  int32_t const c = a.div_RS.divmod(slice, &rs) * kTileC;
-  __half packed[kTileC];
-#pragma unroll
-  for (int j = 0; j < kTileC; ++j) {
-    bool const present = k < a.Kg && c + j < a.Cg;
-    int64_t const from = ((int64_t{group} * a.Kg + k) * a.Cg + c + j) * a.p.R * a.p.S + rs;
-    packed[j] = __float2half_rn(present ? load_as_float(a.p.w, from, a.p.w_type) : 0.f);
-  }
-  uint4* const to = reinterpret_cast<uint4*>(static_cast<__half*>(a.p.workspace) + index * kTileC);
-  to[0] = *reinterpret_cast<uint4*>(packed);
-  to[1] = *reinterpret_cast<uint4*>(packed + 8);
-}
-
-template <class T, bool kBfloat16, Source kSource>
+template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
-    adder2d_fprop_half_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ FpropPlan const plan) {
+    adder2d_fprop_half_kernel(__grid_constant__ HalfArgs const a, __grid_constant__ FpropPlan const plan) {
   extern __shared__ __align__(16) unsigned char smem_bytes[];
   launch_dependents();
-  View<T> const view(a, plan, blockIdx.x, threadIdx.x);
-  int32_t const first = plan.slices * blockIdx.y / plan.splits, last = plan.slices * (blockIdx.y + 1) / plan.splits;
-  float acc[T::kThreadPQ][2][4] = {};
-  accumulate<T, kBfloat16, kSource>(a, plan, view, first, last, *reinterpret_cast<Smem<T>*>(smem_bytes), acc);
+  Work const work(plan);
+  View<T> const view(a, plan, work.tile, threadIdx.x);
+  float acc[T::kThreadPQ][T::kThreadK] = {};
+  accumulate(a, plan, view, work.first, work.last, *reinterpret_cast<Smem<T>*>(smem_bytes), acc);
 
   // Overflow and NaN show as such in the sums. What conversion to half rounded away below 2^-24 is at most 2^-25 for either
   // side of a term: 2^-12 of a sum of at least 2^-12 a term.
-  float const least = a.exact_halves ? 0.f : (last - first) * T::kTileC * 0x1p-12f;
+  float const least = a.exact_halves ? 0.f : (work.last - work.first) * T::kTileC * 0x1p-12f;
   bool exact = true;
 #pragma unroll
-  for (int item = 0; item < View<T>::kItems; ++item) {
-    float const* const v = acc[item / 2][item % 2];
+  for (int j = 0; j < T::kThreadPQ; ++j)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      bool const present = view.pixel(item / 2) < a.NPQ && view.k(View<T>::row(item % 2, e)) < view.end_k;
-      exact &= isfinite(v[e]) && (v[e] >= least || !present);
+    for (int i = 0; i < T::kThreadK; ++i) {
+      bool const present = view.first_pixel + view.pq(j) < a.NPQ && view.first_k + view.k(i) < view.end_k;
+      exact &= isfinite(acc[j][i]) && (acc[j][i] >= least || !present);
     }
-  }
-  bool const redo = __syncthreads_or(!exact);
-#pragma unroll
-  for (int item = 0; item < View<T>::kItems; ++item) {
-    float* const v = acc[item / 2][item % 2];
-    if (redo) {
+  using Turned = typename View<T>::Turned;
+  float* const sums = reinterpret_cast<float*>(smem_bytes);
+  if (__syncthreads_or(!exact)) {
 #pragma unroll 1
-      for (int e = 0; e < 4; ++e) {
-        float const sum = exact_sum<T>(a, view.group, view.k(View<T>::row(item % 2, e)), view.pixel(item / 2), first, last);
-        if (e == 0) v[0] = sum;
-        if (e == 1) v[1] = sum;
-        if (e == 2) v[2] = sum;
-        if (e == 3) v[3] = sum;
-      }
+    for (int i = 0; i < T::kThreadPQ * T::kThreadK; ++i) {
+      int32_t const k = view.k(i % T::kThreadK), pq = view.pq(i / T::kThreadK);
+      sums[Turned::index(a, k, pq)] = exact_sum<T>(a, view.group, view.first_k + k, view.first_pixel + pq, work.first, work.last);
     }
-    finish(a, plan, view, item, make_float4(v[0], v[1], v[2], v[3]));
+  } else {
+#pragma unroll
+    for (int j = 0; j < T::kThreadPQ; ++j)
+#pragma unroll
+      for (int i = 0; i < T::kThreadK; ++i) sums[Turned::index(a, view.k(i), view.pq(j))] = acc[j][i];
   }
+  __syncthreads();
+  finish_turned(a, plan, work, view, sums);
 }
 
 // ---- launcher
 
-template <class T, bool kBfloat16, Source kSource>
-cudaError_t launch_tile(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  int64_t const rows = int64_t{args.p.groups} * plan.slices * args.packed_pitch;
-  adder2d_pack_half_kernel<T::kTileC><<<static_cast<uint32_t>(ceil_div(rows, int64_t{128})), 128, 0, stream>>>(args, plan.slices);
+using Tile64x128 = Tile<64, 128, 8, 3, 2>;
+using Tile32x256 = Tile<32, 256, 8, 3, 2>;
+using Tile16x256 = Tile<16, 256, 8, 2, 4>;
+using Tile32x64 = Tile<32, 64, 4, 3, 4>;  // small problems: four times as many blocks
+
+// Accumulated terms a cycle and multiprocessor, of 128.
+template <class T>
+constexpr double kRate = T::kThreadK == 8 ? 85 : 60;
+template <class T>
+constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate<T>};
+// In the order of launch_fprop_half.
+constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile32x256>, kSizeOf<Tile16x256>, kSizeOf<Tile32x64>};
+constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
+constexpr int32_t kTileC = Tile64x128::kTileC;
+constexpr int32_t kMaxTileK = 64;
+
+int32_t slices_of(FpropArgs const& a, TileSize const& size) {
+  return ceil_div(ceil_div(a.Cg, kVector) * a.p.R * a.p.S, size.c / kVector);
+}
+
+// Bytes for the packed weights, whatever the tile.
+size_t weight_bytes(FpropArgs const& a) {
+  return sizeof(__half) * a.p.groups * slices_of(a, kTiles[0]) * kTileC * ceil_div(a.Kg, kMaxTileK) * kMaxTileK;
+}
+
+// Vectors can be copied straight from the input.
+bool is_packed_image(Adder2dParams const& p) {
+  int64_t const reach = int64_t{p.N - 1} * p.x_stride[0] + int64_t{p.H - 1} * p.x_stride[2] + int64_t{p.W - 1} * p.x_stride[3];
+  return p.x_type == ADDER2D_FLOAT16 && p.x_stride[1] == 1 && p.C / p.groups % kVector == 0 && p.x_stride[0] % kVector == 0 &&
+         p.x_stride[2] % kVector == 0 && p.x_stride[3] % kVector == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
+         reach / kVector <= INT32_MAX / 4;
+}
+
+// Of workspace for packed images.
+size_t image_bytes(Adder2dParams const& p, int32_t images) {
+  return is_packed_image(p) ? 0 : sizeof(uint4) * images * p.H * p.W * p.groups * ceil_div(p.C / p.groups, kVector);
+}
+
+HalfArgs make_half_args(FpropArgs const& problem, FpropPlan const& plan) {
+  HalfArgs args{};
+  static_cast<FpropArgs&>(args) = problem;
+  Adder2dParams const& p = problem.p;
+  args.vectors = ceil_div(args.Cg, kVector);
+  args.pitch = plan.tiles_k * kTiles[plan.tile].k;
+  args.exact_halves = p.x_type == ADDER2D_FLOAT16 && p.w_type == ADDER2D_FLOAT16;
+  args.packs_image = !is_packed_image(p);
+  args.div_vectors = FastDiv(args.vectors);
+  args.div_HW = FastDiv(int64_t{p.H} * p.W);
+  args.div_W = FastDiv(p.W);
+  if (args.packs_image) {
+    args.image = reinterpret_cast<__half const*>(static_cast<char*>(p.workspace) + weight_bytes(args));
+    args.step_w = p.groups * args.vectors;
+    args.step_h = p.W * args.step_w;
+    args.step_n = p.H * args.step_h;
+  } else {
+    args.image = static_cast<__half const*>(p.x);
+    args.step_w = static_cast<int32_t>(p.x_stride[3] / kVector);
+    args.step_h = static_cast<int32_t>(p.x_stride[2] / kVector);
+    args.step_n = static_cast<int32_t>(p.x_stride[0] / kVector);
+  }
+  return args;
+}
+
+template <class T>
+cudaError_t launch_tile(HalfArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
+  int64_t const weight_blocks = int64_t{args.p.groups} * (args.pitch / kPackFilters) * ceil_div(args.vectors, 1 << pack_shift(args.p.R * args.p.S));
+  int64_t const pixels = int64_t{args.p.N} * args.p.H * args.p.W;
+  int64_t const image_blocks =
+      args.packs_image ? ceil_div(pixels, int64_t{kPackPixels}) * ceil_div(args.p.groups * args.vectors, kPackVectors) : 0;
+  static_assert(T::kTileK % kPackFilters == 0, "a block packs filters of one group");
+  adder2d_pack_half_kernel<T::kTileC><<<static_cast<uint32_t>(weight_blocks + image_blocks), kPackThreads, 0, stream>>>(
+      args, plan.slices, static_cast<int32_t>(weight_blocks));
   cudaError_t const error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  return launch_tiled<View<T>>(adder2d_fprop_half_kernel<T, kBfloat16, kSource>, sizeof(Smem<T>), true, args, plan, stream);
-}
-
-using Tile64x128 = Tile<64, 128>;
-
-constexpr double kRate = 60;  // accumulated terms a cycle and multiprocessor
-
-template <class T>
-constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate};
-// In the order of launch_fprop_half.
-constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>};
-constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
-
-// Bytes of the packed weights for tiles of tile_k filters.
-size_t packed_weights(FpropArgs const& a, int32_t tile_k) {
-  return size_t{2} * a.p.groups * ceil_div(a.Cg, 16) * 16 * a.p.R * a.p.S * ceil_div(a.Kg, tile_k) * tile_k;
-}
-
-// 8 channels of a pixel in one aligned load.
-bool has_channel_vectors(FpropArgs const& a) {
-  return a.p.x_stride[1] == 1 && a.Cg % 8 == 0 && a.p.x_stride[0] % 8 == 0 && a.p.x_stride[2] % 8 == 0 &&
-         a.p.x_stride[3] % 8 == 0 && reinterpret_cast<uintptr_t>(a.p.x) % 16 == 0;
-}
-
-template <class T>
-cudaError_t launch_any_source(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  bool const bfloat16 = args.p.x_type == ADDER2D_BFLOAT16;
-  if (has_channel_vectors(args))
-    return bfloat16 ? launch_tile<T, true, Source::kChannels>(args, plan, stream)
-                    : launch_tile<T, false, Source::kChannels>(args, plan, stream);
-  return bfloat16 ? launch_tile<T, true, Source::kPixels>(args, plan, stream)
-                  : launch_tile<T, false, Source::kPixels>(args, plan, stream);
+  static_assert(View<T>::Turned::kBytes <= sizeof(Smem<T>), "sums change hands where the slices were");
+  return launch_tiled<View<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), true, args, plan, stream);
 }
 
 }  // namespace
 
+int32_t images_of_fprop_half(Adder2dParams const& p, int32_t images) {
+  if (p.x_type == ADDER2D_FLOAT32 || p.C / p.groups < kMinChannels || p.R * p.S * kVector > kPackElements || is_packed_image(p))
+    return images;
+  size_t const weights = weight_bytes(make_fprop_args(p));
+  if (p.workspace_bytes <= weights) return images;
+  size_t const room = (p.workspace_bytes - weights) / image_bytes(p, 1);
+  return room == 0 || room >= static_cast<size_t>(images) ? images : ceil_div(images, ceil_div(images, static_cast<int32_t>(room)));
+}
+
 bool takes_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
-  // Slices of 16 channels would be mostly empty below 8. The weights must find room.
-  if (args.p.x_type == ADDER2D_FLOAT32 || args.Cg < 8 || packed_weights(args, 64) > workspace_bytes) return false;
+  // Weights and image must find room.
+  if (args.p.x_type == ADDER2D_FLOAT32 || args.Cg < kMinChannels || args.p.R * args.p.S * kVector > kPackElements) return false;
+  if (weight_bytes(args) + image_bytes(args.p, args.p.N) > workspace_bytes) return false;
   int device = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -370,21 +490,21 @@ bool takes_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
 }
 
 FpropPlan plan_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
-  auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return ceil_div(a.Cg, size.c) * a.p.R * a.p.S; };
+  size_t const packed_bytes = weight_bytes(args) + image_bytes(args.p, args.p.N);
   double cycles;
-  FpropPlan plan =
-      choose_tile(args, kTiles, kTileCount, slices_of, workspace_bytes - packed_weights(args, 64), &cycles);
-  plan.packed_bytes = packed_weights(args, kTiles[plan.tile].k);
-  plan.workspace_bytes += plan.packed_bytes;
+  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, workspace_bytes - packed_bytes, &cycles, true);
+  plan.packed_bytes = packed_bytes;
+  plan.workspace_bytes += packed_bytes;
   return plan;
 }
 
 cudaError_t launch_fprop_half(FpropArgs const& problem, FpropPlan const& plan, cudaStream_t stream) {
-  FpropArgs args = problem;
-  args.packed_pitch = plan.tiles_k * kTiles[plan.tile].k;
-  args.exact_halves = args.p.x_type == ADDER2D_FLOAT16 && args.p.w_type == ADDER2D_FLOAT16;
+  HalfArgs const args = make_half_args(problem, plan);
   switch (plan.tile) {
-    case 0: return launch_any_source<Tile64x128>(args, plan, stream);
+    case 0: return launch_tile<Tile64x128>(args, plan, stream);
+    case 1: return launch_tile<Tile32x256>(args, plan, stream);
+    case 2: return launch_tile<Tile16x256>(args, plan, stream);
+    case 3: return launch_tile<Tile32x64>(args, plan, stream);
   }
   return cudaErrorInvalidValue;
 }

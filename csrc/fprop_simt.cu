@@ -3,6 +3,7 @@
 // A block owns a tile of kTileK filters by kTilePQ output pixels and steps through the reduction kTileC terms at a time;
 // asynchronous copies fill a ring of kStages slices in shared memory while a thread accumulates its 8 x 8 outputs. One
 // accumulated |x - w| is two float32 additions, so everything else in the inner loop is overhead to be kept small.
+#include <algorithm>
 #include <type_traits>
 
 #include "fprop_tiled.cuh"
@@ -22,6 +23,9 @@ enum class Fill {
 };
 template <Fill kFill>
 constexpr bool kIsPacked = kFill == Fill::kPixels || kFill == Fill::kChannels || kFill == Fill::kPlane;
+// Where x is in channels_last, y is too as a rule; elsewhere a thread stores four pixels at once as it holds them.
+template <Fill kFill>
+constexpr bool kIsTurned = kFill == Fill::kChannels || kFill == Fill::kAny;
 
 template <int kTileK_, int kTilePQ_, int kTileC_, int kStages_, int kThreadK_ = 8, int kThreadPQ_ = 8, int kBlocks = 3>
 struct Tile {
@@ -71,19 +75,27 @@ struct Smem {
 // The tile's place in the output, and the place of a thread in the tile.
 template <class T>
 struct View : TilePlace {
-  static constexpr int kThreads = T::kThreads, kItems = T::kThreadK * T::kThreadPQ / 4;
+  using Turned = Turn<T::kTileK, T::kTilePQ, T::kThreads, T::kLanesK, T::kLanesPQ>;
+  static constexpr int kThreads = T::kThreads, kItems = Turned::kItems;
+  int32_t thread;
   int32_t thread_k, thread_pq;  // first output of the thread; its groups are kTileK / kGroupsK, kTilePQ / kGroupsPQ apart
 
-  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread)
-      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ) {
+  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread_index)
+      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ), thread(thread_index) {
     int32_t const warp = thread / 32, lane = thread % 32;
     thread_k = (warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ) * 4;
     thread_pq = (warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ) * 4;
   }
-  // Item: one filter row of the thread, four pixels.
-  __device__ __forceinline__ void store(FpropArgs const& a, int32_t item, float4 const& sum) const {
-    int32_t const row = item / T::kGroupsPQ, k = first_k + thread_k + row / 4 * (T::kTileK / T::kGroupsK) + row % 4;
-    if (k < end_k) store4(a, k, first_pixel + thread_pq + item % T::kGroupsPQ * (T::kTilePQ / T::kGroupsPQ), sum);
+  __device__ __forceinline__ int32_t k(int32_t i) const { return thread_k + i / 4 * (T::kTileK / T::kGroupsK) + i % 4; }
+  __device__ __forceinline__ int32_t pq(int32_t j) const { return thread_pq + j / 4 * (T::kTilePQ / T::kGroupsPQ) + j % 4; }
+  // Item: one of the thread's filters and four of its pixels, or, where sums have changed hands, Turned's.
+  __device__ __forceinline__ void store(FpropArgs const& a, FpropPlan const& plan, int32_t item, float4 const& sum) const {
+    if (plan.turned) {
+      Turned::store(a, *this, item, thread, sum);
+    } else {
+      int32_t const m = first_pixel + pq(item % T::kGroupsPQ * 4);
+      store4<false>(a, first_k + k(item / T::kGroupsPQ), end_k, m, output_offset(a, m), sum);
+    }
   }
 };
 
@@ -203,16 +215,24 @@ struct Filler {
   __device__ __forceinline__ void fill_x(float* x_smem) const {
     int32_t const dh = r * a.p.dil_h, dw = s * a.p.dil_w;
     if constexpr (kFill == Fill::kChannels) {
-      int32_t const row = threadIdx.x / 8, lane = threadIdx.x % 8;
-      int64_t const offset = x_offset + lane * a.p.x_stride[1];
+      int32_t const row = threadIdx.x / 8, lane = threadIdx.x % 8, offset = static_cast<int32_t>(x_offset) + lane;
+      // Pixels in batches: a read of shared memory before every copy into it would cost three idle instructions each.
+      constexpr int kBatch = T::kTilePQ / T::kRowsK < 4 ? T::kTilePQ / T::kRowsK : 4;
 #pragma unroll
-      for (int i = 0; i < T::kTilePQ; i += T::kRowsK) {
-        Pixel const pixel = smem.pixel[i + row];
-        bool const valid = inside(a, pixel, dh, dw);
+      for (int i = 0; i < T::kTilePQ; i += kBatch * T::kRowsK) {
+        float const* src[kBatch];
+        bool valid[kBatch];
 #pragma unroll
-        for (int j = 0; j < T::kTileC; j += 8)
-          copy_element<kFill>(x_smem + (j + lane) * T::kPitchPQ + i + row, a.p.x,
-                              pixel.offset + offset + j * a.p.x_stride[1], a.p.x_type, valid);
+        for (int b = 0; b < kBatch; ++b) {
+          Pixel const pixel = smem.pixel[i + b * T::kRowsK + row];
+          valid[b] = inside(a, pixel, dh, dw);
+          src[b] = static_cast<float const*>(a.p.x) + (static_cast<int32_t>(pixel.offset) + offset);
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b)
+#pragma unroll
+          for (int j = 0; j < T::kTileC; j += 8)
+            copy4_async(x_smem + (j + lane) * T::kPitchPQ + i + b * T::kRowsK + row, src[b] + j, valid[b]);
       }
       return;
     }
@@ -233,7 +253,7 @@ struct Filler {
       float* const dst = x_smem + first * T::kPitchPQ + i * T::kThreads + lane;
       if constexpr (kFill == Fill::kTaps) {
         Tap const* const table = &smem.term[(made - origin) / T::kTermSlices % 2][(slice - made) * T::kTileC + first];
-#pragma unroll
+#pragma unroll 8
         for (int j = 0; j < kTerms; j += 2) {
           int4 const two = *reinterpret_cast<int4 const*>(table + j);
           copy4_async(dst + j * T::kPitchPQ, window[i] + two.x, taps[i] & two.y);
@@ -374,14 +394,35 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     adder2d_fprop_simt_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ FpropPlan const plan) {
   extern __shared__ __align__(16) unsigned char smem_bytes[];
   launch_dependents();
-  View<T> const view(a, plan, blockIdx.x, threadIdx.x);
-  int32_t const first = plan.slices * blockIdx.y / plan.splits, last = plan.slices * (blockIdx.y + 1) / plan.splits;
+  Work const work(plan);
+  View<T> const view(a, plan, work.tile, threadIdx.x);
   float acc[T::kThreadK][T::kThreadPQ] = {};
-  accumulate(a, plan, view, first, last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), acc);
+  accumulate(a, plan, view, work.first, work.last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), acc);
+  if constexpr (kIsTurned<kFill>) {
+    using Turned = typename View<T>::Turned;
+    float* const sums = reinterpret_cast<float*>(smem_bytes);
+    __syncthreads();
 #pragma unroll
-  for (int item = 0; item < View<T>::kItems; ++item) {
-    float const* const v = &acc[item / T::kGroupsPQ][item % T::kGroupsPQ * 4];
-    finish(a, plan, view, item, make_float4(v[0], v[1], v[2], v[3]));
+    for (int j = 0; j < T::kThreadPQ; ++j)
+#pragma unroll
+      for (int i = 0; i < T::kThreadK; ++i) sums[Turned::index(a, view.k(i), view.pq(j))] = acc[i][j];
+    __syncthreads();
+    finish_turned(a, plan, work, view, sums);
+  } else {
+#pragma unroll
+    for (int j = 0; j < T::kThreadPQ; j += 4) {
+      int32_t const m = view.first_pixel + view.pq(j);
+      int64_t const offset = output_offset(a, m);
+#pragma unroll
+      for (int i = 0; i < T::kThreadK; ++i) {
+        float4 const sum = make_float4(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]);
+        if (work.split >= 0) {
+          *partial_sum<View<T>>(a, plan, work.split, work.tile, i * T::kGroupsPQ + j / 4, threadIdx.x) = sum;
+        } else {
+          store4<false>(a, view.first_k + view.k(i), view.end_k, m, offset, sum);
+        }
+      }
+    }
   }
 }
 
@@ -396,11 +437,15 @@ cudaError_t launch_tile(FpropArgs const& args, FpropPlan const& plan, cudaStream
     cudaError_t const error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
-  return launch_tiled<View<T>>(adder2d_fprop_simt_kernel<T, kFill>, sizeof(Smem<T, kFill>), kIsPacked<kFill>, args, plan, stream);
+  FpropPlan with_turn = plan;
+  with_turn.turned = kIsTurned<kFill>;
+  // No more than it needs: the rest is first-level cache.
+  constexpr size_t kSmemBytes = std::max<size_t>(sizeof(Smem<T, kFill>), kIsTurned<kFill> ? View<T>::Turned::kBytes : 0);
+  return launch_tiled<View<T>>(adder2d_fprop_simt_kernel<T, kFill>, kSmemBytes, kIsPacked<kFill>, args, with_turn, stream);
 }
 
-using Tile64x128 = Tile<64, 128, 16, 3>;
-using Tile128x64 = Tile<128, 64, 16, 3>;
+using Tile64x128 = Tile<64, 128, 32, 2>;
+using Tile128x64 = Tile<128, 64, 32, 2>;
 using Tile32x256 = Tile<32, 256, 8, 3>;
 using Tile16x256 = Tile<16, 256, 8, 3, 4, 8, 4>;
 using Tile32x64 = Tile<32, 64, 16, 3, 4, 4, 6>;  // small problems: four times as many blocks
@@ -416,7 +461,12 @@ constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
 constexpr double kPackCycles = 60e3;  // a shorter kernel does not earn the packing back
 
-bool is_channels_last(FpropArgs const& a) { return a.p.x_stride[1] == 1 && a.p.x_stride[3] != 1; }
+// Channels lie side by side, and 32 bits reach every element.
+bool is_channels_last(FpropArgs const& a) {
+  int64_t const* const stride = a.p.x_stride;
+  return stride[1] == 1 && stride[3] != 1 &&
+         (a.p.N - 1) * stride[0] + a.p.C + (a.p.H - 1) * stride[2] + (a.p.W - 1) * stride[3] <= INT32_MAX / 2;
+}
 
 bool is_plane(FpropArgs const& a) {
   Adder2dParams const& p = a.p;
@@ -450,9 +500,9 @@ cudaError_t launch_any_fill(FpropArgs const& args, FpropPlan const& plan, cudaSt
 FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes) {
   auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return ceil_div(a.CRS, size.c); };
   double cycles;
-  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, workspace_bytes, &cycles);
+  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, workspace_bytes, &cycles, true);
   size_t const packed_bytes = size_t{4} * args.p.groups * args.CRS * plan.tiles_k * kTiles[plan.tile].k;
-  if (args.Cg % 16 == 0 && args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 &&
+  if (args.Cg % kTiles[plan.tile].c == 0 && args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 &&
       (is_channels_last(args) || cycles > kPackCycles) && plan.workspace_bytes + packed_bytes <= workspace_bytes) {
     plan.packed_bytes = packed_bytes;
     plan.workspace_bytes += packed_bytes;

@@ -52,32 +52,90 @@ __device__ __forceinline__ float load_bias(FpropArgs const& a, int32_t k) {
   return a.p.b != nullptr ? load_as_float(a.p.b, k, a.p.w_type) : -0.f;  // -0 - sum is -sum, with its sign of zero
 }
 
-// Writes y = b - sum for filter k and pixel m.
-__device__ __forceinline__ void store1(FpropArgs const& a, int32_t k, int32_t m, float sum) {
-  if (m >= a.NPQ) return;
+// Elements from y to pixel m of filter 0.
+__device__ __forceinline__ int64_t output_offset(FpropArgs const& a, int32_t m) {
+  if (a.y_linear) return m * a.p.y_stride[3];
   int32_t pq, q;
   int32_t const n = a.div_PQ.divmod(m, &pq);
   int32_t const p = a.div_Q.divmod(pq, &q);
-  store_from_float(a.p.y, n * a.p.y_stride[0] + k * a.p.y_stride[1] + p * a.p.y_stride[2] + q * a.p.y_stride[3], a.p.y_type,
-                   load_bias(a, k) - sum);
+  return n * a.p.y_stride[0] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
 }
 
-// The same for four pixels side by side; 16 bytes at once where they lie side by side in y.
-__device__ __forceinline__ void store4(FpropArgs const& a, int32_t k, int32_t m, float4 const& sum) {
-  if (a.y_vectors) {
-    if (m >= a.NPQ) return;
-    int32_t pq;
-    int32_t const n = a.div_PQ.divmod(m, &pq);
-    float const b = load_bias(a, k);
-    *reinterpret_cast<float4*>(static_cast<float*>(a.p.y) + n * a.p.y_stride[0] + k * a.p.y_stride[1] + pq) =
-        make_float4(b - sum.x, b - sum.y, b - sum.z, b - sum.w);
+// Writes y = b - sum for filter k and a pixel.
+__device__ __forceinline__ void store1(FpropArgs const& a, int32_t k, int64_t offset, float sum) {
+  store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, load_bias(a, k) - sum);
+}
+
+__device__ __forceinline__ void store_vector(void* base, int64_t index, int32_t type, float4 const& v) {
+  if (type == ADDER2D_FLOAT32) {
+    *reinterpret_cast<float4*>(static_cast<float*>(base) + index) = v;
     return;
   }
-  store1(a, k, m, sum.x);
-  store1(a, k, m + 1, sum.y);
-  store1(a, k, m + 2, sum.z);
-  store1(a, k, m + 3, sum.w);
+  alignas(8) uint16_t halves[4];
+  store_from_float(halves, 0, type, v.x);
+  store_from_float(halves, 1, type, v.y);
+  store_from_float(halves, 2, type, v.z);
+  store_from_float(halves, 3, type, v.w);
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(base) + index) = *reinterpret_cast<uint2*>(halves);
 }
+
+// The same for four filters from k on (kFilters), or for four pixels from m on, one by one; `end_k` is the end of the tile's
+// filters. Not inlined: kernels would be twice as long.
+template <bool kFilters>
+__device__ __noinline__ void store4_singly(FpropArgs const& a, int32_t k, int32_t end_k, int32_t m, float4 sum) {
+  float const sums[] = {sum.x, sum.y, sum.z, sum.w};
+  int64_t const offset = output_offset(a, m);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (kFilters && k + i < end_k) store1(a, k + i, offset, sums[i]);
+    if (!kFilters && m + i < a.NPQ) store1(a, k, i == 0 ? offset : output_offset(a, m + i), sums[i]);
+  }
+}
+
+// The same, at once where possible. `offset` is that of pixel m.
+template <bool kFilters>
+__device__ __forceinline__ void store4(FpropArgs const& a, int32_t k, int32_t end_k, int32_t m, int64_t offset, float4 const& sum) {
+  if (k >= end_k || m >= a.NPQ) return;
+  if (!a.y_vectors || a.y_filters != kFilters) return store4_singly<kFilters>(a, k, end_k, m, sum);
+  float4 b;
+  b.x = load_bias(a, k);
+  b.y = kFilters ? load_bias(a, k + 1) : b.x;
+  b.z = kFilters ? load_bias(a, k + 2) : b.x;
+  b.w = kFilters ? load_bias(a, k + 3) : b.x;
+  store_vector(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, make_float4(b.x - sum.x, b.y - sum.y, b.z - sum.z, b.w - sum.w));
+}
+
+// A tile's sums in shared memory, where they change hands so that a thread gets what lies side by side in y: rows of pixels
+// that hold the filters (a.y_filters), or the other way round. Rows are padded for writers that have kLanesK filters and
+// kLanesPQ pixels side by side in a warp.
+template <int kTileK, int kTilePQ, int kThreads, int kLanesK, int kLanesPQ>
+struct Turn {
+  static constexpr int kPitchK = kTileK + 4, kPitchPQ = kTilePQ + (kLanesPQ < 4 ? 4 : kLanesPQ);
+  static constexpr int kBytes = 4 * (kTilePQ * kPitchK > kTileK * kPitchPQ ? kTilePQ * kPitchK : kTileK * kPitchPQ);
+  static constexpr int kItems = kTileK * kTilePQ / (4 * kThreads), kColumns = kTilePQ;
+
+  // First filter and pixel of a thread's item of four, in the tile.
+  __device__ __forceinline__ static void place(FpropArgs const& a, int32_t item, int32_t thread, int32_t* k, int32_t* pq) {
+    int32_t const index = item * kThreads + thread;
+    *k = a.y_filters ? index % (kTileK / 4) * 4 : index / (kTilePQ / 4);
+    *pq = a.y_filters ? index / (kTileK / 4) : index % (kTilePQ / 4) * 4;
+  }
+  __device__ __forceinline__ static int32_t index(FpropArgs const& a, int32_t k, int32_t pq) {
+    return a.y_filters ? pq * kPitchK + k : k * kPitchPQ + pq;
+  }
+  template <class View>
+  __device__ __forceinline__ static void store(FpropArgs const& a, View const& view, int32_t item, int32_t thread, float4 const& sum) {
+    int32_t k, pq;
+    place(a, item, thread, &k, &pq);
+    int32_t const m = view.first_pixel + pq;
+    int64_t const offset = output_offset(a, m);
+    if (a.y_filters) {
+      store4<true>(a, view.first_k + k, view.end_k, m, offset, sum);
+    } else {
+      store4<false>(a, view.first_k + k, view.end_k, m, offset, sum);
+    }
+  }
+};
 
 // ---- splits
 
@@ -85,7 +143,7 @@ __device__ __forceinline__ void store4(FpropArgs const& a, int32_t k, int32_t m,
 template <class View>
 __device__ __forceinline__ float4* partial_sum(FpropArgs const& a, FpropPlan const& plan, int32_t split, int32_t tile,
                                                int32_t item, int32_t thread) {
-  int64_t const index = ((int64_t{split} * plan.tiles + tile) * View::kItems + item) * View::kThreads + thread;
+  int64_t const index = ((int64_t{split} * (plan.tiles - plan.whole) + tile - plan.whole) * View::kItems + item) * View::kThreads + thread;
   return reinterpret_cast<float4*>(static_cast<char*>(a.p.workspace) + plan.packed_bytes) + index;
 }
 
@@ -96,27 +154,61 @@ __device__ __forceinline__ void add(float4* sum, float4 const& v) {
   sum->w += v.w;
 }
 
-// Hands one item on: to y, or to the workspace where the reduction is split.
-template <class View>
-__device__ __forceinline__ void finish(FpropArgs const& a, FpropPlan const& plan, View const& view, int32_t item,
-                                       float4 const& sum) {
-  if (plan.splits > 1) {
-    *partial_sum<View>(a, plan, blockIdx.y, blockIdx.x, item, threadIdx.x) = sum;
-  } else {
-    view.store(a, item, sum);
+// What a block does: slices first .. last - 1 of a tile. `split` is below 0 for a whole tile.
+struct Work {
+  int32_t tile, split, first, last;
+
+  __device__ __forceinline__ explicit Work(FpropPlan const& plan)
+      : tile(static_cast<int32_t>(blockIdx.x)), split(-1), first(0), last(plan.slices) {
+    if (tile < plan.whole) return;
+    int32_t const rest = plan.tiles - plan.whole;
+    split = (tile - plan.whole) / rest;
+    tile -= split * rest;
+    first = static_cast<int32_t>(int64_t{plan.slices} * split / plan.splits);
+    last = static_cast<int32_t>(int64_t{plan.slices} * (split + 1) / plan.splits);
   }
+};
+
+// Hands a tile on whose sums have changed hands: to y, or to the workspace where the reduction is split.
+template <class View>
+__device__ __forceinline__ void finish_turned(FpropArgs const& a, FpropPlan const& plan, Work const& work, View const& view,
+                                              float const* sums) {
+  using Turned = typename View::Turned;
+  int32_t k, pq;
+  auto const sum = [&]() -> float4 const& { return *reinterpret_cast<float4 const*>(&sums[Turned::index(a, k, pq)]); };
+  if (work.split >= 0 || a.y_filters) {
+#pragma unroll
+    for (int item = 0; item < View::kItems; ++item) {
+      Turned::place(a, item, threadIdx.x, &k, &pq);
+      if (work.split >= 0) {
+        *partial_sum<View>(a, plan, work.split, work.tile, item, threadIdx.x) = sum();
+      } else {
+        int32_t const m = view.first_pixel + pq;
+        store4<true>(a, view.first_k + k, view.end_k, m, output_offset(a, m), sum());
+      }
+    }
+    return;
+  }
+  constexpr int kStep = View::kThreads / (Turned::kColumns / 4);  // between the filters of a thread, whose pixels are the same
+  static_assert(View::kThreads % (Turned::kColumns / 4) == 0, "threads must divide the rows of pixels evenly");
+  Turned::place(a, 0, threadIdx.x, &k, &pq);
+  int32_t const m = view.first_pixel + pq;
+  int64_t const offset = output_offset(a, m);
+#pragma unroll
+  for (int item = 0; item < View::kItems; ++item, k += kStep) store4<false>(a, view.first_k + k, view.end_k, m, offset, sum());
 }
 
-// Adds the splits of item blockIdx.y of tile blockIdx.x, always in the same order, so that results repeat exactly. Where
+// Adds the splits of item blockIdx.y of a tile, always in the same order, so that results repeat exactly. Where
 // there are many splits and few tiles, kGroups threads share an output's splits.
 template <class View, int kGroups>
 __global__ void __launch_bounds__(View::kThreads* kGroups)
     adder2d_fprop_reduce_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ FpropPlan const plan) {
   __shared__ float4 sums[kGroups][View::kThreads];
   int32_t const thread = threadIdx.x % View::kThreads, group = threadIdx.x / View::kThreads;
-  View const view(a, plan, blockIdx.x, thread);
-  float4 const* const partial = partial_sum<View>(a, plan, 0, blockIdx.x, blockIdx.y, thread);
-  int64_t const step = int64_t{plan.tiles} * View::kItems * View::kThreads;  // from split to split
+  int32_t const tile = plan.whole + static_cast<int32_t>(blockIdx.x);
+  View const view(a, plan, tile, thread);
+  float4 const* const partial = partial_sum<View>(a, plan, 0, tile, blockIdx.y, thread);
+  int64_t const step = int64_t{plan.tiles - plan.whole} * View::kItems * View::kThreads;  // from split to split
   wait_for_primary();
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 8
@@ -128,29 +220,24 @@ __global__ void __launch_bounds__(View::kThreads* kGroups)
 #pragma unroll
     for (int i = 1; i < kGroups; ++i) add(&sum, sums[i][thread]);
   }
-  view.store(a, blockIdx.y, sum);
+  view.store(a, plan, blockIdx.y, sum);
 }
 
-// Launches the kernel of one tile and, where it splits the reduction, the kernel that adds the splits. `after_pack` says
-// that the kernel before it on the stream packs its weights, and that it waits for them by itself.
-template <class View>
-cudaError_t launch_tiled(void (*kernel)(FpropArgs, FpropPlan), size_t smem_bytes, bool after_pack, FpropArgs const& args,
+// Launches the kernel of one tile and, where it splits reductions, the kernel that adds the splits. `after_pack` says
+// that the kernel before it on the stream packs its weights, and that it waits for them by itself. Args is FpropArgs or more.
+template <class View, class Args>
+cudaError_t launch_tiled(void (*kernel)(Args, FpropPlan), size_t smem_bytes, bool after_pack, Args const& args,
                          FpropPlan const& plan, cudaStream_t stream) {
   if (smem_bytes > 48 * 1024) {
     cudaError_t const error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
     if (error != cudaSuccess) return error;
   }
-  dim3 const grid(plan.tiles, plan.splits), block(View::kThreads);
-  cudaError_t error;
-  if (after_pack) {
-    error = launch_dependent(kernel, grid, block, smem_bytes, stream, args, plan);
-  } else {
-    kernel<<<grid, block, smem_bytes, stream>>>(args, plan);
-    error = cudaGetLastError();
-  }
-  if (error != cudaSuccess || plan.splits == 1) return error;
-  dim3 const items(plan.tiles, View::kItems);
+  int32_t const rest = plan.tiles - plan.whole;
+  dim3 const grid(plan.whole + rest * plan.splits), block(View::kThreads);
+  cudaError_t const error = launch(kernel, grid, block, smem_bytes, stream, after_pack, args, plan);
+  if (error != cudaSuccess || rest == 0) return error;
+  dim3 const items(rest, View::kItems);
   constexpr int kGroups = 512 / View::kThreads;
   return plan.splits >= 8 ? launch_dependent(adder2d_fprop_reduce_kernel<View, kGroups>, items, dim3(512), 0, stream, args, plan)
                           : launch_dependent(adder2d_fprop_reduce_kernel<View, 1>, items, block, 0, stream, args, plan);
@@ -167,9 +254,10 @@ struct TileSize {
 constexpr int32_t kMaxSplits = 64;
 constexpr int32_t kMaxSplitBlocks = 8;  // a multiprocessor
 
-// The best tile and number of splits for `slices_of(size)` slices a tile, with split sums in at most `workspace_bytes`. Sets
-// all of the plan but packed_bytes. *cycles is the prediction.
+// The best tile and number of splits for `slices_of(size)` slices a tile, with split sums in at most `workspace_bytes`. With `some`,
+// perhaps of some tiles alone, beside whole ones. Sets all of the plan but packed_bytes and turned.
+// *cycles is the prediction.
 FpropPlan choose_tile(FpropArgs const& args, TileSize const* sizes, int32_t count, int32_t (*slices_of)(FpropArgs const&, TileSize const&),
-                      size_t workspace_bytes, double* cycles);
+                      size_t workspace_bytes, double* cycles, bool some = false);
 
 }  // namespace adder2d
