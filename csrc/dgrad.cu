@@ -13,8 +13,23 @@ constexpr int32_t kMaxPhases = 1024;  // with more, tiles would be mostly empty
 
 DgradAxis make_axis(int32_t size, int32_t taps, int32_t outputs, int32_t stride, int32_t pad, int32_t dilation) {
   int32_t const common = std::gcd(stride, dilation);
-  return {stride, pad, dilation, size, taps, outputs, std::min(stride, size), ceil_div(size, stride), stride / common,
-          dilation / common};
+  int32_t const phases = std::min(stride, size);
+  return {stride, pad, dilation, size, taps, outputs, phases, ceil_div(size, stride), stride / common, dilation / common,
+          FastDiv(phases)};
+}
+
+bool multiples(int64_t const* stride, int64_t of) {  // along all axes but the channels
+  return stride[0] % of == 0 && stride[2] % of == 0 && stride[3] % of == 0;
+}
+
+// Of a tensor of x's shape.
+DgradVectors make_vectors(DgradArgs const& args, void const* base, int32_t type, int64_t const* stride) {
+  Adder2dParams const& p = args.p;
+  if (reinterpret_cast<uintptr_t>(base) % (4 * type_size(type)) != 0) return DgradVectors::kNone;
+  if (p.stride_h == 1 && p.stride_w == 1 && stride[3] == 1 && stride[2] == p.W && int64_t{p.H} * p.W % 4 == 0 &&
+      stride[0] % 4 == 0 && stride[1] % 4 == 0)
+    return DgradVectors::kPixels;
+  return stride[1] == 1 && args.Cg % 4 == 0 && multiples(stride, 4) ? DgradVectors::kChannels : DgradVectors::kNone;
 }
 
 DgradArgs make_args(Adder2dDgradParams const& params) {
@@ -39,16 +54,16 @@ DgradArgs make_args(Adder2dDgradParams const& params) {
   args.div_S = FastDiv(p.S);
   args.div_step_h = FastDiv(args.h.step);
   args.div_step_w = FastDiv(args.w.step);
-  auto const multiples = [](int64_t const* stride, int64_t of) {  // along all axes but the channels
-    return stride[0] % of == 0 && stride[2] % of == 0 && stride[3] % of == 0;
-  };
+  args.small_steps = true;
+  for (int i = 0; i < 3; ++i) {
+    int64_t const bytes = p.y_stride[i + 1] * type_size(p.y_type);
+    args.dy_step[i] = static_cast<int32_t>(bytes);
+    args.small_steps &= bytes == args.dy_step[i];
+  }
   args.filter_vectors = p.y_type != ADDER2D_FLOAT32 && p.y_stride[1] == 1 && multiples(p.y_stride, 8) && args.Kg % 8 == 0 &&
                         reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
-  int64_t const* const stride = args.dx_stride;
-  bool const aligned = reinterpret_cast<uintptr_t>(args.dx) % (4 * type_size(args.dx_type)) == 0;
-  args.pixel_vectors = aligned && p.stride_h == 1 && p.stride_w == 1 && stride[3] == 1 && stride[2] == p.W && HW % 4 == 0 &&
-                       stride[0] % 4 == 0 && stride[1] % 4 == 0;
-  args.channel_vectors = aligned && !args.pixel_vectors && stride[1] == 1 && args.Cg % 4 == 0 && multiples(stride, 4);
+  args.x_vectors = make_vectors(args, p.x, p.x_type, p.x_stride);
+  args.dx_vectors = make_vectors(args, args.dx, args.dx_type, args.dx_stride);
   return args;
 }
 
@@ -58,9 +73,9 @@ int32_t images_per_launch(Adder2dParams const& p) {
   return static_cast<int32_t>(std::clamp<int64_t>(kMaxPixels / IJ, 1, std::max(p.N, 1)));
 }
 
-// A tiled kernel needs enough channels a group to fill the short side of a tile.
+// A tiled kernel needs enough channels a group to fill the short side of a tile, and steps through dy by int32 strides.
 bool wants_direct(DgradArgs const& args) {
-  return args.Cg < 8 || int64_t{args.h.phases} * args.w.phases > kMaxPhases ||
+  return args.Cg < 8 || !args.small_steps || int64_t{args.h.phases} * args.w.phases > kMaxPhases ||
          int64_t{args.h.positions} * args.w.positions > kMaxPixels;
 }
 
@@ -89,7 +104,7 @@ int32_t adder2d_dgrad(Adder2dDgradParams const* params, void* stream_pointer) {
     part.layer.y = static_cast<char*>(whole.y) + n * whole.y_stride[0] * type_size(whole.y_type);
     part.dx = static_cast<char*>(params->dx) + n * params->dx_stride[0] * type_size(params->dx_type);
     DgradArgs const args = make_args(part);
-    FpropPlan plan{};
+    DgradPlan plan{};
     bool direct = wants_direct(args);
     if (!direct) {
       plan = plan_dgrad_simt(args, kMaxSplitBytes);

@@ -14,12 +14,16 @@ struct DgradAxis {
   int32_t phases;               // min(stride, size)
   int32_t positions;            // of phase 0, which has most
   int32_t step, lag;            // stride and dilation, each divided by their greatest common divisor
+  FastDiv div_phases;
 };
 struct DgradPhase {
   int32_t phase, start;
   int32_t first, taps;  // first tap, number of taps; may be 0
   int32_t before;       // taps of the phases with smaller first ones
 };
+
+// Which four elements of x or dx from a multiple of 4 on lie side by side on an aligned address, to be moved at once.
+enum class DgradVectors : int32_t { kNone, kPixels, kChannels };
 
 // The problem as kernels read it, passed by value.
 struct DgradArgs {
@@ -32,9 +36,16 @@ struct DgradArgs {
   int32_t NIJ;             // pixels of one phase in the whole batch; meaningless to the direct kernel
   bool small_map;          // H * W is an int32, and div_W works
   FastDiv div_IJ, div_J, div_W, div_stride_h, div_stride_w, div_RS, div_S, div_step_h, div_step_w;
+  bool small_steps;        // the strides of dy are int32 in bytes: dy_step, along K, P and Q
+  int32_t dy_step[3];
   bool filter_vectors;     // dy is float16 or bfloat16, and eight filters from a multiple of 8 on are 16 aligned bytes of it
-  // Four elements of dx from a multiple of 4 on that may be stored at once: pixels side by side, or channels.
-  bool pixel_vectors, channel_vectors;
+  DgradVectors x_vectors, dx_vectors;
+};
+
+// How the tiled kernel cuts the work.
+struct DgradPlan : FpropPlan {
+  int32_t last_terms;  // of the slices with the last filters of a group: their number, or a little more
+  FastDiv div_tiles_c, div_tiles_hw;
 };
 
 // Taps of the phase with this first tap; taps of those with smaller first ones. A tap belongs to exactly one phase.
@@ -46,6 +57,7 @@ __device__ __forceinline__ int32_t taps_before(DgradAxis const& axis, int32_t fi
 }
 
 __device__ __forceinline__ DgradPhase make_phase(DgradAxis const& axis, int32_t index) {
+  if (axis.stride == 1) return {0, axis.pad, 0, axis.taps, 0};
   DgradPhase phase{index, 0, 0, 0, 0};
   int32_t const candidates = min(axis.taps, axis.step);
   int32_t position = index + axis.pad;
@@ -100,7 +112,7 @@ cudaError_t launch_dgrad_direct(DgradArgs const& args, cudaStream_t stream);
 
 // ---- dgrad_simt.cu: implicit GEMM with float32 arithmetic
 // Sums of splits take at most `split_bytes` of the plan's workspace. A tile is of channels (tiles_k) by pixels of one phase.
-FpropPlan plan_dgrad_simt(DgradArgs const& args, size_t split_bytes);
-cudaError_t launch_dgrad_simt(DgradArgs const& args, FpropPlan const& plan, cudaStream_t stream);
+DgradPlan plan_dgrad_simt(DgradArgs const& args, size_t split_bytes);
+cudaError_t launch_dgrad_simt(DgradArgs const& args, DgradPlan const& plan, cudaStream_t stream);
 
 }  // namespace adder2d

@@ -13,6 +13,8 @@
 // sat turns NaN into 0. Outputs that the rule may want NaN or infinite come out as NaN here: x is added to them times zero,
 // weights with a NaN mark the tiles that read them, and sums of infinite dy are NaN. These few are computed again by the rule.
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 #include "dgrad.h"
 
@@ -28,18 +30,20 @@ enum class Fill {
   kConvert,  // float16 and bfloat16, converted on the way
 };
 
+constexpr int kUnroll = 8;  // terms of the inner loop
+
 template <int kTileC_, int kTileHW_, int kTileK_, int kStages_>
 struct Tile {
   static constexpr int kTileC = kTileC_, kTileHW = kTileHW_;  // outputs of a block: channels, pixels
   static constexpr int kTileK = kTileK_;                      // filters of a slice, all of one tap
   static constexpr int kStages = kStages_;                    // slices in flight
-  static constexpr int kUnroll = 8;                           // terms of the inner loop
   static constexpr int kThreadC = 8, kThreadHW = 4;           // outputs of a thread, as 2 x 4 by 4
   static constexpr int kThreads = kTileC * kTileHW / (kThreadC * kThreadHW);
   static constexpr int kLanesC = kTileC >= 32 ? 4 : kTileC / kThreadC, kLanesHW = 32 / kLanesC;  // a warp's threads
   static constexpr int kWarpsC = kTileC / (kLanesC * kThreadC);
   static constexpr int kBlocksPerSM = 4;
   static constexpr int kRows = kTileC / kThreadC;  // threads that hold the same pixels: each sums some of their dy
+  static constexpr int kItems = kThreadC * kThreadHW / 4;
   static constexpr int kPixels = kTileHW > kThreads ? kTileHW / kThreads : 1;  // kPixels: pixels that a thread copies
   static constexpr int kShares = kTileHW < kThreads ? kThreads / kTileHW : 1;  // threads that share a pixel's filters
   // Rows of dy are padded by 4 floats: copies along the filters then store to 32 different banks.
@@ -51,7 +55,7 @@ struct Tile {
   static_assert(kTileK % 8 == 0, "the fills take filters eight at a time");
   static_assert(kTileK % kUnroll == 0 && kUnroll % 2 == 0, "fragments alternate between two buffers");
   static_assert(kTileK % kRows == 0, "threads must divide the sums of dy evenly");
-  static_assert(kRows * kTileHW <= kStageFloats, "sums of dy meet in a stage");
+  static_assert(kWarpsC * kTileHW <= kStageFloats, "sums of dy meet in a stage");
 };
 
 // Where an output pixel's taps start. An absent pixel has p0 = q0 = kOutside.
@@ -61,10 +65,10 @@ struct Window {
 };
 constexpr int32_t kOutside = INT32_MAX;  // less any reach of taps this is no row of dy, nor a column
 
-template <class T>
+template <class T, Fill kFill>
 struct Smem {
   alignas(16) float stage[T::kStages][T::kStageFloats];
-  alignas(16) Window window[T::kTileHW];
+  alignas(16) Window window[kFill != Fill::kPixels ? T::kTileHW : 1];  // kPixels has them in registers
 };
 
 // float16 or bfloat16 bits.
@@ -76,21 +80,19 @@ __device__ __forceinline__ float half_as_float(uint16_t bits, int32_t type) {
 
 template <class T>
 struct View {
-  static constexpr int kItems = T::kThreadC * T::kThreadHW / 4;
   int32_t group, tile_c, first_c, end_c, first_pixel;  // channels first_c .. end_c - 1 of the whole layer, pixels of the phase
   int32_t thread_c, thread_hw;  // first output of the thread; the second half of its channels is kTileC / 2 on
   int32_t row;                  // of the threads with the same pixels
   DgradPhase h, w;
 
-  __device__ __forceinline__ View(DgradArgs const& a, FpropPlan const& plan, int32_t tile) {
-    int32_t rest = tile / plan.tiles_k;
-    tile_c = tile % plan.tiles_k;
-    w = make_phase(a.w, rest % a.w.phases);
-    rest /= a.w.phases;
-    h = make_phase(a.h, rest % a.h.phases);
-    rest /= a.h.phases;
-    first_pixel = rest % plan.tiles_pq * T::kTileHW;
-    group = rest / plan.tiles_pq;
+  __device__ __forceinline__ View(DgradArgs const& a, DgradPlan const& plan, int32_t tile) {
+    int32_t rest = plan.div_tiles_c.divmod(tile, &tile_c), index;
+    rest = a.w.div_phases.divmod(rest, &index);
+    w = make_phase(a.w, index);
+    rest = a.h.div_phases.divmod(rest, &index);
+    h = make_phase(a.h, index);
+    group = plan.div_tiles_hw.divmod(rest, &index);
+    first_pixel = index * T::kTileHW;
     first_c = group * a.Cg + tile_c * T::kTileC;
     end_c = (group + 1) * a.Cg;
     int32_t const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -102,96 +104,167 @@ struct View {
   // The thread's channel i of 8 and pixel j of 4.
   __device__ __forceinline__ int32_t channel(int32_t i) const { return first_c + thread_c + i / 4 * (T::kTileC / 2) + i % 4; }
   __device__ __forceinline__ int32_t pixel(int32_t j) const { return first_pixel + thread_hw + j; }
-  // Whether pixel m exists, and its place.
-  __device__ __forceinline__ bool locate(DgradArgs const& a, int32_t m, int32_t* n, int32_t* y, int32_t* x) const {
-    if (m >= a.NIJ) return false;
-    int32_t ij, j;
+  // Whether pixel m exists, and its place: image, row and column of the phase.
+  __device__ __forceinline__ bool locate(DgradArgs const& a, int32_t m, int32_t* n, int32_t* i, int32_t* j) const {
+    int32_t ij;
     *n = a.div_IJ.divmod(m, &ij);
-    int32_t const i = a.div_J.divmod(ij, &j);
-    *y = h.phase + i * a.h.stride;
-    *x = w.phase + j * a.w.stride;
-    return *y < a.h.size && *x < a.w.size;
+    *i = a.div_J.divmod(ij, j);
+    return m < a.NIJ && h.phase + *i * a.h.stride < a.h.size && w.phase + *j * a.w.stride < a.w.size;
+  }
+  // The same as the element of channel 0 in a tensor of x's shape; where there is no such pixel, that of another one.
+  __device__ __forceinline__ bool locate(DgradArgs const& a, int32_t m, int64_t const (&stride)[4], int64_t* index) const {
+    int32_t n, i, j;
+    bool const present = locate(a, m, &n, &i, &j);
+    n = present ? n : 0;
+    int32_t const y = present ? h.phase + i * a.h.stride : 0, x = present ? w.phase + j * a.w.stride : 0;
+    *index = n * stride[0] + y * stride[2] + x * stride[3];
+    return present;
   }
 
   // A thread's sums are items of four: those that a vector store takes, else the pixels of channel `item`.
-  __device__ __forceinline__ static int32_t item_channel(DgradArgs const& a, int32_t item, int32_t element) {
-    return a.channel_vectors ? item / 4 * 4 + element : item;
+  __device__ __forceinline__ static int32_t item_channel(bool channels, int32_t item, int32_t element) {
+    return channels ? item / 4 * 4 + element : item;
   }
-  __device__ __forceinline__ static int32_t item_pixel(DgradArgs const& a, int32_t item, int32_t element) {
-    return a.channel_vectors ? item % 4 : element;
-  }
-
-  __device__ __forceinline__ void store(DgradArgs const& a, int32_t item, float4 const& v) const {
-    int32_t const c = channel(item_channel(a, item, 0));
-    if (c >= end_c) return;
-    int32_t n, y, x;
-    if (a.pixel_vectors || a.channel_vectors) {
-      if (!locate(a, pixel(item_pixel(a, item, 0)), &n, &y, &x)) return;
-      int64_t const index = dx_index(a, n, c, y, x);
-      if (a.dx_type == ADDER2D_FLOAT32) {
-        *reinterpret_cast<float4*>(static_cast<float*>(a.dx) + index) = v;
-        return;
-      }
-      uint16_t halves[4];
-      float const values[] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) store_from_float(halves, e, a.dx_type, values[e]);
-      uint2 const packed = make_uint2(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16);
-      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(a.dx) + index) = packed;
-      return;
-    }
-    float const values[] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (locate(a, pixel(j), &n, &y, &x)) store_from_float(a.dx, dx_index(a, n, c, y, x), a.dx_type, values[j]);
-  }
-
-  // Computes one element by the rule and stores it.
-  __device__ __forceinline__ void repair(DgradArgs const& a, int32_t item, int32_t element) const {
-    int32_t const c = channel(item_channel(a, item, element));
-    int32_t n, y, x;
-    if (c < end_c && locate(a, pixel(item_pixel(a, item, element)), &n, &y, &x))
-      store_from_float(a.dx, dx_index(a, n, c, y, x), a.dx_type, dgrad_by_rule<false>(a, n, c, y, x));
+  __device__ __forceinline__ static int32_t item_pixel(bool channels, int32_t item, int32_t element) {
+    return channels ? item % 4 : element;
   }
 };
+
+template <typename Element>
+__device__ __forceinline__ Element from_float(float v) {
+  if constexpr (sizeof(Element) == 4) {
+    return v;
+  } else if constexpr (std::is_same_v<Element, __half>) {
+    return __float2half_rn(v);
+  } else {
+    return __float2bfloat16_rn(v);
+  }
+}
+
+// Calls f with a value of the type.
+template <typename F>
+__device__ __forceinline__ void with_type(int32_t type, F const& f) {
+  if (type == ADDER2D_FLOAT32) {
+    f(float{});
+  } else if (type == ADDER2D_FLOAT16) {
+    f(__half{});
+  } else {
+    f(__nv_bfloat16{});
+  }
+}
+
+template <typename Element>
+__device__ __forceinline__ void store4(Element* dst, float const (&v)[4]) {
+  Element const values[4] = {from_float<Element>(v[0]), from_float<Element>(v[1]), from_float<Element>(v[2]), from_float<Element>(v[3])};
+  using Vector = std::conditional_t<sizeof(Element) == 4, float4, uint2>;
+  Vector vector;
+  memcpy(&vector, values, sizeof(vector));
+  *reinterpret_cast<Vector*>(dst) = vector;
+}
+
+// Stores the thread's outputs.
+template <typename Element, class T>
+__device__ __forceinline__ void store_tile(DgradArgs const& a, View<T> const& view, float const (&v)[T::kThreadC][T::kThreadHW]) {
+  Element* const dx = static_cast<Element*>(a.dx);
+  int64_t index[T::kThreadHW];
+  bool present[T::kThreadHW];
+  present[0] = view.locate(a, view.pixel(0), a.dx_stride, &index[0]);
+  if (a.dx_vectors == DgradVectors::kPixels) {
+#pragma unroll
+    for (int i = 0; i < T::kThreadC; ++i) {
+      int32_t const c = view.channel(i);
+      if (present[0] && c < view.end_c) store4(dx + index[0] + c * a.dx_stride[1], v[i]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 1; j < T::kThreadHW; ++j) present[j] = view.locate(a, view.pixel(j), a.dx_stride, &index[j]);
+  if (a.dx_vectors == DgradVectors::kChannels) {
+#pragma unroll
+    for (int i = 0; i < T::kThreadC; i += 4) {
+      int32_t const c = view.channel(i);
+#pragma unroll
+      for (int j = 0; j < T::kThreadHW; ++j)
+        if (present[j] && c < view.end_c) store4(dx + index[j] + c, {v[i][j], v[i + 1][j], v[i + 2][j], v[i + 3][j]});
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < T::kThreadC; ++i) {
+    int32_t const c = view.channel(i);
+#pragma unroll
+    for (int j = 0; j < T::kThreadHW; ++j)
+      if (present[j] && c < view.end_c) dx[index[j] + c * a.dx_stride[1]] = from_float<Element>(v[i][j]);
+  }
+}
+
+// Stores one item of the thread's outputs.
+template <typename Element, class T>
+__device__ __forceinline__ void store_item(DgradArgs const& a, View<T> const& view, int32_t item, float const (&v)[4]) {
+  bool const channels = a.dx_vectors == DgradVectors::kChannels;
+  int32_t const c = view.channel(View<T>::item_channel(channels, item, 0));
+  if (c >= view.end_c) return;
+  Element* const dx = static_cast<Element*>(a.dx) + c * a.dx_stride[1];
+  int64_t index;
+  if (a.dx_vectors != DgradVectors::kNone) {
+    if (view.locate(a, view.pixel(View<T>::item_pixel(channels, item, 0)), a.dx_stride, &index)) store4(dx + index, v);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    if (view.locate(a, view.pixel(j), a.dx_stride, &index)) dx[index] = from_float<Element>(v[j]);
+}
 
 // Four bits: which of the four are NaN or infinite.
 __device__ __forceinline__ uint32_t non_finite(float4 const& v) {
   return !isfinite(v.x) | !isfinite(v.y) << 1 | !isfinite(v.z) << 2 | !isfinite(v.w) << 3;
 }
 
+// Computes those of the thread's outputs by the rule that `repairs` names, four bits an item. Few threads ever come here.
+template <class T>
+__device__ __noinline__ void repair(DgradArgs const& a, DgradPlan const& plan, uint32_t repairs) {
+  View<T> const view(a, plan, blockIdx.x);
+  bool const channels = a.dx_vectors == DgradVectors::kChannels;
+  for (; repairs != 0; repairs &= repairs - 1) {
+    int32_t const bit = __ffs(repairs) - 1, c = view.channel(View<T>::item_channel(channels, bit / 4, bit % 4));
+    int32_t n, i, j;
+    if (c >= view.end_c || !view.locate(a, view.pixel(View<T>::item_pixel(channels, bit / 4, bit % 4)), &n, &i, &j)) continue;
+    int32_t const y = view.h.phase + i * a.h.stride, x = view.w.phase + j * a.w.stride;
+    store_from_float(a.dx, dx_index(a, n, c, y, x), a.dx_type, dgrad_by_rule<false>(a, n, c, y, x));
+  }
+}
+
 // ---- packed weights
 
-// w / 2 as [groups][phases][slices of filters][taps of the phase][kTileK][pitch], which is the order in which a tile reads
-// them, with zeros where there is no filter or channel; then, as [groups][tiles of channels][blocks], NaN where one of the
-// blocks that packed for a tile has met a NaN, else 0.
+// w / 2 as [groups][tiles of channels][phases][slices of filters][taps of the phase][kTileK][kTileC], which is the order in
+// which a tile reads them, with zeros where there is no filter or channel; then, as [groups][tiles of channels][blocks], NaN
+// where one of the blocks that packed for a tile has met a NaN, else 0.
 struct Packed {
   static constexpr int kThreads = 256, kBlockK = 8;  // filters of a block
 
   float* weights;
   float* marks;
-  int32_t slices, pitch;  // slices of filters
-  int32_t blocks;         // of filters
+  int32_t slices;  // of filters
+  int32_t blocks;  // of filters
 
   __host__ __device__ Packed(DgradArgs const& a, FpropPlan const& plan, int32_t tile_c, int32_t tile_k)
-      : weights(static_cast<float*>(a.p.workspace)), slices(ceil_div(a.Kg, tile_k)), pitch(plan.tiles_k * tile_c),
-        blocks(slices * (tile_k / kBlockK)) {
-    marks = weights + int64_t{a.p.groups} * slices * a.p.R * a.p.S * tile_k * pitch;
+      : weights(static_cast<float*>(a.p.workspace)), slices(ceil_div(a.Kg, tile_k)), blocks(slices * (tile_k / kBlockK)) {
+    marks = weights + int64_t{a.p.groups} * plan.tiles_k * slices * a.p.R * a.p.S * tile_k * tile_c;
   }
   size_t bytes(DgradArgs const& a, FpropPlan const& plan) const {
     int64_t const floats = marks - weights + int64_t{a.p.groups} * plan.tiles_k * blocks;
     return ceil_div<size_t>(floats * sizeof(float), 16) * 16;
   }
-  // Slices of the whole reduction before those of the phase with these first taps, of height `taps_h`.
-  __device__ __forceinline__ int32_t phase(DgradArgs const& a, int32_t group, int32_t before_h, int32_t taps_h, int32_t before_w) const {
-    return ((group * a.p.R + before_h) * a.p.S + taps_h * before_w) * slices;
+  // Slices before those of the phase with these first taps, of height `taps_h`; `tile` counts groups and tiles of channels.
+  __device__ __forceinline__ int32_t phase(DgradArgs const& a, int32_t tile, int32_t before_h, int32_t taps_h, int32_t before_w) const {
+    return ((tile * a.p.R + before_h) * a.p.S + taps_h * before_w) * slices;
   }
 };
 
 // A block packs kBlockK filters for one tile of channels.
 template <class T>
 __global__ void __launch_bounds__(Packed::kThreads)
-    adder2d_dgrad_pack_kernel(__grid_constant__ DgradArgs const a, __grid_constant__ FpropPlan const plan) {
+    adder2d_dgrad_pack_kernel(__grid_constant__ DgradArgs const a, __grid_constant__ DgradPlan const plan) {
   launch_dependents();
   Packed const packed(a, plan, T::kTileC, T::kTileK);
   int32_t const first_k = blockIdx.x % packed.blocks * Packed::kBlockK, rest = blockIdx.x / packed.blocks;
@@ -209,9 +282,9 @@ __global__ void __launch_bounds__(Packed::kThreads)
     int64_t const index = ((int64_t{group} * a.Kg + k) * a.Cg + c) * RS + rs;
     float const w = present ? load_as_float(a.p.w, index, a.p.w_type) : 0.f;
     nan |= w != w;
-    int32_t const slice = packed.phase(a, group, taps_before(a.h, first_h), taps_h, taps_before(a.w, first_w)) +
+    int32_t const slice = packed.phase(a, rest, taps_before(a.h, first_h), taps_h, taps_before(a.w, first_w)) +
                           (k / T::kTileK * taps_h + tap_h) * taps_w + tap_w;
-    packed.weights[(int64_t{slice} * T::kTileK + k % T::kTileK) * packed.pitch + c] = 0.5f * w;
+    packed.weights[(int64_t{slice} * T::kTileK + k % T::kTileK) * T::kTileC + threadIdx.x % T::kTileC] = 0.5f * w;
   }
   nan = __syncthreads_or(nan);
   if (threadIdx.x == 0) packed.marks[blockIdx.x] = nan ? NAN : 0.f;
@@ -219,79 +292,95 @@ __global__ void __launch_bounds__(Packed::kThreads)
 
 // ---- fill
 
-// The fills of one tile, slice after slice: weights [kTileK][kPitchC], then dy [kTileK][kPitchHW].
+// The fills of one tile, slice after slice: weights [kTileK][kTileC], then dy [kTileK][kPitchHW].
 template <class T, Fill kFill>
 struct Filler {
-  static constexpr int kLanes = T::kTileC / 4, kCopies = T::kTileK * kLanes;  // of weights: 16 bytes of a row each
-  static constexpr int kTerms = T::kTileK / T::kShares;                       // filters of a pixel that a thread copies
+  static constexpr int kFloats = T::kTileK * T::kTileC;  // weights of a slice
+  static constexpr int kTerms = T::kTileK / T::kShares;  // filters of a pixel that a thread copies
 
   DgradArgs const& a;
-  Smem<T>& smem;
-  float const* weights;  // that the thread copies first
-  int64_t offset;        // bytes from a window's start to what the thread copies first of it
-  int32_t pitch;
+  Smem<T, kFill>& smem;
+  float const* weights;          // that the thread copies first
+  Window window[T::kPixels];     // kPixels: of the thread's pixels, at its first filter of the slice
+  int64_t first_filter;          // else: bytes from a window's start to that filter
   int32_t filters;               // from the slice's first one on
-  int32_t dp, dq, end_p, end_q;  // outputs from a window's start back to the slice's tap; where the taps end
+  int32_t dp, dq, end_p, end_q;  // outputs from a window's start to the slice's tap, at most 0; where the taps end
 
-  __device__ __forceinline__ Filler(DgradArgs const& args, FpropPlan const& plan, Smem<T>& shared, View<T> const& view, int32_t first)
-      : a(args), smem(shared) {
-    int32_t const taps = max(view.h.taps * view.w.taps, 1), slice = first / taps;
-    end_p = view.h.taps * a.h.lag;
-    end_q = view.w.taps * a.w.lag;
-    dp = view.w.taps == 0 ? 0 : first % taps / view.w.taps * a.h.lag;
-    dq = view.w.taps == 0 ? 0 : first % taps % view.w.taps * a.w.lag;
+  __device__ __forceinline__ Filler(DgradArgs const& args, DgradPlan const& plan, Smem<T, kFill>& shared, View<T> const& view, int32_t first)
+      : a(args), smem(shared), dp(0), dq(0), end_p(-view.h.taps * args.h.lag), end_q(-view.w.taps * args.w.lag) {
+    int32_t slice = 0;  // of filters
+    if (first != 0) {
+      int32_t const taps = view.h.taps * view.w.taps, tap = first % taps;
+      slice = first / taps;
+      dp = -(tap / view.w.taps) * a.h.lag;
+      dq = -(tap % view.w.taps) * a.w.lag;
+    }
     filters = a.Kg - slice * T::kTileK;
     Packed const packed(a, plan, T::kTileC, T::kTileK);
-    pitch = packed.pitch;
-    int32_t const begin = packed.phase(a, view.group, view.h.before, view.h.taps, view.w.before) + first;
-    weights = packed.weights + (int64_t{begin} * T::kTileK + threadIdx.x / kLanes) * pitch + view.tile_c * T::kTileC + threadIdx.x % kLanes * 4;
+    int32_t const begin = packed.phase(a, view.group * plan.tiles_k + view.tile_c, view.h.before, view.h.taps, view.w.before) + first;
+    weights = packed.weights + int64_t{begin} * kFloats + threadIdx.x * 4;
 
-    int64_t const size = type_bytes();
     int32_t const own = kFill == Fill::kFilters ? threadIdx.x % 8 : threadIdx.x / T::kTileHW * kTerms;
-    offset = (slice * T::kTileK + own) * a.p.y_stride[1] - dp * a.p.y_stride[2] - dq * a.p.y_stride[3];
-    offset *= size;
-    for (int i = threadIdx.x; i < T::kTileHW; i += T::kThreads) {
-      Window window{nullptr, kOutside, kOutside};
-      int32_t n, y, x;
-      if (view.locate(a, view.first_pixel + i, &n, &y, &x)) {
-        window.p0 = (y - view.h.phase) / a.h.stride + view.h.start;
-        window.q0 = (x - view.w.phase) / a.w.stride + view.w.start;
-        window.dy = static_cast<char const*>(a.p.y) +
-                    size * (n * a.p.y_stride[0] + int64_t{view.group} * a.Kg * a.p.y_stride[1] + window.p0 * a.p.y_stride[2] +
-                            window.q0 * a.p.y_stride[3]);
+    first_filter = int64_t{slice * T::kTileK + own} * a.dy_step[0];
+    if constexpr (kFill != Fill::kPixels) {
+      for (int i = threadIdx.x; i < T::kTileHW; i += T::kThreads) smem.window[i] = make_window(view, view.first_pixel + i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < T::kPixels; ++i) {
+        window[i] = make_window(view, view.first_pixel + i * T::kThreads + threadIdx.x % T::kTileHW);
+        window[i].dy += first_filter;
       }
-      smem.window[i] = window;
     }
   }
 
-  __device__ __forceinline__ static constexpr int32_t type_bytes() { return kFill == Fill::kConvert ? 2 : 4; }
+  __device__ __forceinline__ Window make_window(View<T> const& view, int32_t m) const {
+    int32_t n, i, j;
+    bool const present = view.locate(a, m, &n, &i, &j);
+    Window result{nullptr, i + view.h.start, j + view.w.start};
+    int32_t const size = kFill == Fill::kConvert ? 2 : 4;
+    result.dy = static_cast<char const*>(a.p.y) + size * (n * a.p.y_stride[0] + int64_t{view.group} * a.Kg * a.p.y_stride[1]) +
+                int64_t{result.p0} * a.dy_step[1] + int64_t{result.q0} * a.dy_step[2];
+    if (!present) result.p0 = result.q0 = kOutside;
+    return result;
+  }
 
   __device__ __forceinline__ void fill_w(float* w_smem) const {
-    float const* src = weights;
-    float* const dst = w_smem + threadIdx.x * 4;
+    constexpr int kStep = T::kThreads * 4;
 #pragma unroll
-    for (int i = 0; i < kCopies; i += T::kThreads, src += T::kThreads / kLanes * pitch)
-      if (kCopies % T::kThreads == 0 || i + threadIdx.x < kCopies) copy16_async(dst + i * 4, src);
+    for (int i = 0; i < kFloats; i += kStep)
+      if (i + kStep <= kFloats || i + threadIdx.x * 4 < kFloats) copy16_async(w_smem + threadIdx.x * 4 + i, weights + i);
   }
 
-  __device__ __forceinline__ bool inside(Window const& window) const {
-    return static_cast<uint32_t>(window.p0 - dp) < static_cast<uint32_t>(a.p.P) &&
-           static_cast<uint32_t>(window.q0 - dq) < static_cast<uint32_t>(a.p.Q);
+  __device__ __forceinline__ uint32_t inside(Window const& at) const {
+    return static_cast<uint32_t>(at.p0 + dp) < static_cast<uint32_t>(a.p.P) &
+           static_cast<uint32_t>(at.q0 + dq) < static_cast<uint32_t>(a.p.Q);
+  }
+  __device__ __forceinline__ char const* source(Window const& at) const {
+    return at.dy + int64_t{dp} * a.dy_step[1] + int64_t{dq} * a.dy_step[2] + (kFill == Fill::kPixels ? 0 : first_filter);
   }
 
-  // Filters behind the last one are copied as zeros, so that they add nothing.
+  // Filters behind the last one are copied as zeros, so that they add nothing; with kWhole there are none.
+  template <bool kWhole>
   __device__ __forceinline__ void fill_dy(float* dy_smem) const {
-    int64_t const step = a.p.y_stride[1];
     if constexpr (kFill == Fill::kFilters) {
       int32_t const row = threadIdx.x / 8, lane = threadIdx.x % 8;
+      // Pixels in batches: a read of shared memory before every copy into it would cost three idle instructions each.
+      constexpr int kStep = T::kThreads / 8, kBatch = 4 * kStep < T::kTileHW ? 4 : T::kTileHW / kStep;
 #pragma unroll
-      for (int i = 0; i < T::kTileHW; i += T::kThreads / 8) {
-        Window const window = smem.window[i + row];
-        bool const valid = inside(window);
-        float const* const src = reinterpret_cast<float const*>(window.dy + offset);
+      for (int i = row; i < row + T::kTileHW; i += kBatch * kStep) {
+        float const* src[kBatch];
+        uint32_t valid[kBatch];
 #pragma unroll
-        for (int k = 0; k < T::kTileK; k += 8)
-          copy4_async(dy_smem + (k + lane) * T::kPitchHW + i + row, src + k, valid && k + lane < filters);
+        for (int b = 0; b < kBatch; ++b) {
+          Window const at = smem.window[i + b * kStep];
+          valid[b] = inside(at);
+          src[b] = reinterpret_cast<float const*>(source(at));
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b)
+#pragma unroll
+          for (int k = 0; k < T::kTileK; k += 8)
+            copy4_async(dy_smem + (k + lane) * T::kPitchHW + i + b * kStep, src[b] + k, valid[b] & (kWhole || k + lane < filters));
       }
       return;
     }
@@ -299,12 +388,13 @@ struct Filler {
     int32_t const first = T::kShares == 1 ? 0 : threadIdx.x / T::kTileHW * kTerms, lane = threadIdx.x % T::kTileHW;
 #pragma unroll
     for (int i = 0; i < T::kPixels; ++i) {
-      Window const window = smem.window[i * T::kThreads + lane];
-      bool const valid = inside(window);
-      char const* const base = window.dy + offset;
+      Window const at = kFill == Fill::kPixels ? window[i] : smem.window[i * T::kThreads + lane];
+      uint32_t const valid = inside(at);
+      char const* base = source(at);
       float* const dst = dy_smem + first * T::kPitchHW + i * T::kThreads + lane;
       if constexpr (kFill == Fill::kConvert) {
         auto const* const src = reinterpret_cast<uint16_t const*>(base);
+        int64_t const step = a.p.y_stride[1];
 #pragma unroll
         for (int begin = 0; begin < kTerms; begin += 8) {
           alignas(16) uint16_t v[8];
@@ -320,67 +410,125 @@ struct Filler {
           for (int k = 0; k < 8; ++k) dst[(begin + k) * T::kPitchHW] = half_as_float(v[k], a.p.y_type);
         }
       } else {
-        float const* src = reinterpret_cast<float const*>(base);
-        if (filters >= T::kTileK) {
-#pragma unroll
-          for (int k = 0; k < kTerms; ++k, src += step) copy4_async(dst + k * T::kPitchHW, src, valid);
-        } else {
-#pragma unroll
-          for (int k = 0; k < kTerms; ++k, src += step) copy4_async(dst + k * T::kPitchHW, src, valid && first + k < filters);
-        }
+        constexpr int kUnrolled = kWhole ? kTerms : 1;
+#pragma unroll kUnrolled
+        for (int k = 0; k < kTerms; ++k, base += a.dy_step[0])
+          copy4_async(dst + k * T::kPitchHW, reinterpret_cast<float const*>(base), valid & (kWhole || first + k < filters));
       }
     }
   }
 
   // Starts the copies of the next slice. A barrier lies between two calls.
   __device__ __forceinline__ void fill(float* stage) {
-    fill_w(stage);
-    fill_dy(stage + T::kTileK * T::kPitchC);
-    weights += T::kTileK * pitch;
-    int32_t const size = type_bytes();
-    dq += a.w.lag;
-    offset -= a.w.lag * size * a.p.y_stride[3];
-    if (dq == end_q) {
-      dq = 0;
-      dp += a.h.lag;
-      offset += (end_q * a.p.y_stride[3] - a.h.lag * a.p.y_stride[2]) * size;
-      if (dp == end_p) {
-        dp = 0;
-        offset += (end_p * a.p.y_stride[2] + T::kTileK * a.p.y_stride[1]) * size;
-        filters -= T::kTileK;
-      }
+    if (kFill != Fill::kConvert && filters >= T::kTileK) {
+      fill_w(stage);
+      fill_dy<true>(stage + kFloats);
+    } else {
+      fill_w(stage);
+      fill_dy<false>(stage + kFloats);
+    }
+    weights += kFloats;
+    dq -= a.w.lag;
+    if (dq != end_q) return;
+    dq = 0;
+    dp -= a.h.lag;
+    if (dp != end_p) return;
+    dp = 0;
+    filters -= T::kTileK;
+    int64_t const step = int64_t{a.dy_step[0]} * T::kTileK;
+    if constexpr (kFill != Fill::kPixels) {
+      first_filter += step;
+    } else {
+#pragma unroll
+      for (int i = 0; i < T::kPixels; ++i) window[i].dy += step;
     }
   }
 };
 
 // ---- tile
 
-// x' of the thread's outputs.
-template <class T, typename Load>
-__device__ __forceinline__ void load_x(DgradArgs const& a, View<T> const& view, float (&x)[T::kThreadC][T::kThreadHW], Load const& load) {
-#pragma unroll
-  for (int j = 0; j < T::kThreadHW; ++j) {
-    int32_t n = 0, row = 0, column = 0;
-    bool const present = view.locate(a, view.pixel(j), &n, &row, &column);
-    int64_t const index = n * a.p.x_stride[0] + row * a.p.x_stride[2] + column * a.p.x_stride[3];
+// x of the thread's outputs, not converted where it is float32. Where there is no output, some other element of x.
+template <class T, typename Element>
+__device__ __forceinline__ void load_x(DgradArgs const& a, View<T> const& view, float (&x)[T::kThreadC][T::kThreadHW], Element) {
+  auto const* const base = static_cast<std::conditional_t<sizeof(Element) == 4, float, uint16_t> const*>(a.p.x);
+  constexpr int32_t kType = std::is_same_v<Element, __half> ? ADDER2D_FLOAT16 : ADDER2D_BFLOAT16;
+  auto const one = [&](int64_t index) {
+    if constexpr (sizeof(Element) == 4) {
+      return __ldg(base + index);
+    } else {
+      return half_as_float(__ldg(base + index), kType);
+    }
+  };
+  auto const four = [&](int64_t index) {
+    if constexpr (sizeof(Element) == 4) {
+      return __ldg(reinterpret_cast<float4 const*>(base + index));
+    } else {
+      uint2 const v = __ldg(reinterpret_cast<uint2 const*>(base + index));
+      return make_float4(half_as_float(v.x & 0xffff, kType), half_as_float(v.x >> 16, kType), half_as_float(v.y & 0xffff, kType),
+                         half_as_float(v.y >> 16, kType));
+    }
+  };
+  auto const channel = [&](int32_t i) {
+    int32_t const c = view.channel(i);
+    return (c < view.end_c ? c : view.first_c) * a.p.x_stride[1];
+  };
+  int64_t index[T::kThreadHW];
+  view.locate(a, view.pixel(0), a.p.x_stride, &index[0]);
+  if (a.x_vectors == DgradVectors::kPixels) {
 #pragma unroll
     for (int i = 0; i < T::kThreadC; ++i) {
-      int32_t const c = view.channel(i);
-      x[i][j] = present && c < view.end_c ? load(index + c * a.p.x_stride[1]) : 0.f;
+      float4 const v = four(index[0] + channel(i));
+      x[i][0] = v.x;
+      x[i][1] = v.y;
+      x[i][2] = v.z;
+      x[i][3] = v.w;
     }
+    return;
   }
 #pragma unroll
-  for (int i = 0; i < T::kThreadC; ++i)
+  for (int j = 1; j < T::kThreadHW; ++j) view.locate(a, view.pixel(j), a.p.x_stride, &index[j]);
+  if (a.x_vectors == DgradVectors::kChannels) {
 #pragma unroll
-    for (int j = 0; j < T::kThreadHW; ++j) x[i][j] = fmaf(0.5f, x[i][j], -0.5f);
+    for (int i = 0; i < T::kThreadC; i += 4) {
+      int64_t const offset = channel(i);
+#pragma unroll
+      for (int j = 0; j < T::kThreadHW; ++j) {
+        float4 const v = four(index[j] + offset);
+        x[i][j] = v.x;
+        x[i + 1][j] = v.y;
+        x[i + 2][j] = v.z;
+        x[i + 3][j] = v.w;
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < T::kThreadC; ++i) {
+    int64_t const offset = channel(i);
+#pragma unroll
+    for (int j = 0; j < T::kThreadHW; ++j) x[i][j] = one(index[j] + offset);
+  }
+}
+
+// Keeps a value in its register: the compiler would rather make it anew, out of the thread's index, in every slice.
+__device__ __forceinline__ void keep(int32_t* v) { asm volatile("" : "+r"(*v)); }
+
+__device__ __forceinline__ void add_row(float (*sum)[4], float4 const& v) {
+  (*sum)[0] += v.x;
+  (*sum)[1] += v.y;
+  (*sum)[2] += v.z;
+  (*sum)[3] += v.w;
 }
 
 // Accumulates slices first .. last - 1 of one tile: acc[channel][pixel] = sum(dy * sat(w' - x')), dy_sum[pixel] = sum(dy).
 template <class T, Fill kFill>
-__device__ __forceinline__ void accumulate(DgradArgs const& a, FpropPlan const& plan, View<T> const& view, int32_t first,
-                                           int32_t last, Smem<T>& smem, float (&x)[T::kThreadC][T::kThreadHW],
+__device__ __forceinline__ void accumulate(DgradArgs const& a, DgradPlan const& plan, View<T> const& view, int32_t first,
+                                           int32_t last, Smem<T, kFill>& smem, float (&x)[T::kThreadC][T::kThreadHW],
                                            float (&acc)[T::kThreadC][T::kThreadHW], float (&dy_sum)[T::kThreadHW]) {
+  with_type(a.p.x_type, [&](auto element) { load_x<T>(a, view, x, element); });
   Filler<T, kFill> filler(a, plan, smem, view, first);
+  if constexpr (kFill != Fill::kPixels) __syncthreads();  // windows
+  wait_for_primary();
   int32_t fill_stage = 0, filled = first;
   auto fill = [&] {
     if (filled < last) filler.fill(smem.stage[fill_stage]);
@@ -388,13 +536,16 @@ __device__ __forceinline__ void accumulate(DgradArgs const& a, FpropPlan const& 
     fill_stage = fill_stage + 1 == T::kStages ? 0 : fill_stage + 1;
     copy_commit();  // an empty group keeps the count that copy_wait relies on
   };
-  __syncthreads();
   for (int i = 0; i < T::kStages - 1; ++i) fill();
-  if (a.p.x_type == ADDER2D_FLOAT32) {
-    load_x<T>(a, view, x, [&](int64_t index) { return __ldg(static_cast<float const*>(a.p.x) + index); });
-  } else {
-    load_x<T>(a, view, x, [&](int64_t index) { return half_as_float(__ldg(static_cast<uint16_t const*>(a.p.x) + index), a.p.x_type); });
-  }
+  Packed const packed(a, plan, T::kTileC, T::kTileK);
+  float const* const marks = packed.marks + (int64_t{view.group} * plan.tiles_k + view.tile_c) * packed.blocks;
+  bool marked = false;
+  for (int32_t i = threadIdx.x; i < packed.blocks; i += T::kThreads) marked |= marks[i] != 0.f;
+  float const shift = __syncthreads_or(marked) ? NAN : -0.5f;
+#pragma unroll
+  for (int i = 0; i < T::kThreadC; ++i)
+#pragma unroll
+    for (int j = 0; j < T::kThreadHW; ++j) x[i][j] = fmaf(0.5f, x[i][j], shift);
 
   float w_frag[2][T::kThreadC], dy_frag[2][T::kThreadHW];
   auto load = [&](float const* w_smem, float const* dy_smem, int buffer) {
@@ -402,150 +553,148 @@ __device__ __forceinline__ void accumulate(DgradArgs const& a, FpropPlan const& 
     *reinterpret_cast<float4*>(&w_frag[buffer][4]) = *reinterpret_cast<float4 const*>(w_smem + T::kTileC / 2);
     *reinterpret_cast<float4*>(&dy_frag[buffer][0]) = *reinterpret_cast<float4 const*>(dy_smem);
   };
-  // Terms of the last slices of filters, which may have few; a multiple of kUnroll.
-  int32_t const filters = a.Kg - (ceil_div(a.Kg, T::kTileK) - 1) * T::kTileK;
-  int32_t const last_terms = ceil_div(filters, T::kUnroll) * T::kUnroll;
-  int32_t const last_slices = (ceil_div(a.Kg, T::kTileK) - 1) * view.h.taps * view.w.taps;
+  int32_t const last_slices = (ceil_div(a.Kg, T::kTileK) - 1) * view.h.taps * view.w.taps;  // of filters, which may have few
+  int32_t thread_c = view.thread_c, thread_hw = view.thread_hw;
+  int32_t share = view.row * (T::kTileK / T::kRows) * T::kPitchHW + thread_hw;  // of dy, whose sums it adds
+  keep(&thread_c);
+  keep(&thread_hw);
+  keep(&share);
 
   int32_t stage = 0;
   for (int32_t slice = first; slice < last; ++slice) {
     copy_wait<T::kStages - 2>();
     __syncthreads();
-    float const* w_smem = smem.stage[stage] + view.thread_c;
-    float const* dy_smem = smem.stage[stage] + T::kTileK * T::kPitchC + view.thread_hw;
+    float const* const dy_stage = smem.stage[stage] + T::kTileK * T::kPitchC;
+    float const* w_smem = smem.stage[stage] + thread_c;
+    float const* dy_smem = dy_stage + thread_hw;
     stage = stage + 1 == T::kStages ? 0 : stage + 1;
     load(w_smem, dy_smem, 0);
     fill();
 #pragma unroll
-    for (int i = 0; i < T::kTileK / T::kRows; ++i) {  // the thread's share
-      float4 const v = *reinterpret_cast<float4 const*>(dy_smem + (view.row * (T::kTileK / T::kRows) + i) * T::kPitchHW);
-      dy_sum[0] += v.x;
-      dy_sum[1] += v.y;
-      dy_sum[2] += v.z;
-      dy_sum[3] += v.w;
-    }
-    int32_t const terms = slice >= last_slices ? last_terms : T::kTileK;
+    for (int i = 0; i < T::kTileK / T::kRows; ++i)  // the thread's share
+      add_row(&dy_sum, *reinterpret_cast<float4 const*>(dy_stage + share + i * T::kPitchHW));
+    int32_t terms = slice >= last_slices ? plan.last_terms : T::kTileK;
 #pragma unroll 1
-    for (int32_t k = 0; k < terms; k += T::kUnroll) {
+    do {
+      terms -= kUnroll;
 #pragma unroll
-      for (int u = 0; u < T::kUnroll; ++u) {
-        // The fragments of the next term are on their way while this one is added. The slice's last term is read twice:
-        // what lies behind it is being filled.
-        int32_t const next = u + 1 < T::kUnroll || k + T::kUnroll < T::kTileK ? u + 1 : u;
-        load(w_smem + next * T::kPitchC, dy_smem + next * T::kPitchHW, (u + 1) % 2);
+      for (int u = 0; u < kUnroll; ++u) {
+        // The fragments of the next term are on their way while this one is added. Behind the slice's last term lies what is
+        // being filled: terms that are there already are read again.
+        if (u + 1 < kUnroll) {
+          load(w_smem + (u + 1) * T::kPitchC, dy_smem + (u + 1) * T::kPitchHW, (u + 1) % 2);
+        } else {
+          if (terms > 0) {
+            w_smem += kUnroll * T::kPitchC;
+            dy_smem += kUnroll * T::kPitchHW;
+          }
+          load(w_smem, dy_smem, 0);
+        }
 #pragma unroll
         for (int i = 0; i < T::kThreadC; ++i)
 #pragma unroll
           for (int j = 0; j < T::kThreadHW; ++j)
             acc[i][j] = fmaf(dy_frag[u % 2][j], __saturatef(w_frag[u % 2][i] - x[i][j]), acc[i][j]);
       }
-      w_smem += T::kUnroll * T::kPitchC;
-      dy_smem += T::kUnroll * T::kPitchHW;
-    }
+    } while (terms > 0);
   }
 
-  // The shares of the sums of dy meet, and are added in order.
-  copy_wait<0>();
-  __syncthreads();
-  float* const rows = smem.stage[0];
-  *reinterpret_cast<float4*>(rows + view.row * T::kTileHW + view.thread_hw) = make_float4(dy_sum[0], dy_sum[1], dy_sum[2], dy_sum[3]);
-  __syncthreads();
+  // The shares of the sums of dy meet: in a warp, then, in order, those of the warps with the same pixels.
 #pragma unroll
-  for (int j = 0; j < T::kThreadHW; ++j) dy_sum[j] = 0.f;
+  for (int lanes = T::kLanesHW; lanes < 32; lanes *= 2)
 #pragma unroll
-  for (int row = 0; row < T::kRows; ++row) {
-    float4 const v = *reinterpret_cast<float4 const*>(rows + row * T::kTileHW + view.thread_hw);
-    dy_sum[0] += v.x;
-    dy_sum[1] += v.y;
-    dy_sum[2] += v.z;
-    dy_sum[3] += v.w;
+    for (int j = 0; j < T::kThreadHW; ++j) dy_sum[j] += __shfl_xor_sync(0xffffffff, dy_sum[j], lanes);
+  if constexpr (T::kWarpsC > 1) {
+    copy_wait<0>();
+    __syncthreads();
+    float* const rows = smem.stage[0] + view.thread_hw;
+    int32_t const warp = view.row / T::kLanesC;
+    if (view.row % T::kLanesC == 0)
+      *reinterpret_cast<float4*>(rows + warp * T::kTileHW) = make_float4(dy_sum[0], dy_sum[1], dy_sum[2], dy_sum[3]);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < T::kThreadHW; ++j) dy_sum[j] = 0.f;
+#pragma unroll
+    for (int row = 0; row < T::kWarpsC; ++row) add_row(&dy_sum, *reinterpret_cast<float4 const*>(rows + row * T::kTileHW));
   }
 }
 
 // ---- kernels
 
 template <class T>
-__device__ __forceinline__ float4* partial_sum(DgradArgs const& a, FpropPlan const& plan, int32_t split, int32_t item) {
-  int64_t const index = ((int64_t{split} * plan.tiles + blockIdx.x) * View<T>::kItems + item) * T::kThreads + threadIdx.x;
+__device__ __forceinline__ float4* partial_sum(DgradArgs const& a, DgradPlan const& plan, int32_t split, int32_t item) {
+  int64_t const index = ((int64_t{split} * plan.tiles + blockIdx.x) * T::kItems + item) * T::kThreads + threadIdx.x;
   return reinterpret_cast<float4*>(static_cast<char*>(a.p.workspace) + plan.packed_bytes) + index;
 }
 
 template <class T, Fill kFill>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
-    adder2d_dgrad_simt_kernel(__grid_constant__ DgradArgs const a, __grid_constant__ FpropPlan const plan) {
+    adder2d_dgrad_simt_kernel(__grid_constant__ DgradArgs const a, __grid_constant__ DgradPlan const plan) {
   extern __shared__ __align__(16) unsigned char smem_bytes[];
   launch_dependents();
   View<T> const view(a, plan, blockIdx.x);
-  int64_t const slices = int64_t{ceil_div(a.Kg, T::kTileK)} * view.h.taps * view.w.taps;
-  int32_t const first = static_cast<int32_t>(slices * blockIdx.y / plan.splits);
-  int32_t const last = static_cast<int32_t>(slices * (blockIdx.y + 1) / plan.splits);
-
+  int32_t const slices = ceil_div(a.Kg, T::kTileK) * view.h.taps * view.w.taps;
+  int32_t first = 0, last = slices;
+  if (plan.splits > 1) {
+    int32_t const split = blockIdx.y, share = slices / plan.splits, rest = slices - share * plan.splits;
+    first = split * share + min(split, rest);
+    last = first + share + (split < rest);
+  }
   float x[T::kThreadC][T::kThreadHW], acc[T::kThreadC][T::kThreadHW] = {}, dy_sum[T::kThreadHW] = {};
+  accumulate<T, kFill>(a, plan, view, first, last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), x, acc, dy_sum);
 
-  wait_for_primary();
-  accumulate<T, kFill>(a, plan, view, first, last, *reinterpret_cast<Smem<T>*>(smem_bytes), x, acc, dy_sum);
-  Packed const packed(a, plan, T::kTileC, T::kTileK);
-  float const* const marks = packed.marks + (int64_t{view.group} * plan.tiles_k + view.tile_c) * packed.blocks;
-  float mark = 0.f;
-  for (int32_t i = threadIdx.x; i < packed.blocks; i += T::kThreads) mark += marks[i];
-  mark = __syncthreads_or(mark != 0.f) ? NAN : 0.f;
+  bool finite = true;
 #pragma unroll
   for (int i = 0; i < T::kThreadC; ++i)
 #pragma unroll
-    for (int j = 0; j < T::kThreadHW; ++j)
-      acc[i][j] = fmaf(0.f, x[i][j], fmaf(2.f, acc[i][j], -dy_sum[j])) + mark;
+    for (int j = 0; j < T::kThreadHW; ++j) {
+      acc[i][j] = fmaf(0.f, x[i][j], fmaf(2.f, acc[i][j], -dy_sum[j]));
+      finite &= isfinite(acc[i][j]);
+    }
 
-  uint32_t repairs = 0;  // four bits an item
-  auto finish = [&](int32_t item, float4 const& v) {
-    if (plan.splits > 1) {
-      *partial_sum<T>(a, plan, blockIdx.y, item) = v;
-    } else {
-      view.store(a, item, v);
-      repairs |= non_finite(v) << 4 * item;
-    }
+  bool const channels = a.dx_vectors == DgradVectors::kChannels;
+  auto const item_of = [&](bool by_channels, int item) {
+    int const i = item / 4 * 4, j = item % 4;
+    return by_channels ? make_float4(acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j])
+                       : make_float4(acc[item][0], acc[item][1], acc[item][2], acc[item][3]);
   };
-  if (a.channel_vectors) {
+  if (plan.splits > 1) {
+    float4* const sums = partial_sum<T>(a, plan, blockIdx.y, 0);
 #pragma unroll
-    for (int item = 0; item < View<T>::kItems; ++item) {
-      int const i = item / 4 * 4, j = item % 4;
-      finish(item, make_float4(acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j]));
-    }
-  } else {
+    for (int item = 0; item < T::kItems; ++item) sums[item * T::kThreads] = item_of(channels, item);
+    return;
+  }
+  with_type(a.dx_type, [&](auto element) { store_tile<decltype(element)>(a, view, acc); });
+  if (finite) return;
+  uint32_t repairs = 0;
 #pragma unroll
-    for (int item = 0; item < View<T>::kItems; ++item)
-      finish(item, make_float4(acc[item][0], acc[item][1], acc[item][2], acc[item][3]));
-  }
-  for (; repairs != 0; repairs &= repairs - 1) {
-    int32_t const bit = __ffs(repairs) - 1;
-    view.repair(a, bit / 4, bit % 4);
-  }
+  for (int item = 0; item < T::kItems; ++item) repairs |= non_finite(item_of(channels, item)) << 4 * item;
+  repair<T>(a, plan, repairs);
 }
 
 // Adds the splits of item blockIdx.y of tile blockIdx.x, in order, so that results repeat exactly.
 template <class T>
 __global__ void __launch_bounds__(T::kThreads)
-    adder2d_dgrad_reduce_kernel(__grid_constant__ DgradArgs const a, __grid_constant__ FpropPlan const plan) {
+    adder2d_dgrad_reduce_kernel(__grid_constant__ DgradArgs const a, __grid_constant__ DgradPlan const plan) {
   View<T> const view(a, plan, blockIdx.x);
+  int32_t const item = blockIdx.y;
+  float4 const* const sums = partial_sum<T>(a, plan, 0, item);
+  int64_t const step = int64_t{plan.tiles} * T::kItems * T::kThreads;  // from split to split
   wait_for_primary();
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  float sum[4] = {};
 #pragma unroll 8
-  for (int32_t split = 0; split < plan.splits; ++split) {
-    float4 const v = *partial_sum<T>(a, plan, split, blockIdx.y);
-    sum.x += v.x;
-    sum.y += v.y;
-    sum.z += v.z;
-    sum.w += v.w;
-  }
-  view.store(a, blockIdx.y, sum);
-  for (uint32_t repairs = non_finite(sum); repairs != 0; repairs &= repairs - 1) view.repair(a, blockIdx.y, __ffs(repairs) - 1);
+  for (int32_t split = 0; split < plan.splits; ++split) add_row(&sum, sums[split * step]);
+  with_type(a.dx_type, [&](auto element) { store_item<decltype(element)>(a, view, item, sum); });
+  uint32_t const repairs = non_finite(make_float4(sum[0], sum[1], sum[2], sum[3]));
+  if (repairs != 0) repair<T>(a, plan, repairs << 4 * item);
 }
 
 // ---- launcher
 
 template <class T, Fill kFill>
-cudaError_t launch_tile(DgradArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
+cudaError_t launch_tile(DgradArgs const& args, DgradPlan const& plan, cudaStream_t stream) {
   auto const kernel = adder2d_dgrad_simt_kernel<T, kFill>;
-  constexpr size_t kSmemBytes = sizeof(Smem<T>);
+  constexpr size_t kSmemBytes = sizeof(Smem<T, kFill>);
   if (kSmemBytes > 48 * 1024) {
     cudaError_t const error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSmemBytes));
     if (error != cudaSuccess) return error;
@@ -556,7 +705,7 @@ cudaError_t launch_tile(DgradArgs const& args, FpropPlan const& plan, cudaStream
   if (error != cudaSuccess) return error;
   error = launch_dependent(kernel, dim3(plan.tiles, plan.splits), dim3(T::kThreads), kSmemBytes, stream, args, plan);
   if (error != cudaSuccess || plan.splits == 1) return error;
-  return launch_dependent(adder2d_dgrad_reduce_kernel<T>, dim3(plan.tiles, View<T>::kItems), dim3(T::kThreads), 0, stream, args, plan);
+  return launch_dependent(adder2d_dgrad_reduce_kernel<T>, dim3(plan.tiles, T::kItems), dim3(T::kThreads), 0, stream, args, plan);
 }
 
 using Tile128x32 = Tile<128, 32, 32, 2>;
@@ -572,7 +721,7 @@ constexpr TileSize kTiles[] = {kSizeOf<Tile64x64>, kSizeOf<Tile128x32>, kSizeOf<
 constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
 template <class T>
-cudaError_t launch_any_fill(DgradArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
+cudaError_t launch_any_fill(DgradArgs const& args, DgradPlan const& plan, cudaStream_t stream) {
   if (args.p.y_type != ADDER2D_FLOAT32) return launch_tile<T, Fill::kConvert>(args, plan, stream);
   bool const filters = args.p.y_stride[1] == 1 && args.p.y_stride[3] != 1;
   return filters ? launch_tile<T, Fill::kFilters>(args, plan, stream) : launch_tile<T, Fill::kPixels>(args, plan, stream);
@@ -580,7 +729,7 @@ cudaError_t launch_any_fill(DgradArgs const& args, FpropPlan const& plan, cudaSt
 
 }  // namespace
 
-FpropPlan plan_dgrad_simt(DgradArgs const& args, size_t split_bytes) {
+DgradPlan plan_dgrad_simt(DgradArgs const& args, size_t split_bytes) {
   // For the choice of a tile this is a forward pass whose filters are the channels, whose pixels are those of a phase, with
   // a group for each phase; a phase's share of the taps is taken to be the average.
   FpropArgs like{};
@@ -591,13 +740,17 @@ FpropPlan plan_dgrad_simt(DgradArgs const& args, size_t split_bytes) {
   like.CRS = static_cast<int32_t>(int64_t{args.Kg} * args.p.R * args.p.S / phases);
   auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return std::max(1, ceil_div(a.CRS, size.c)); };
   double cycles;
-  FpropPlan plan = choose_tile(like, kTiles, kTileCount, slices_of, split_bytes, &cycles);
+  DgradPlan plan{choose_tile(like, kTiles, kTileCount, slices_of, split_bytes, &cycles)};
+  plan.last_terms = args.Kg - (ceil_div(args.Kg, kTiles[plan.tile].c) - 1) * kTiles[plan.tile].c;
+  plan.last_terms = ceil_div(plan.last_terms, kUnroll) * kUnroll;
+  plan.div_tiles_c = FastDiv(plan.tiles_k);
+  plan.div_tiles_hw = FastDiv(plan.tiles_pq);
   plan.packed_bytes = Packed(args, plan, kTiles[plan.tile].k, kTiles[plan.tile].c).bytes(args, plan);
   plan.workspace_bytes += plan.packed_bytes;
   return plan;
 }
 
-cudaError_t launch_dgrad_simt(DgradArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
+cudaError_t launch_dgrad_simt(DgradArgs const& args, DgradPlan const& plan, cudaStream_t stream) {
   switch (plan.tile) {
     case 0: return launch_any_fill<Tile64x64>(args, plan, stream);
     case 1: return launch_any_fill<Tile128x32>(args, plan, stream);
