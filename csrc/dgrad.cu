@@ -73,6 +73,16 @@ int32_t images_per_launch(Adder2dParams const& p) {
   return static_cast<int32_t>(std::clamp<int64_t>(kMaxPixels / IJ, 1, std::max(p.N, 1)));
 }
 
+// A plan for the workspace that there is; one that needs more where none needs less.
+DgradPlan choose(DgradArgs const& args) {
+  Adder2dParams key = args.p;  // the rest of the arguments follows from it but for addresses, which plans do not depend on
+  key.x = key.w = key.b = key.y = key.workspace = nullptr;
+  return cached_plan<DgradPlan>(key, [&] {
+    DgradPlan const plan = plan_dgrad_simt(args, kMaxSplitBytes);
+    return plan.workspace_bytes > key.workspace_bytes ? plan_dgrad_simt(args, 0) : plan;
+  });
+}
+
 // A tiled kernel needs enough channels a group to fill the short side of a tile, and steps through dy by int32 strides.
 bool wants_direct(DgradArgs const& args) {
   return args.Cg < 8 || !args.small_steps || int64_t{args.h.phases} * args.w.phases > kMaxPhases ||
@@ -107,8 +117,7 @@ int32_t adder2d_dgrad(Adder2dDgradParams const* params, void* stream_pointer) {
     DgradPlan plan{};
     bool direct = wants_direct(args);
     if (!direct) {
-      plan = plan_dgrad_simt(args, kMaxSplitBytes);
-      if (plan.workspace_bytes > whole.workspace_bytes) plan = plan_dgrad_simt(args, 0);
+      plan = choose(args);
       direct = plan.workspace_bytes > whole.workspace_bytes;
     }
     cudaError_t const error = direct ? launch_dgrad_direct(args, stream) : launch_dgrad_simt(args, plan, stream);

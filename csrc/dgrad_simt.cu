@@ -691,19 +691,34 @@ __global__ void __launch_bounds__(T::kThreads)
 
 // ---- launcher
 
+// Shared memory of a block, `bytes` or more: as much as makes a multiprocessor take no more blocks than suit their number. The
+// main kernel starts while the one that packs still runs, where blocks come to lie as they find room: 392 blocks on 132
+// multiprocessors that take four would be four here and two there, and take a third longer than three everywhere.
+size_t even_smem_bytes(size_t bytes, int32_t blocks) {
+  int device = 0, available = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  int32_t const share = ceil_div(blocks, multiprocessor_count());
+  int32_t best = 4;  // by registers
+  for (int32_t resident = 3; resident >= 2; --resident)
+    if (ceil_div(share, resident) * resident < ceil_div(share, best) * best) best = resident;
+  constexpr size_t kReserved = 1024;  // by the driver, of each block
+  return best == 4 ? bytes : std::max(bytes, available / (best + 1) - kReserved + 128);
+}
+
 template <class T, Fill kFill>
 cudaError_t launch_tile(DgradArgs const& args, DgradPlan const& plan, cudaStream_t stream) {
   auto const kernel = adder2d_dgrad_simt_kernel<T, kFill>;
-  constexpr size_t kSmemBytes = sizeof(Smem<T, kFill>);
-  if (kSmemBytes > 48 * 1024) {
-    cudaError_t const error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSmemBytes));
+  size_t const smem_bytes = even_smem_bytes(sizeof(Smem<T, kFill>), plan.tiles * plan.splits);
+  if (smem_bytes > 48 * 1024) {
+    cudaError_t const error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
     if (error != cudaSuccess) return error;
   }
   int32_t const pack_blocks = Packed(args, plan, T::kTileC, T::kTileK).blocks * plan.tiles_k * args.p.groups;
   adder2d_dgrad_pack_kernel<T><<<pack_blocks, Packed::kThreads, 0, stream>>>(args, plan);
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  error = launch_dependent(kernel, dim3(plan.tiles, plan.splits), dim3(T::kThreads), kSmemBytes, stream, args, plan);
+  error = launch_dependent(kernel, dim3(plan.tiles, plan.splits), dim3(T::kThreads), smem_bytes, stream, args, plan);
   if (error != cudaSuccess || plan.splits == 1) return error;
   return launch_dependent(adder2d_dgrad_reduce_kernel<T>, dim3(plan.tiles, T::kItems), dim3(T::kThreads), 0, stream, args, plan);
 }

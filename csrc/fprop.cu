@@ -1,8 +1,6 @@
 // Entry points of the forward pass: validation, choice of kernel, batches beyond 2^31 output pixels.
 #include "fprop.h"
 
-#include <string.h>
-
 #include <algorithm>
 
 namespace adder2d {
@@ -55,7 +53,7 @@ bool wants_direct(Adder2dParams const& p) {
   return p.K / p.groups < 8 || terms <= int64_t{multiprocessor_count()} * 32768;
 }
 
-// A plan and the family that it is for. Choosing takes microseconds, so every thread keeps the plans of its latest layers.
+// A plan and the family that it is for.
 struct Choice {
   bool half;
   FpropPlan plan;
@@ -68,23 +66,10 @@ Choice choose(FpropArgs const& args) {
 }
 
 Choice choose_cached(FpropArgs const& args) {
-  struct Entry {
-    Adder2dParams key;
-    int device;
-    Choice choice;
-  };
-  constexpr uint32_t kEntries = 64;
-  static thread_local Entry entries[kEntries] = {};
   Adder2dParams key = args.p;
   key.x = reinterpret_cast<void const*>(reinterpret_cast<uintptr_t>(key.x) % 16);  // plans do not depend on other addresses
   key.w = key.b = key.y = key.workspace = nullptr;
-  int device = 0;
-  cudaGetDevice(&device);
-  uint32_t hash = 2166136261u;  // FNV-1a
-  for (size_t i = 0; i < sizeof(key) / 4; ++i) hash = (hash ^ reinterpret_cast<uint32_t const*>(&key)[i]) * 16777619u;
-  Entry& entry = entries[hash % kEntries];
-  if (entry.device != device || memcmp(&entry.key, &key, sizeof(key)) != 0) entry = {key, device, choose(args)};
-  return entry.choice;
+  return cached_plan<Choice>(key, [&] { return choose(args); });
 }
 
 }  // namespace

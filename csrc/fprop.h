@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <string.h>
 
 #include "adder2d.h"
 #include "common.cuh"
@@ -37,11 +38,35 @@ struct FpropPlan {
   size_t workspace_bytes;    // all of it
 };
 
+// make(), or what it gave when it was last called with the same key on this device and thread: choosing a plan takes
+// microseconds. Key has no padding.
+template <class Plan, class Key, class Make>
+Plan cached_plan(Key const& key, Make const& make) {
+  struct Entry {
+    Key key;
+    int device;
+    Plan plan;
+  };
+  constexpr uint32_t kEntries = 64;
+  static thread_local Entry entries[kEntries] = {};
+  int device = 0;
+  cudaGetDevice(&device);
+  uint32_t hash = 2166136261u;  // FNV-1a
+  for (size_t i = 0; i < sizeof(key) / 4; ++i) hash = (hash ^ reinterpret_cast<uint32_t const*>(&key)[i]) * 16777619u;
+  Entry& entry = entries[hash % kEntries];
+  if (entry.device != device || memcmp(&entry.key, &key, sizeof(key)) != 0) entry = {key, device, make()};
+  return entry.plan;
+}
+
 FpropArgs make_fprop_args(Adder2dParams const& p);
 int32_t multiprocessor_count();
 
-// ---- fprop_direct.cu: one thread per output, any problem; the path of depth-wise layers
+// ---- fprop_direct.cu: any problem; the path of few filters a group and of very small layers
 cudaError_t launch_fprop_direct(FpropArgs const& args, cudaStream_t stream);
+
+// ---- fprop_depthwise.cu: depth-wise layers of the common kernels and strides; fprop_direct.cu hands them on
+bool takes_fprop_depthwise(FpropArgs const& args);
+cudaError_t launch_fprop_depthwise(FpropArgs const& args, cudaStream_t stream);
 
 // ---- fprop_simt.cu: implicit GEMM with float32 arithmetic
 FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes);

@@ -166,16 +166,26 @@ __global__ void __launch_bounds__(kPackThreads)
     }
   } else {
     // A warp reads pixels side by side, and the block turns them over.
-    int32_t const pixel = first_pixel + threadIdx.x % kPackPixels;
-    int64_t const offset = pixel < pixels ? offset_of(pixel) : 0;
+    int32_t const pixel = first_pixel + threadIdx.x % kPackPixels, row = threadIdx.x / kPackPixels;
+    constexpr int kStep = kPackThreads / kPackPixels;
+    uint16_t const* const src = x + (pixel < pixels ? offset_of(pixel) : 0);
+    bool const padded = a.Cg % kVector != 0;
+    uint16_t bits[kPackVectors * kVector / kStep];
 #pragma unroll
-    for (int i = threadIdx.x / kPackPixels; i < kPackVectors * kVector; i += kPackThreads / kPackPixels) {
-      int32_t part;
-      int32_t const group = a.div_vectors.divmod(first_vector + i / kVector, &part), c = part * kVector + i % kVector;
-      bool const present = pixel < pixels && group < a.p.groups && c < a.Cg;
-      uint16_t const bits = present ? __ldg(x + offset + (int64_t{group} * a.Cg + c) * a.p.x_stride[1]) : uint16_t{0};
-      turned.x[i][threadIdx.x % kPackPixels] = to_half(bits, a.p.x_type);
+    for (int i = 0; i < kPackVectors * kVector / kStep; ++i) {
+      int32_t c = first_vector * kVector + row + i * kStep;  // of the packed channels; with padding not of those in x
+      bool present = pixel < pixels && c < vectors * kVector;
+      if (padded) {
+        int32_t part;
+        int32_t const group = a.div_vectors.divmod(c / kVector, &part), within = part * kVector + c % kVector;
+        present = present && within < a.Cg;
+        c = group * a.Cg + within;
+      }
+      bits[i] = present ? __ldg(src + c * a.p.x_stride[1]) : uint16_t{0};
     }
+#pragma unroll
+    for (int i = 0; i < kPackVectors * kVector / kStep; ++i)
+      turned.x[row + i * kStep][threadIdx.x % kPackPixels] = to_half(bits[i], a.p.x_type);
     __syncthreads();
     if (m >= pixels || vector >= vectors) return;
 #pragma unroll

@@ -32,7 +32,7 @@ struct Tile {
   static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;  // outputs of a block: filters, pixels
   static constexpr int kTileC = kTileC_;                      // reduction terms of a slice
   static constexpr int kStages = kStages_;                    // slices in flight
-  static constexpr int kUnroll = 8;                    // terms of the inner loop; a longer body misses the instruction cache
+  static constexpr int kUnroll = kTileC >= 32 ? 4 : 8;  // terms of the inner loop; a longer body misses the instruction cache
   static constexpr int kThreadK = kThreadK_, kThreadPQ = kThreadPQ_;  // outputs of a thread, in groups of 4 by 4
   static constexpr int kGroupsK = kThreadK / 4, kGroupsPQ = kThreadPQ / 4;
   static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
@@ -362,26 +362,27 @@ __device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& 
 // ---- kernels
 
 // Weights [K, Cg, R, S] to [groups][Cg / channels][R * S][channels][pitch], zeros behind the filters of a group: in the
-// order of the slices. A block moves 32 filters by 32 terms through shared memory.
-constexpr int kPackTile = 32, kPackRows = 8;
+// order of the slices. A block moves 32 filters by 128 terms through shared memory.
+constexpr int kPackFilters = 32, kPackTerms = 128, kPackRows = 8;
 
-__global__ void __launch_bounds__(kPackTile * kPackRows)
+__global__ void __launch_bounds__(kPackFilters * kPackRows)
     adder2d_pack_kernel(__grid_constant__ FpropArgs const a, int32_t pitch, int32_t channels) {
-  __shared__ float tile[kPackTile][kPackTile + 1];
+  __shared__ float tile[kPackFilters][kPackTerms + 1];
   launch_dependents();
-  int32_t const group = blockIdx.z, lane = threadIdx.x % kPackTile, row = threadIdx.x / kPackTile;
-  int32_t const first_j = blockIdx.x * kPackTile, first_k = blockIdx.y * kPackTile;
+  int32_t const group = blockIdx.z, lane = threadIdx.x % 32, row = threadIdx.x / 32;
+  int32_t const first_j = blockIdx.x * kPackTerms, first_k = blockIdx.y * kPackFilters;
 #pragma unroll
-  for (int i = row; i < kPackTile; i += kPackRows) {
-    bool const present = first_k + i < a.Kg && first_j + lane < a.CRS;
-    int64_t const index = (int64_t{group} * a.Kg + first_k + i) * a.CRS + first_j + lane;
-    tile[i][lane] = present ? static_cast<float const*>(a.p.w)[index] : 0.f;
+  for (int i = row; i < kPackFilters; i += kPackRows) {
+    float const* const src = static_cast<float const*>(a.p.w) + (int64_t{group} * a.Kg + first_k + i) * a.CRS;
+#pragma unroll
+    for (int j = lane; j < kPackTerms; j += 32) tile[i][j] = first_k + i < a.Kg && first_j + j < a.CRS ? __ldg(src + first_j + j) : 0.f;
   }
   __syncthreads();
-#pragma unroll
-  for (int i = row; i < kPackTile; i += kPackRows) {
+  if (first_k + lane >= pitch) return;
+#pragma unroll 4
+  for (int i = row; i < kPackTerms; i += kPackRows) {
     int32_t const j = first_j + i;
-    if (j >= a.CRS || first_k + lane >= pitch) break;
+    if (j >= a.CRS) break;
     int32_t rs;
     int32_t const c = a.div_RS.divmod(j, &rs);
     int32_t const term = (c / channels * a.p.R * a.p.S + rs) * channels + c % channels;
@@ -432,8 +433,8 @@ template <class T, Fill kFill>
 cudaError_t launch_tile(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
   if (kIsPacked<kFill>) {
     int32_t const pitch = plan.tiles_k * T::kTileK;
-    dim3 const grid(ceil_div(args.CRS, kPackTile), ceil_div(pitch, kPackTile), args.p.groups);
-    adder2d_pack_kernel<<<grid, kPackTile * kPackRows, 0, stream>>>(args, pitch, T::kTileC);
+    dim3 const grid(ceil_div(args.CRS, kPackTerms), ceil_div(pitch, kPackFilters), args.p.groups);
+    adder2d_pack_kernel<<<grid, kPackFilters * kPackRows, 0, stream>>>(args, pitch, T::kTileC);
     cudaError_t const error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
