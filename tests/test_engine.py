@@ -21,7 +21,7 @@ onnx = pytest.importorskip("onnx", reason="needs onnx: pip install onnx onnxscri
 pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
 
 from test_converter import calibrated
-from test_onnx import CHECK, needs_runtime
+from test_onnx import CHECK, SmallResNet, needs_runtime
 
 from torch2trt_adder import Adder2d, adderize, convert, converter, engine, library
 from torch2trt_adder.converter import rounding_bounds
@@ -347,22 +347,6 @@ def check(runner: nn.Module, model: nn.Module, x: Tensor, fp16: bool = False) ->
     )
     assert bound < (0.5 if fp16 or x.dtype is torch.float16 else 4e-3) * largest
     assert difference <= bound
-
-
-class SmallResNet(nn.Module):
-    """Residual blocks as torchvision's, for adderize: torchvision itself is not needed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
-        self.a, self.bna = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.b, self.bnb = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.fc = nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        x = F.relu(x + self.bnb(self.b(F.relu(self.bna(self.a(x))))))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 NETWORKS = {

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 onnx = pytest.importorskip("onnx", reason="needs onnx: pip install onnx onnxscript onnxruntime")
@@ -18,8 +19,8 @@ from test_converter import adder2d as PublishedStyle
 from test_converter import calibrated
 
 import torch2trt_adder
-from torch2trt_adder import Adder2d, onnx_export
-from torch2trt_adder.models import addernet_mnist, resnet20
+from torch2trt_adder import Adder2d, adderize, onnx_export
+from torch2trt_adder.models import addernet_mnist, resnet20, resnet50
 from torch2trt_adder.onnx_export import adder_nodes, export_onnx, onnxruntime_session, run_onnxruntime
 
 try:
@@ -273,15 +274,156 @@ def test_opset(tmp_path: pathlib.Path) -> None:
         export_onnx(small(), x, tmp_path / "model.onnx", opset=12)
 
 
-def test_network_that_opset_17_cannot_express(tmp_path: pathlib.Path) -> None:
-    """col2im came with opset 18."""
-    model = nn.Sequential(Adder2d(4, 4, 1), nn.Flatten(2), nn.Fold((3, 3), 1)).eval()
-    x = torch.randn(1, 4, 3, 3)
+class SmallResNet(nn.Module):
+    """Residual blocks as torchvision's, for adderize: torchvision itself is not needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
+        self.a, self.bna = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.b, self.bnb = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        x = F.relu(x + self.bnb(self.b(F.relu(self.bna(self.a(x))))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def against_schemas(model: Any) -> int:
+    """How many nodes there are, all of which have the attributes and the number of inputs that their opset allows."""
+    version = next(entry.version for entry in model.opset_import if entry.domain == "")
+    (own,) = model.functions
+    assert [(entry.domain, entry.version) for entry in own.opset_import] == [("", version)]
+
+    def nodes(container: Any) -> Any:
+        for node in container.node:
+            yield node
+            for attribute in node.attribute:
+                for graph in (attribute.g, *attribute.graphs):
+                    yield from nodes(graph)
+
+    count = 0
+    for node in (*nodes(model.graph), *nodes(own)):
+        if node.domain == own.domain:
+            continue
+        schema = onnx.defs.get_schema(node.op_type, version, "")
+        names = {attribute.name for attribute in node.attribute}
+        assert names <= set(schema.attributes), (node.op_type, names)
+        assert {name for name, attribute in schema.attributes.items() if attribute.required} <= names, node.op_type
+        assert schema.min_input <= len(node.input) <= schema.max_input, (node.op_type, len(node.input))
+        assert schema.min_output <= len(node.output) <= schema.max_output, (node.op_type, len(node.output))
+        count += 1
+    return count
+
+
+SCHEMAS = {
+    "addernet_mnist": (addernet_mnist, (1, 28, 28)),
+    "resnet20": (resnet20, (3, 32, 32)),
+    "resnet50": (resnet50, (3, 64, 64)),
+    "adderized": (lambda: adderize(SmallResNet()), (3, 64, 64)),
+}
+
+
+@pytest.mark.parametrize("opset", [15, 17, 18])
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_node_is_one_of_its_opset(name: str, opset: int, tmp_path: pathlib.Path) -> None:
+    """The exporter writes opset 18; nothing of it may be left in a file that says 17, on which TensorRT 8.6 relies."""
+    make, shape = SCHEMAS[name]
+    x = torch.randn(2, *shape)
+    proto = onnx.load(export_onnx(make().eval(), x, tmp_path / "x.onnx", {0: "batch"}, opset=opset, check=False))
+    assert {(e.domain, e.version) for e in proto.opset_import} == {("", opset), ("torch2trt_adder", 1)}
+    assert against_schemas(proto) > 60  # the body alone has more
+
+
+# Operators that changed with opset 18.
+CHANGED = {
+    "mean": lambda x: x.mean((2, 3)),
+    "mean_of_all": lambda x: x.mean(),
+    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, 1),
+    "sum": lambda x: x.sum(1),
+    "max": lambda x: x.amax((2, 3), keepdim=True),
+    "var": lambda x: x.var(1),
+    "norm": lambda x: x.norm(dim=1),
+    "logsumexp": lambda x: x.logsumexp(1),
+    "split": lambda x: torch.cat(x.split([1, 3], 1)[::-1], 1),
+    "chunk": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
+    "uneven_chunk": lambda x: torch.cat(x.chunk(3, 2)[::-1], 2),
+    "pad": lambda x: F.pad(x, (1, 2, 0, 1)),
+    "unfold": lambda x: F.unfold(x, 3),
+    "interpolate": lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"),
+}
+
+
+class Then(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.layer, self.function = Adder2d(4, 4, 1), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_operators_that_changed_with_opset_18(name: str, tmp_path: pathlib.Path) -> None:
+    x = torch.randn(2, 4, 7, 6)
+    model = Then(CHANGED[name]).eval()
+    proto = onnx.load(export_onnx(model, x, tmp_path / "x.onnx", {0: "batch"}, opset=17, check=CHECK))
+    against_schemas(proto)
+
+
+def largest_of_channels(x: Tensor) -> Tensor:
+    index = torch.zeros(1, 4, 1, 1, dtype=torch.int64).expand(len(x), -1, x.shape[2], x.shape[3])
+    return torch.zeros_like(x).scatter_reduce(1, index, x, "amax")
+
+
+NOT_IN_17 = {
+    "fold": (lambda x: F.fold(x.flatten(2), (7, 6), 1), "Col2Im came with opset 18"),
+    "mish": (F.mish, "Mish came with opset 18"),
+    "scatter": (largest_of_channels, "ScatterElements has no max before opset 18"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_IN_17)
+def test_network_that_opset_17_cannot_express(name: str, tmp_path: pathlib.Path) -> None:
+    function, reason = NOT_IN_17[name]
+    model, x = Then(function).eval(), torch.randn(2, 4, 7, 6)
     proto = onnx.load(export_onnx(model, x, tmp_path / "model.onnx", check=CHECK))
     assert {(e.domain, e.version) for e in proto.opset_import} == {("", 18), ("torch2trt_adder", 1)}
-    with pytest.raises(RuntimeError, match="cannot be written in opset 17 .*leave opset out, which gives 18"):
+    message = rf"cannot be written in opset 17 \({reason}.*\); leave opset out, which gives 18"
+    with pytest.raises(RuntimeError, match=message):
         export_onnx(model, x, tmp_path / "other.onnx", opset=17, check=CHECK)
     assert not (tmp_path / "other.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "node, message",
+    [
+        ("y, z = Split <axis = 1, num_outputs = 2> (x)", None),
+        ("y, z = Split <axis = -1, num_outputs = 2> (x)", None),
+        ("y, z = Split <num_outputs = 2> (x)", "Split has no num_outputs before opset 18"),
+        ("y = ReduceMean <noop_with_empty_axes = 0> (x)", None),
+        ("y = ReduceMean <noop_with_empty_axes = 1> (x)", "ReduceMean has no noop_with_empty_axes before opset 18"),
+        ("a = Shape (x)  y = ReduceMax (x, a)", "the axes of ReduceMax must be constant before opset 18"),
+        ("p = Constant <value_ints = [1, 1]> ()  y = Pad (x, p, , p)", "Pad has at most 3 inputs before opset 18"),
+        ("a = Constant <value = int64[1] {1}> ()  y = ReduceMax (x, a)", None),
+    ],
+)
+def test_opset_17_by_hand(node: str, message: str | None) -> None:
+    text = f'<ir_version: 8, opset_import: ["": 18]> g (float[N, 5] x) => (float[A, B] y) {{ {node} }}'
+    model = onnx.parser.parse_model(text)
+    onnx.checker.check_model(model)
+    if message is not None:
+        with pytest.raises(RuntimeError, match=message):
+            onnx_export._in_opset_17(model)
+        return
+    older = onnx_export._in_opset_17(model)
+    assert older.opset_import[0].version == 17 and model.opset_import[0].version == 18
+    onnx.checker.check_model(older, full_check=True)
+    if CHECK:
+        x = torch.randn(4, 5)
+        new, old = (run_onnxruntime(onnxruntime_session(m.SerializeToString()), [x])[0] for m in (model, older))
+        torch.testing.assert_close(old, new, rtol=0, atol=0)
 
 
 # ---- torch.onnx.export itself

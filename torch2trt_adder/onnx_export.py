@@ -111,14 +111,16 @@ def export_onnx(
 
 def adder_nodes(graph: Any) -> list[Any]:
     """The Adder2d nodes of an onnx.GraphProto, those of its subgraphs included."""
-    found = []
+    return [node for _, node in _nodes(graph) if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
+
+
+def _nodes(graph: Any) -> Iterator[tuple[Any, Any]]:
+    """Every node with the graph that holds it, those of subgraphs included."""
     for node in graph.node:
-        if (node.domain, node.op_type) == (DOMAIN, OP_TYPE):
-            found.append(node)
+        yield graph, node
         for attribute in node.attribute:
             for subgraph in (attribute.g, *attribute.graphs):
-                found += adder_nodes(subgraph)
-    return found
+                yield from _nodes(subgraph)
 
 
 def _need(*packages: str, remedy: str = "") -> None:
@@ -305,7 +307,7 @@ def _export(
                 verbose=False,
                 custom_translation_table={ops._adder2d: _translation()},
             )
-        except torch.onnx.errors.OnnxExporterError as error:
+        except RuntimeError as error:  # OnnxExporterError is one, what its passes raise is another
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
@@ -316,11 +318,12 @@ def _export(
             ) from error
     proto = program.model_proto
     _name_nodes(proto)
-    have = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    have = _opset(proto).version
     if have <= wanted:
         return proto
     try:
-        return onnx.version_converter.convert_version(proto, wanted)
+        older = _in_opset_17(proto)
+        return older if wanted == 17 else onnx.version_converter.convert_version(older, wanted)
     except RuntimeError as error:
         if opset is None:
             return proto
@@ -328,6 +331,74 @@ def _export(
             f"export_onnx: the network cannot be written in opset {opset} ({str(error).strip().splitlines()[-1]}); "
             f"leave opset out, which gives {have}."
         ) from error
+
+
+def _opset(proto: Any) -> Any:
+    """The entry of ONNX's standard operators."""
+    return next(entry for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def _in_opset_17(proto: Any) -> Any:
+    """A copy of an opset 18 model in opset 17.
+
+    onnx's own converter leaves reductions with an attribute that opset 17 does not know, and refuses Pad and Split.
+
+    Raises:
+        RuntimeError: an operator, or a use of it, that opset 17 does not have.
+    """
+    import onnx
+
+    older = type(proto)()
+    older.CopyFrom(proto)
+    graph = older.graph
+    integers = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT64}
+    integers |= {
+        node.output[0]: node.attribute[0].t
+        for _, node in _nodes(graph)
+        if node.op_type == "Constant" and node.attribute[0].name == "value"
+    }
+    shapes = {entry.name: entry.type.tensor_type.shape.dim for entry in (*graph.input, *graph.value_info)}
+
+    for owner, node in _nodes(graph):
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        new = onnx.defs.get_schema(node.op_type, _opset(proto).version, "")
+        try:
+            old = onnx.defs.get_schema(node.op_type, 17, "")
+        except onnx.defs.SchemaError as error:
+            raise RuntimeError(f"{node.op_type} came with opset {new.since_version}") from error
+        given = {attribute.name: attribute for attribute in node.attribute}
+        if len(node.input) > 1 and "axes" in old.attributes:  # a reduction, whose axes became an input
+            if node.input[1] not in integers:
+                raise RuntimeError(f"the axes of {node.op_type} must be constant before opset {new.since_version}")
+            axes = onnx.numpy_helper.to_array(integers[node.input[1]]).tolist()
+            node.attribute.append(onnx.helper.make_attribute("axes", axes))
+            del node.input[1]
+        if node.op_type == "Split" and "num_outputs" in given:
+            axis = given["axis"].i if "axis" in given else 0
+            shape = shapes.get(node.input[0], [])
+            if not -len(shape) <= axis < len(shape) or not shape[axis].HasField("dim_value"):
+                raise RuntimeError(f"Split has no num_outputs before opset {new.since_version}")
+            extent, parts = shape[axis].dim_value, given["num_outputs"].i
+            most = -(-extent // parts)
+            sizes = np.array([min(most, extent - i * most) for i in range(parts)], np.int64)
+            owner.initializer.append(onnx.numpy_helper.from_array(sizes, f"{node.output[0]}.sizes"))
+            node.input.append(f"{node.output[0]}.sizes")
+            node.attribute.remove(given["num_outputs"])
+            del given["num_outputs"]
+        for name, attribute in given.items():
+            if name not in old.attributes:
+                if attribute != new.attributes[name].default_value:
+                    raise RuntimeError(f"{node.op_type} has no {name} before opset {new.since_version}")
+                node.attribute.remove(attribute)
+            if name == "reduction" and attribute.s in (b"max", b"min"):
+                raise RuntimeError(f"{node.op_type} has no {attribute.s.decode()} before opset {new.since_version}")
+        while len(node.input) > old.max_input and not node.input[-1]:
+            del node.input[-1]
+        if len(node.input) > old.max_input:
+            raise RuntimeError(f"{node.op_type} has at most {old.max_input} inputs before opset {new.since_version}")
+    _opset(older).version = 17
+    return older
 
 
 def _name_nodes(proto: Any) -> None:
@@ -396,7 +467,7 @@ def _finish(proto: Any) -> None:
     if nodes:
         if not any(entry.domain == DOMAIN for entry in proto.opset_import):
             proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-        opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+        opset = _opset(proto).version
         proto.functions.append(onnx.parser.parse_function(_BODY % opset))
         # 8 is the first version with functions and goes with opset 17.
         proto.ir_version = max(8, min(proto.ir_version, 8 if opset <= 17 else 10))
