@@ -36,11 +36,25 @@ class Adder2dDgradParams(ctypes.Structure):
     ]
 
 
+class Adder2dWgradParams(ctypes.Structure):
+    """``Adder2dWgradParams`` of adder2d.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("N", "K", "P", "Q", "C", "R", "S", "channels_last", "dy_type", "w_type")),
+        ("dy_stride", ctypes.c_int64 * 4),
+        ("convolved_stride", ctypes.c_int64 * 4),
+        ("eta", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("dy", "convolved", "w", "dw", "workspace")),
+        ("workspace_bytes", ctypes.c_size_t),
+    ]
+
+
 # The same structs for `struct.pack`, which costs a fraction of filling a ctypes.Structure; in two pieces, because the
 # first depends on shapes alone, so that a call has only the pointers to pack.
 PROBLEM = struct.Struct("@20i8q")
 POINTERS = struct.Struct("@5PN")
 DGRAD = struct.Struct("@2i4qP")  # Adder2dDgradParams behind its Adder2dParams
+WGRAD = struct.Struct("@10i8qd")  # Adder2dWgradParams before its pointers, which are POINTERS
 
 
 def path() -> pathlib.Path:
@@ -76,6 +90,10 @@ def load() -> ctypes.CDLL:
             "adder2d_dgrad_workspace": (ctypes.c_size_t, [ctypes.c_void_p]),
             "adder2d_dgrad": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
             "adder2d_dgrad_cpu": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32]),
+            "adder2d_wgrad_params_size": (ctypes.c_size_t, []),
+            "adder2d_wgrad_check": (ctypes.c_char_p, [ctypes.c_void_p]),
+            "adder2d_wgrad_workspace": (ctypes.c_size_t, [ctypes.c_void_p]),
+            "adder2d_wgrad_finish": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
             "adder2d_error_string": (ctypes.c_char_p, [ctypes.c_int32]),
         }
         for name, (result, arguments) in prototypes.items():
@@ -86,6 +104,7 @@ def load() -> ctypes.CDLL:
     sizes = {
         "Adder2dParams": (library.adder2d_params_size(), ctypes.sizeof(Adder2dParams)),
         "Adder2dDgradParams": (library.adder2d_dgrad_params_size(), ctypes.sizeof(Adder2dDgradParams)),
+        "Adder2dWgradParams": (library.adder2d_wgrad_params_size(), ctypes.sizeof(Adder2dWgradParams)),
     }
     for name, (theirs, ours) in sizes.items():
         if theirs != ours:

@@ -3,7 +3,6 @@
 The gradients are AdderNet's rule and deliberately not the derivative; reference.py spells both passes out.
 """
 
-import contextlib
 import functools
 import itertools
 import math
@@ -88,7 +87,8 @@ def check_eta(caller: str, eta: float | None) -> None:
 
 
 # ---- schemas
-# No defaults: the dispatcher strips arguments equal to a default, and each Python kernel would have to repeat them.
+# No defaults but of the last eta: the dispatcher strips arguments equal to a default, and each Python kernel has to repeat
+# them.
 
 _library = torch.library.Library("torch2trt_adder", "DEF")
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -103,7 +103,8 @@ _library.define(
     f"adder2d_grad_input(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor", tags=_TAGS
 )
 _library.define(
-    f"adder2d_grad_weight(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor", tags=_TAGS
+    f"adder2d_grad_weight(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, float? eta=None) -> Tensor",
+    tags=_TAGS,
 )
 
 _adder2d = torch.ops.torch2trt_adder.adder2d.default
@@ -178,9 +179,9 @@ def _is_channels_last(input: Tensor) -> bool:
     return not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
 
 
-def _memory_format(input: Tensor) -> torch.memory_format:
-    """The layout of an output or input gradient."""
-    return torch.channels_last if _is_channels_last(input) else torch.contiguous_format
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    """The layout of an output or gradient, from that of the input or of what the gradient is of."""
+    return torch.channels_last if _is_channels_last(tensor) else torch.contiguous_format
 
 
 # ---- fake (shapes only): meta tensors, torch.compile, torch.export
@@ -198,8 +199,9 @@ def _grad_input_fake(grad_output, input, weight, stride, padding, dilation, grou
     return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
 
 
-def _grad_weight_fake(grad_output, input, weight, stride, padding, dilation, groups):
-    return torch.empty(weight.shape, dtype=_sum_dtype(weight.dtype), device=weight.device)
+def _grad_weight_fake(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
+    dtype = _sum_dtype(weight.dtype)
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=_memory_format(weight))
 
 
 torch.library.register_fake("torch2trt_adder::adder2d", _adder2d_fake, lib=_library)
@@ -209,6 +211,14 @@ torch.library.register_fake("torch2trt_adder::adder2d_grad_weight", _grad_weight
 
 
 # ---- forward on float32, float16, bfloat16: the launchers of adder2d.h
+
+
+def _launch_error(name: str, device: int, error: int) -> RuntimeError:
+    return RuntimeError(
+        f"{name}: the launch on cuda:{device} failed with error {error}, "
+        f"{library.load().adder2d_error_string(error).decode()}; if the GPU is newer or older than the build of "
+        f"{library.path()}, build that again on this machine."
+    )
 
 
 class _Plan(NamedTuple):
@@ -256,7 +266,7 @@ def _plan(
 def _adder2d_cuda(input, weight, bias, stride, padding, dilation, groups):
     _check_tensors(input, weight, bias)
     device = input.get_device()
-    if device != torch.cuda.current_device():
+    if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return _adder2d_cuda(input, weight, bias, stride, padding, dilation, groups)
     if input.dtype is torch.float64:
@@ -284,11 +294,7 @@ def _adder2d_cuda(input, weight, bias, stride, padding, dilation, groups):
     loaded = library.load()
     error = loaded.adder2d_fprop(params, torch._C._cuda_getCurrentRawStream(device))
     if error:
-        raise RuntimeError(
-            f"adder2d: the launch on cuda:{device} failed with error {error}, "
-            f"{loaded.adder2d_error_string(error).decode()}; if the GPU is newer or older than the build of "
-            f"{library.path()}, build that again on this machine."
-        )
+        raise _launch_error("adder2d", device, error)
     return output
 
 
@@ -449,11 +455,7 @@ def _grad_input_kernel(grad_output, input, weight, channels_last, stride, paddin
         return grad_input
     error = loaded.adder2d_dgrad(params, torch._C._cuda_getCurrentRawStream(device))
     if error:
-        raise RuntimeError(
-            f"adder2d_grad_input: the launch on cuda:{device} failed with error {error}, "
-            f"{loaded.adder2d_error_string(error).decode()}; if the GPU is newer or older than the build of "
-            f"{library.path()}, build that again on this machine."
-        )
+        raise _launch_error("adder2d_grad_input", device, error)
     return grad_input
 
 
@@ -468,7 +470,7 @@ def _check_grad_input(grad_output: Tensor, input: Tensor, weight: Tensor) -> Non
 def _grad_input_cuda(grad_output, input, weight, stride, padding, dilation, groups):
     _check_grad_input(grad_output, input, weight)
     device = input.get_device()
-    if device != torch.cuda.current_device():
+    if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return _grad_input_cuda(grad_output, input, weight, stride, padding, dilation, groups)
     if input.dtype is torch.float64:
@@ -521,46 +523,49 @@ def _grad_input_torch(grad_output, input, weight, stride, padding, dilation, gro
     return grad_input
 
 
-def _grad_weight_torch(grad_output, input, weight, stride, padding, dilation, groups):
-    """dw = sum over n,p,q of dy * (x - w): a convolution's weight gradient, minus w times the sum of dy; in float32."""
+_cudnn_precision_lock = threading.Lock()
+
+
+def _convolved(grad_output, input, weight, stride, padding, dilation, groups):
+    """The weight gradient of a convolution, in float32 at least; N is not 0."""
     dtype = _sum_dtype(weight.dtype)
     N, size = len(input), list(weight.shape)
-    if N == 0:
-        return torch.zeros(size, dtype=dtype, device=weight.device)
     # cuDNN has a Winograd kernel (13x13 tiles) for this size alone, which torch does not exclude with TF32 and which is
     # as inaccurate. One more column, of zeros and dropped again, keeps it out.
     widen = int(input.is_cuda and size[2:] == [5, 5] and tuple(stride) == tuple(dilation) == (1, 1))
-    widened = (*size[:3], size[3] + widen)
     samples = N
     if input.dtype is not dtype:  # converted copies, so in pieces
         samples = max(1, _budget(input) // ((input[0].numel() + grad_output[0].numel()) * dtype.itemsize))
     convolved = None
     for n in range(0, N, samples):
-        x, dy = (t[n : n + samples].to(dtype) for t in (input, grad_output))
+        x, dy = input, grad_output
+        if samples < N:
+            x, dy = x[n : n + samples], dy[n : n + samples]
+        x, dy = x.to(dtype), dy.to(dtype)
         if widen:
             x = F.pad(x, (0, widen))
-        with _cudnn_precision(x, exact=input.dtype is not dtype):
-            part = torch.nn.grad.conv2d_weight(x, widened, dy, stride, padding, dilation, groups)
-        part = part[..., : size[3]]
+        # Read for its size and layout alone.
+        filters = weight
+        if widen or weight.dtype is not dtype or not weight.is_contiguous():
+            filters = x.new_empty(1).expand(*size[:3], size[3] + widen)
+        part = _convolution_backward(
+            x, dy, filters, stride, padding, dilation, groups, exact=input.dtype is not dtype
+        )
+        part = part[..., : size[3]] if widen else part
         convolved = part if convolved is None else convolved.add_(part)
-    total = grad_output.sum((0, 2, 3), dtype=dtype)
-    # The conversion of the weight matters to float16: its product with the sum could pass 65504.
-    return torch.addcmul(convolved, weight.to(dtype), total[:, None, None, None], value=-1).contiguous()
+    return convolved
 
 
-_cudnn_precision_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def _cudnn_precision(tensor: Tensor, exact: bool) -> Iterator[None]:
-    """cuDNN convolutions with TF32 where that is `exact` (float16 and bfloat16 numbers fit into it), else without.
+def _convolution_backward(x, dy, filters, stride, padding, dilation, groups, exact):
+    """A convolution's weight gradient; with TF32 where that is `exact` (float16 and bfloat16 numbers fit into it).
 
     The two terms of a weight gradient cancel, for which TF32's ten bits of a float32 are not enough. The flag is the
     process's, as all of cuDNN's are, and autograd has a thread for each GPU.
     """
-    if not tensor.is_cuda:
-        yield
-        return
+    wanted = False, True, False  # of the gradients of input, weight and bias
+    arguments = dy, x, filters, None, stride, padding, dilation, False, (0, 0), groups, wanted
+    if not x.is_cuda:
+        return torch.ops.aten.convolution_backward(*arguments)[1]
     # torch 2.9 gave each operator its own flag, and reading the old one fails where a user has set the new ones apart.
     cudnn = torch.backends.cudnn
     if hasattr(cudnn, "conv"):
@@ -571,15 +576,109 @@ def _cudnn_precision(tensor: Tensor, exact: bool) -> Iterator[None]:
         before = getattr(owner, name)
         setattr(owner, name, value)
         try:
-            yield
+            return torch.ops.aten.convolution_backward(*arguments)[1]
         finally:
             setattr(owner, name, before)
+
+
+class _GradWeightPlan(NamedTuple):
+    """What a launch needs beyond pointers."""
+
+    problem: bytes  # Adder2dWgradParams up to the pointers
+    workspace_bytes: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _grad_weight_plan(
+    grad_size: tuple[int, ...],
+    grad_stride: tuple[int, ...],
+    grad_dtype: torch.dtype,
+    input_size: tuple[int, ...],
+    weight_size: tuple[int, ...],
+    weight_dtype: torch.dtype,
+    channels_last: bool,
+    convolved_stride: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    eta: float | None,
+) -> _GradWeightPlan:
+    size = _output_size(input_size, weight_size, None, stride, padding, dilation, groups)
+    if tuple(grad_size) != size:
+        raise ValueError(f"adder2d_grad_weight: grad_output must be {list(size)}, got {list(grad_size)}.")
+    problem = library.WGRAD.pack(
+        *grad_size, *weight_size[1:], channels_last, _KERNEL_TYPES[grad_dtype], _KERNEL_TYPES[weight_dtype],
+        *grad_stride, *convolved_stride, 0 if eta is None else eta,
+    )  # fmt: skip
+    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0)
+    loaded = library.load()
+    reason = loaded.adder2d_wgrad_check(params)
+    if reason:
+        raise ValueError(f"adder2d_grad_weight: {reason.decode()}.")
+    return _GradWeightPlan(problem, loaded.adder2d_wgrad_workspace(params))
+
+
+def _grad_weight_cuda(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
+    """dw = sum over n,p,q of dy * (x - w): a convolution's weight gradient, and adder2d_wgrad_finish for the rest."""
+    device = input.get_device()
+    if device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
+            return _grad_weight_cuda(grad_output, input, weight, stride, padding, dilation, groups, eta)
+    if weight.dtype not in _KERNEL_TYPES or len(input) == 0:
+        return _grad_weight_torch(grad_output, input, weight, stride, padding, dilation, groups, eta)
+    convolved = _convolved(grad_output, input, weight, stride, padding, dilation, groups)
+    if grad_output.dtype not in _KERNEL_TYPES:
+        grad_output = grad_output.float()
+    channels_last = _is_channels_last(weight)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    weight = weight.contiguous(memory_format=layout)
+    dw = convolved
+    if not convolved.is_contiguous(memory_format=layout):
+        dw = torch.empty_like(weight, dtype=convolved.dtype, memory_format=layout)
+    plan = _grad_weight_plan(
+        grad_output.shape, grad_output.stride(), grad_output.dtype, input.shape, weight.shape, weight.dtype,
+        channels_last, convolved.stride(), tuple(stride), tuple(padding), tuple(dilation), groups, eta,
+    )  # fmt: skip
+    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=input.device)
+    params = plan.problem + library.POINTERS.pack(
+        grad_output.data_ptr(),
+        convolved.data_ptr(),
+        weight.data_ptr(),
+        dw.data_ptr(),
+        workspace.data_ptr(),
+        plan.workspace_bytes,
+    )
+    loaded = library.load()
+    error = loaded.adder2d_wgrad_finish(params, torch._C._cuda_getCurrentRawStream(device))
+    if error:
+        raise _launch_error("adder2d_grad_weight", device, error)
+    return dw
+
+
+def _grad_weight_torch(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
+    """The same in plain torch: on the CPU, and in float64."""
+    dtype, layout = _sum_dtype(weight.dtype), _memory_format(weight)
+    if len(input) == 0:
+        return torch.zeros(weight.shape, dtype=dtype, device=weight.device).contiguous(memory_format=layout)
+    convolved = _convolved(grad_output, input, weight, stride, padding, dilation, groups)
+    total = grad_output.sum((0, 2, 3), dtype=dtype)
+    # The conversion of the weight matters to float16: its product with the sum could pass 65504.
+    dw = torch.addcmul(convolved, weight.to(dtype), total[:, None, None, None], value=-1)
+    return (dw if eta is None else adaptive_scaling(dw, eta)).contiguous(memory_format=layout)
+
+
+def adaptive_scaling(grad_weight: Tensor, eta: float) -> Tensor:
+    """eta * sqrt(numel) * dw / |dw|, the published code's learning rate per layer; in float32 at least."""
+    grad_weight = grad_weight.to(_sum_dtype(grad_weight.dtype))
+    norm = torch.linalg.vector_norm(grad_weight).clamp(min=1e-12)
+    return grad_weight / (norm / (eta * math.sqrt(grad_weight.numel())))
 
 
 for _device in ("CPU", "CUDA"):
     _library.impl("adder2d", _adder2d_cpu if _device == "CPU" else _adder2d_cuda, _device)
     _library.impl("adder2d_grad_input", _grad_input_cpu if _device == "CPU" else _grad_input_cuda, _device)
-    _library.impl("adder2d_grad_weight", _grad_weight_torch, _device)
+    _library.impl("adder2d_grad_weight", _grad_weight_torch if _device == "CPU" else _grad_weight_cuda, _device)
 # Reached in inference mode only: elsewhere Autograd is there to turn it into adder2d.
 _library.impl("adder2d_eta", lambda *args: _adder2d(*args[:-1]), "CompositeExplicitAutograd")
 
@@ -606,10 +705,7 @@ class _Adder2d(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_input = _grad_input(grad_output, input, weight, *ctx.geometry)
         if ctx.needs_input_grad[1]:
-            grad_weight = _grad_weight(grad_output, input, weight, *ctx.geometry)
-            if ctx.eta is not None:
-                grad_weight = adaptive_scaling(grad_weight, ctx.eta)
-            grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = _grad_weight(grad_output, input, weight, *ctx.geometry, ctx.eta).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_output.sum((0, 2, 3), dtype=_sum_dtype(ctx.bias_dtype)).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, None, None, None, None, None
@@ -625,13 +721,6 @@ class _Adder2d(torch.autograd.Function):
 # Function.apply without inspecting the signature of `forward` at each call, which takes longer than the rest of it
 # (torch.library.register_autograd as well), and without function transforms, which are refused below.
 _apply = super(torch.autograd.Function, _Adder2d).apply
-
-
-def adaptive_scaling(grad_weight: Tensor, eta: float) -> Tensor:
-    """eta * sqrt(numel) * dw / |dw|, the published code's learning rate per layer; in float32 at least."""
-    grad_weight = grad_weight.to(_sum_dtype(grad_weight.dtype))
-    norm = torch.linalg.vector_norm(grad_weight).clamp(min=1e-12)
-    return grad_weight / (norm / (eta * math.sqrt(grad_weight.numel())))
 
 
 def _adder2d_autograd(input, weight, bias, stride, padding, dilation, groups, eta=ETA):
