@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 
@@ -306,6 +307,65 @@ def test_plan_without_a_gpu(plan: bytes, rtx: ModuleType) -> None:
         Engine(plan, trt=rtx)
 
 
+# ---- the one context
+
+
+class Context:
+    def set_input_shape(self, name: str, shape: tuple) -> bool:
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple:
+        return (1,)
+
+
+class OneContext:
+    """As TensorRT 8.6: an engine that has a second context while the first lives is of no use."""
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref] = []
+
+    def create_execution_context(self) -> Context:
+        assert all(context() is None for context in self.made)
+        context = Context()
+        self.made.append(weakref.ref(context))
+        return context
+
+
+def test_graphs_end_with_their_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New shapes run without a graph, the second call records, and nothing touches a context that has a graph."""
+    calls: list[str] = []
+
+    class Recorded:
+        def __init__(self, owner: Engine, tensors: list[Tensor]) -> None:
+            assert tuple(tuple(tensor.shape) for tensor in tensors) == owner._shapes
+            calls.append("record")
+
+        def replay(self, tensors: list[Tensor]) -> list[Tensor]:
+            calls.append("replay")
+            return list(tensors)
+
+    monkeypatch.setattr(engine, "_Graph", Recorded)
+    monkeypatch.setattr(Engine, "_enqueue", lambda self, tensors, outputs: calls.append("run"))
+    runner = Engine()
+    runner.engine, runner.input_names, runner.output_names = OneContext(), ["x"], ["y"]
+    runner._device, runner._dtypes = torch.device("cpu"), {"y": torch.float32}
+    runner._renew_context()
+
+    def seen(call: Callable, *batches: int) -> list[str]:
+        calls.clear()
+        for batch in batches:
+            call([torch.zeros(batch, 3)])
+        return calls.copy()
+
+    assert seen(runner._replay, 1, 1, 1) == ["run", "record", "replay", "replay"]
+    assert seen(runner._replay, 2, 1, 2, 2, 2) == ["run", "run", "run", "record", "replay", "replay"]
+    assert seen(runner._run, 2) == ["run"] and runner._graph is None
+    assert seen(runner._replay, 2) == ["record", "replay"]
+    runner._renew_context()
+    assert seen(runner._replay, 2, 2) == ["run", "record", "replay"]
+    assert len(runner.engine.made) == 2
+
+
 # ---- engines on a GPU: what test_engines.py does through torch2trt, through ONNX
 
 gpu = [pytest.mark.gpu, pytest.mark.tensorrt]
@@ -474,13 +534,34 @@ def test_cuda_graph(tmp_path: pathlib.Path) -> None:
     plan = build(model, torch.randn(2, 3, 32, 32, device="cuda"), tmp_path)
     recorded, plain = Engine(plan, cuda_graph=True), Engine(plan)
     kept = []
-    for batch in (1, 3, 1, 64, 3, *range(4, 14), 1):  # more shapes than are kept
+    for batch in (1, 1, 1, 3, 1, 64, 64, 3, 3, 3, 1):
         x = torch.randn(batch, 3, 32, 32, device="cuda")
         kept.append((recorded(x), plain(x)))
         check(recorded, model, x)
+        assert recorded._graph is not None  # check has called it with the same shape
     for a, b in kept:  # results of earlier replays stay as they were
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
-    assert len(recorded._graphs) <= 8
+    recorded.cuda_graph = False
+    check(recorded, model, x)
+    assert recorded._graph is None
+
+
+@on_gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_calls_on_several_streams(cuda_graph: bool, tmp_path: pathlib.Path) -> None:
+    """One context's memory serves all of them."""
+    torch.manual_seed(0)
+    model = calibrated_on_gpu(resnet20(), 32, 3, 32, 32)
+    runner = Engine(build(model, torch.randn(2, 3, 32, 32, device="cuda"), tmp_path), cuda_graph=cuda_graph)
+    inputs = [torch.randn(64 if i % 7 else 16, 3, 32, 32, device="cuda") for i in range(40)]
+    streams, outputs = [torch.cuda.Stream() for _ in range(3)], []
+    torch.cuda.synchronize()
+    for i, x in enumerate(inputs):
+        with torch.cuda.stream(streams[i % 3]):
+            outputs.append(runner(x))
+    torch.cuda.synchronize()
+    for x, y in zip(inputs[:8], outputs):
+        check(lambda _, y=y: y, model, x)
 
 
 @on_gpu
@@ -629,6 +710,7 @@ def test_layers_and_times(tmp_path: pathlib.Path) -> None:
     assert len(adders) == 20 and "layer1.0.conv1:adder2d_0" in adders
     assert set(adders) <= set(times) and all(time >= 0 for time in times.values())
     assert len(engine.latencies(runner, [x], runs=8)) == 8
+    check(runner, model, x)
 
 
 @on_gpu

@@ -567,11 +567,12 @@ class Engine(nn.Module):
 
     ``engine(x)`` takes CUDA tensors in the order of `input_names` (or by name), of any batch and size within the
     profile, contiguous or not, and returns new tensors: one, or a tuple in the order of `output_names`. It runs on
-    torch's current stream and does not wait for the GPU. ``state_dict()`` has TRTModule's keys.
+    torch's current stream and does not wait for the GPU; calls on several streams follow one another. ``state_dict()``
+    has TRTModule's keys.
 
     Args:
         plan: a file, or its contents; None for an empty module that `load_state_dict` fills.
-        cuda_graph: record the launches once per set of input shapes (the last 8 sets are kept) and replay them.
+        cuda_graph: record the launches when shapes come a second time, and replay them as long as shapes stay the same.
         host_code: allow the plan to bring its own code: version-compatible plans, and plans with an embedded plugin.
             Only for plans from a source that you trust.
         trt: the TensorRT module; ``tensorrt`` where None.
@@ -610,21 +611,24 @@ class Engine(nn.Module):
             if self.engine.is_shape_inference_io(name):
                 raise RuntimeError(f"{source}: input {name!r} is a shape, which this module cannot pass.")
         self._device = torch.device("cuda", torch.cuda.current_device())
-        self._profile = {name: self._shapes(name) for name in inputs}
-        self.context = self._new_context()
-        self._graphs: dict[tuple, _Graph] = {}
-        self._lock = threading.Lock()  # a context serves one call at a time
+        self._profile = {name: self._range(name) for name in inputs}
+        self._lock = threading.Lock()  # a context serves one call at a time, on one stream
+        self._stream: torch.cuda.Stream | None = None
+        self._renew_context()
 
-    def _shapes(self, name: str) -> list[tuple[int, ...]]:
+    def _range(self, name: str) -> list[tuple[int, ...]]:
         """Smallest, most frequent and largest shape of an input."""
         fixed = tuple(self.engine.get_tensor_shape(name))
         return [fixed] * 3 if -1 not in fixed else [tuple(s) for s in self.engine.get_tensor_profile_shape(name, 0)]
 
-    def _new_context(self) -> Any:
-        context = self.engine.create_execution_context()
-        if context is None:
+    def _renew_context(self) -> None:
+        # There is only ever one: before TensorRT 10 two contexts cannot have one profile, so the old one goes first.
+        self._graph: _Graph | None = None
+        self._shapes: tuple | None = None  # of the last run
+        self.context = None
+        self.context = self.engine.create_execution_context()
+        if self.context is None:
             raise RuntimeError(f"TensorRT has no memory for this engine: {logger(self._trt).reasons()}")
-        return context
 
     @property
     def adder_layers(self) -> int | None:
@@ -637,11 +641,8 @@ class Engine(nn.Module):
             raise RuntimeError("this Engine is empty: give it a plan, or load_state_dict.")
         tensors = self._check(inputs, named)
         with torch.cuda.device(self._device), self._lock:
-            if not self.cuda_graph:
-                outputs = self._allocate(self.context, tensors)
-                self._enqueue(self.context, tensors, outputs)
-            else:
-                outputs = self._replay(tensors)
+            self._follow()
+            outputs = self._replay(tensors) if self.cuda_graph else self._run(tensors)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _check(self, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> list[Tensor]:
@@ -666,14 +667,31 @@ class Engine(nn.Module):
                 )
         return [given[name].detach().contiguous() for name in self.input_names]
 
-    def _allocate(self, context: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """New outputs, after the context has been told the inputs' shapes."""
-        for name, tensor in zip(self.input_names, tensors):
-            if not context.set_input_shape(name, tuple(tensor.shape)):
-                raise RuntimeError(f"TensorRT refuses the shape {list(tensor.shape)} of {name!r}.")
+    def _follow(self) -> None:
+        """Makes torch's current stream wait for the last call where that was on another: both use the context's memory."""
+        stream = torch.cuda.current_stream()
+        if self._stream not in (None, stream) and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+    def _run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        self._graph = None  # a recorded graph ends with the next use of its context
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        if shapes != self._shapes:
+            self._shapes = None
+            for name, shape in zip(self.input_names, shapes):
+                if not self.context.set_input_shape(name, shape):
+                    raise RuntimeError(f"TensorRT refuses the shape {list(shape)} of {name!r}.")
+        outputs = self._allocate()
+        self._enqueue(tensors, outputs)
+        self._shapes = shapes
+        return outputs
+
+    def _allocate(self) -> list[Tensor]:
+        """New outputs for the shapes that the context has been told."""
         outputs = []
         for name in self.output_names:
-            shape = tuple(context.get_tensor_shape(name))
+            shape = tuple(self.context.get_tensor_shape(name))
             if min(shape, default=0) < 0:
                 raise RuntimeError(
                     f"the size of output {name!r} depends on values, {list(shape)}, which is not supported."
@@ -681,28 +699,29 @@ class Engine(nn.Module):
             outputs.append(torch.empty(shape, dtype=self._dtypes[name], device=self._device))
         return outputs
 
-    def _enqueue(self, context: Any, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    def _enqueue(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         # The caller holds both until this has returned; later reuse of their memory is ordered by the stream.
         for name, tensor in zip((*self.input_names, *self.output_names), (*tensors, *outputs)):
             if tensor.numel() == 0:  # TensorRT wants an address all the same
                 tensor = self._empty
-            context.set_tensor_address(name, tensor.data_ptr())
-        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            self.context.set_tensor_address(name, tensor.data_ptr())
+        if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise RuntimeError(f"TensorRT could not run the engine: {logger(self._trt).reasons()}")
 
     @functools.cached_property
     def _empty(self) -> Tensor:
         return torch.empty(256, dtype=torch.uint8, device=self._device)
 
-    def _replay(self, tensors: list[Tensor]) -> list[Tensor]:
-        key = tuple(tuple(tensor.shape) for tensor in tensors)
-        graph = self._graphs.pop(key, None)
-        if graph is None:
-            graph = _Graph(self, tensors)
-            while len(self._graphs) >= 8:
-                del self._graphs[next(iter(self._graphs))]
-        self._graphs[key] = graph  # the last one used is the last one dropped
-        return graph.replay(tensors)
+    def _replay(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        # TensorRT: a graph holds for the shapes and the state of its context alone; executing it after either has changed
+        # is undefined. With one context that leaves one graph, which any other use of the context ends. The first call
+        # of new shapes runs without a graph: it is the run outside a recording that TensorRT wants after a change, and
+        # shapes that alternate cost no recording.
+        if tuple(tuple(tensor.shape) for tensor in tensors) != self._shapes:
+            return self._run(tensors)
+        if self._graph is None:
+            self._graph = _Graph(self, tensors)
+        return self._graph.replay(tensors)
 
     # ---- saving, with TRTModule's keys
 
@@ -736,32 +755,25 @@ class Engine(nn.Module):
 
 
 class _Graph:
-    """The recorded launches for one set of input shapes, with a context and tensors of their own."""
+    """The recorded launches for the shapes that the context has, with inputs and outputs of their own."""
 
     def __init__(self, owner: Engine, tensors: Sequence[Tensor]) -> None:
-        self.context = owner._new_context()  # a recorded graph ends with the next change of its context
-        self.inputs = [tensor.clone() for tensor in tensors]
-        self.outputs = owner._allocate(self.context, self.inputs)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            owner._enqueue(self.context, self.inputs, self.outputs)  # once outside: TensorRT's deferred work
-        stream.synchronize()
+        self.inputs, self.outputs = [tensor.clone() for tensor in tensors], owner._allocate()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            owner._enqueue(self.context, self.inputs, self.outputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.idle = torch.cuda.Event()
-        self.idle.record()
+        try:
+            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+                owner._enqueue(self.inputs, self.outputs)
+        except RuntimeError as error:
+            raise RuntimeError(f"the engine cannot be recorded ({error}); use it with cuda_graph=False.") from error
 
     def replay(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        self.idle.wait()  # the last replay may have been on another stream
+        stream = torch.cuda.current_stream()
+        for tensor in (*self.inputs, *self.outputs):  # may be freed before this replay has ended
+            tensor.record_stream(stream)
         for mine, theirs in zip(self.inputs, tensors):
             mine.copy_(theirs)
         self.graph.replay()
-        outputs = [output.clone() for output in self.outputs]
-        self.idle.record()
-        return outputs
+        return [output.clone() for output in self.outputs]
 
 
 def _torch_dtype(trt: ModuleType, dtype: Any, name: str) -> torch.dtype:
@@ -820,15 +832,17 @@ def profile(engine: Engine, tensors: Sequence[Tensor], runs: int = 20) -> dict[s
         def report_layer_time(self, layer: str, milliseconds: float) -> None:
             times[layer] += milliseconds
 
-    context = engine._new_context()
-    tensors = engine._check(tensors, {})
-    outputs = engine._allocate(context, tensors)
-    for i in range(3 + runs):
-        if i == 3:
-            context.profiler = profiler = Profiler()
-        engine._enqueue(context, tensors, outputs)
-        torch.cuda.synchronize()
-    del context, profiler
+    tensors, profiler = engine._check(tensors, {}), Profiler()
+    with torch.cuda.device(engine._device), engine._lock:
+        engine._follow()
+        try:
+            for i in range(3 + runs):
+                if i == 3:
+                    engine.context.profiler = profiler
+                engine._run(tensors)
+                torch.cuda.synchronize()
+        finally:
+            engine._renew_context()  # one with a profiler waits for every layer
     return {name: total / runs for name, total in times.items()}
 
 
