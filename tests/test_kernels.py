@@ -34,11 +34,33 @@ LARGE = [
     Case("large_kernel", 1, 2, 43, 41, 3, 17, 19),
     Case("one_pixel", 1, 515, 1, 1, 131, 1, 1),
 ]
+# Both kinds of strips of fprop_depthwise.cu (W, or C, even) with any rest, its neighbours that go elsewhere, and direct kernels.
+DIRECT = [
+    Case("depthwise_even", 3, 64, 28, 28, 64, 3, 3, padding=(1, 1), groups=64),
+    Case("depthwise_narrow", 5, 40, 14, 14, 40, 3, 3, padding=(1, 1), groups=40),
+    Case("depthwise_rest", 2, 70, 16, 22, 70, 3, 3, padding=(1, 1), groups=70),
+    Case("depthwise_stride_two", 3, 48, 28, 14, 48, 3, 3, stride=(2, 2), padding=(1, 1), groups=48),
+    Case("depthwise_odd_map", 3, 34, 13, 7, 34, 3, 3, stride=(2, 2), padding=(1, 1), groups=34),
+    Case("depthwise_five", 2, 24, 15, 18, 24, 5, 5, padding=(2, 2), groups=24),
+    Case("depthwise_five_stride_two", 40, 24, 15, 18, 24, 5, 5, stride=(2, 2), padding=(2, 2), groups=24),
+    Case("depthwise_five_wide", 30, 24, 15, 18, 24, 5, 5, padding=(2, 2), groups=24),
+    Case("depthwise_seven", 7, 36, 14, 14, 36, 7, 7, padding=(3, 3), groups=36),
+    Case("depthwise_unpadded", 3, 33, 14, 16, 33, 3, 3, groups=33),
+    Case("depthwise_wide_padding", 3, 18, 5, 4, 18, 3, 3, padding=(6, 7), groups=18),
+    Case("depthwise_triple", 3, 17, 14, 14, 51, 3, 3, padding=(1, 1), groups=17),
+    Case("depthwise_dilated", 3, 32, 14, 14, 32, 3, 3, padding=(2, 2), dilation=(2, 2), groups=32),
+    Case("depthwise_one_column", 3, 32, 30, 2, 32, 3, 3, stride=(2, 2), padding=(1, 1), groups=32),
+    Case("few_filters", 5, 12, 31, 29, 20, 3, 3, padding=(1, 1), groups=4),
+    Case("mnist_first", 1, 1, 28, 28, 20, 5, 5),
+    Case("mnist_second", 1, 20, 12, 12, 50, 5, 5),
+    Case("long_and_few", 3, 40, 5, 5, 2, 3, 3, padding=(1, 1)),
+    Case("linear", 1, 515, 1, 1, 131, 1, 1),
+]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 PLAIN = LARGE[0]
 
-cases = pytest.mark.parametrize("case", CASES + LARGE, ids=lambda case: case.name)
+cases = pytest.mark.parametrize("case", CASES + LARGE + DIRECT, ids=lambda case: case.name)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 formats = pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
 
@@ -130,7 +152,7 @@ def test_range_of_half():
 
 
 @dtypes
-@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", LARGE + DIRECT, ids=lambda case: case.name)
 def test_same_result_twice(case, dtype):
     x, w, b = case.tensors(dtype, "cuda")
     first = adder2d(x, w, b, *case.geometry)
@@ -154,6 +176,36 @@ def test_beyond_2_to_the_31_elements():
         crop = x[n : n + 1, :, -65:, -65:].double()
         expected = reference.adder2d(crop, w.double(), None, 1, 1)[:, :, 1:, 1:]  # the first row lacks its neighbours
         assert_within(y[n : n + 1, :, -64:, -64:], expected, bound(expected, expected.abs(), 9, torch.float16))
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+@formats
+def test_depthwise_beyond_2_to_the_31_elements(kernel, memory_format):
+    """3.2e9 elements on either side; threads that take single outputs, and pairs of them."""
+    if torch.cuda.mem_get_info()[0] < 14 << 30:
+        pytest.skip("needs 14 GB of free GPU memory")
+    x = torch.empty(3, 16, 8192, 8192, device="cuda", dtype=torch.float16, memory_format=memory_format).normal_()
+    assert x.numel() > 2**31
+    w = torch.randn(16, 1, kernel, kernel, device="cuda").half()
+    y = adder2d(x, w, None, 1, 1, 1, 16)
+    for n in (0, 1, 2):
+        crop = x[n : n + 1, :, -65:, -65:].double()
+        expected = reference.adder2d(crop, w.double(), None, 1, 1, 1, 16)[:, :, 1:, 1:]  # the first row lacks its neighbours
+        actual = y[n : n + 1, :, -expected.shape[2] :, -expected.shape[3] :]
+        assert_within(actual, expected, bound(expected, expected.abs(), kernel**2, torch.float16))
+
+
+def test_direct_beyond_2_to_the_31_threads():
+    """10.4e9 outputs, four a thread: more than a launch has."""
+    if torch.cuda.mem_get_info()[0] < 26 << 30:
+        pytest.skip("needs 26 GB of free GPU memory")
+    x = torch.randn(1, 5, 8192, 8192, device="cuda", dtype=torch.float16)
+    w = torch.randn(5, 1, 2, 2, device="cuda").half()
+    y = adder2d(x.expand(31, -1, -1, -1), w, None, 1, 1, 1, 5)
+    expected = reference.adder2d(x[:, :, -65:, -65:].double(), w.double(), None, 1, 1, 1, 5)[:, :, 1:, 1:]
+    assert_within(y[:1, :, -65:, -65:], expected, bound(expected, expected.abs(), 4, torch.float16))
+    for n in range(1, len(y)):
+        assert torch.equal(y[n], y[0]), n
 
 
 def test_memory_is_bounded():
