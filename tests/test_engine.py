@@ -197,6 +197,29 @@ def test_reasons_of_a_failed_parse(tmp_path: pathlib.Path, rtx: ModuleType) -> N
         build_engine(tmp_path / "stranger.onnx", tmp_path / "x.plan", trt=rtx)
 
 
+@pytest.mark.parametrize(
+    "errors, message",
+    [
+        (["Unable to load library: libnvinfer_lean.so.8.6.0: no such file"], r"so\.8\.6\.0: no such file\. A plan that carries"),
+        ([], r"its log gives no reason\. A plan that carries"),
+        (["out of memory."], r"out of memory\.$"),
+    ],
+)
+def test_reasons_of_a_failed_build(
+    errors: list, message: str, plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder's own errors, and the remedy where the lean runtime is what TensorRT misses."""
+
+    class Builder(rtx.Builder):
+        def build_serialized_network(self, network: object, config: object) -> None:
+            engine.logger(rtx).errors.extend(errors)
+
+    monkeypatch.setattr(rtx, "Builder", Builder)
+    with pytest.raises(RuntimeError, match=f"builds no engine of .*plain.onnx: .*{message}"):
+        build_engine(plain, tmp_path / "x.plan", {"batch": (1, 2, 3)}, embed_plugin=True, trt=rtx)
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_in_other_files(tmp_path: pathlib.Path, rtx: ModuleType) -> None:
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
     path = export_onnx(model, torch.randn(1, 3, 9, 9), tmp_path / "one.onnx", check=CHECK)
@@ -713,11 +736,27 @@ def test_layers_and_times(tmp_path: pathlib.Path) -> None:
     check(runner, model, x)
 
 
+def lean_runtime() -> str | None:
+    """Why TensorRT here cannot write version-compatible plans; None where it can."""
+    import tensorrt as trt
+
+    version = trt.__version__.split(".")
+    names = [f"libnvinfer_lean.so.{'.'.join(version[:3])}", f"libnvinfer_lean.so.{version[0]}"]
+    # In another process: a lean runtime is not to be in one with the full one.
+    missing = [name for name in names if run_python("import ctypes, sys; ctypes.CDLL(sys.argv[1])", name).returncode]
+    return f"needs TensorRT's lean runtime, {names[0]}, which is not installed" if missing == names else None
+
+
 @on_gpu
 def test_embedded_plugin(tmp_path: pathlib.Path) -> None:
     """A plan that carries the plugin runs in a process that knows TensorRT alone."""
     torch.manual_seed(0)
     model, x = calibrated_on_gpu(addernet_mnist(), 8, 1, 28, 28), torch.randn(2, 1, 28, 28, device="cuda")
+    absent = lean_runtime()
+    if absent:
+        with pytest.raises(RuntimeError, match=r"lean runtime, too, which is missing here: put libnvinfer_lean\.so\."):
+            build(model, x, tmp_path, embed_plugin=True)
+        pytest.skip(absent)
     plan = build(model, x, tmp_path, embed_plugin=True)
     assert plan.stat().st_size > library.path().stat().st_size
     torch.save(x, tmp_path / "x.pt")

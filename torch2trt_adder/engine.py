@@ -67,7 +67,8 @@ def build_engine(
         workspace: bytes of scratch memory that the engine may take; TensorRT's default, all there is, where None.
         timing_cache: a file of measured kernels that makes the next build faster; read if it is there, then written.
         embed_plugin: put the plugin library into the plan (TensorRT's plugins_to_serialize, as a version-compatible
-            plan): `Engine(..., host_code=True)`, trtexec or Triton run it without this package.
+            plan, for which TensorRT needs its libnvinfer_lean): `Engine(..., host_code=True)`, trtexec or Triton run it
+            without this package.
         progress: show it on stderr, from the second second on.
         verbose: TensorRT's whole log on stderr.
         trt: the TensorRT module; ``tensorrt`` where None.
@@ -107,11 +108,23 @@ def build_engine(
     with _progress(trt, config, f"Building {engine_path.name}", progress):
         serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        raise RuntimeError(f"TensorRT {trt.__version__} builds no engine of {onnx_path}: {log.reasons()}")
+        remedy = _lean_runtime(trt) if embed_plugin and (not log.errors or "lean" in log.reasons()) else ""
+        reasons = log.reasons().rstrip(".")
+        raise RuntimeError(f"TensorRT {trt.__version__} builds no engine of {onnx_path}: {reasons}.{remedy}")
     files.write(engine_path, bytes(serialized))
     if cache is not None:
         files.write(pathlib.Path(timing_cache), bytes(config.get_timing_cache().serialize()))
     return engine_path
+
+
+def _lean_runtime(trt: ModuleType) -> str:
+    """What to do where TensorRT cannot write version-compatible plans: it puts its lean runtime into them."""
+    version = ".".join(trt.__version__.split(".")[:3])
+    return (
+        f" A plan that carries its plugin carries TensorRT's lean runtime, too, which is missing here: put "
+        f"libnvinfer_lean.so.{version} of TensorRT's archive or system packages into a directory of LD_LIBRARY_PATH (pip "
+        "install tensorrt does not bring it), or build without embed_plugin."
+    )
 
 
 def _load_onnx(path: pathlib.Path) -> Any:
@@ -403,7 +416,7 @@ def logger(trt: ModuleType) -> Any:
 
         def reasons(self) -> str:
             """The errors since `clear`, the last ones, as part of a sentence."""
-            return "; ".join(dict.fromkeys(self.errors[-4:])) or "its log says no reason."
+            return "; ".join(dict.fromkeys(self.errors[-4:])) or "its log gives no reason."
 
     return Logger()
 
