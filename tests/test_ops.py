@@ -10,11 +10,13 @@ import textwrap
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from conftest import CASES, assert_forward, assert_grad_bias, assert_grad_input, assert_grad_weight
-from torch2trt_adder import adder2d
+from torch2trt_adder import adder2d, ops
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -259,6 +261,19 @@ def test_eta(eta, dtype):
     assert_grad_weight(dw, dy, x, w, SMALL.geometry, eta)
 
 
+@dtypes
+@pytest.mark.parametrize("eta", [None, 0.3])
+def test_weight_gradient_has_the_layout_of_the_weight(eta, dtype):
+    """As a model in channels_last wants it, whose parameters are; the operator scales too."""
+    x, w, _ = SMALL.tensors(dtype)
+    dy = torch.randn_like(adder2d(x, w, None, *SMALL.geometry))
+    for x_format, w_format in itertools.product(FORMATS, repeat=2):
+        x, w = x.contiguous(memory_format=x_format), w.contiguous(memory_format=w_format)
+        dw = torch.ops.torch2trt_adder.adder2d_grad_weight(dy, x, w, *SMALL.geometry, eta)
+        assert dw.stride() == w.stride() and dw.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+        assert_grad_weight(dw, dy, x, w, SMALL.geometry, eta)
+
+
 @pytest.mark.parametrize("eta", [0, -0.2, float("inf"), float("nan")])
 def test_eta_errors(eta):
     x, w, _ = SMALL.tensors()
@@ -365,6 +380,122 @@ def test_checkpointing(eta, use_reentrant):
     assert torch.equal(x.grad, expected[0]) and torch.equal(w.grad, expected[1])
 
 
+# ---- calls without the dispatcher
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+class _Function(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def _implementation(*tensors):
+    return ops._kernels(*tensors, *[None] * (3 - len(tensors)))
+
+
+def test_plain_calls_take_the_short_way():
+    x, w, b = SMALL.tensors()
+    expected = ops._KERNELS["CPU"]
+    parameter = torch.nn.Parameter(w)
+    for context in (contextlib.nullcontext, torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            assert _implementation(x, w) is _implementation(x, parameter, b) is expected
+            assert _implementation(x + 1, w + 1, b + 1) is expected  # made in inference mode
+    found = []
+
+    class Both(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+
+        @staticmethod
+        def backward(ctx, dy):
+            found.append(_implementation(dy, x, w))
+            return dy
+
+    Both.apply(x.clone().requires_grad_()).sum().backward()
+    assert found == [expected]
+
+
+def test_all_others_take_the_dispatcher():
+    x, w, b = SMALL.tensors()
+    contexts = {
+        "dispatch mode": _Record,
+        "function mode": _Function,
+        "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        "below autograd": torch._C._AutoDispatchBelowAutograd,
+        "default device": lambda: torch.device("cpu"),
+        "fake tensors": FakeTensorMode,
+        "profiler": torch.profiler.profile,
+        "forward mode": forward_ad.dual_level,
+    }
+    for name, context in contexts.items():
+        with context():
+            assert _implementation(x, w, b) is None, name
+        assert _implementation(x, w, b) is not None, name
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+    others = {
+        "subclass": x.as_subclass(_Subclass),
+        "fake": fake,
+        "meta": x.to("meta"),
+        "negative view": torch.view_as_complex(torch.randn(*x.shape, 2)).conj().imag,
+        "sparse": x.to_sparse(),
+        "list": x.tolist(),
+    }
+    for name, other in others.items():
+        for i in range(3):
+            tensors = [x, w, b]
+            tensors[i] = other
+            assert _implementation(*tensors) is None, name
+    seen = []
+
+    def transformed(t):
+        seen.append(_implementation(t, w))
+        return adder2d(t, w, None, 1, 1)
+
+    torch.vmap(transformed)(x[None])
+    torch.jit.trace(transformed, (x,), check_trace=False)  # the check also runs it untraced
+    assert seen and set(seen) == {None}
+    with pytest.raises(RuntimeError, match="does not work inside torch.func.grad"):
+        torch.func.grad(lambda t: transformed(t).sum())(x)
+    assert set(seen) == {None}
+
+
+def test_profiler_shows_the_operators():
+    x, w, _ = SMALL.tensors()
+    w.requires_grad_()
+    with torch.profiler.profile() as profile:
+        adder2d(x, w, None, 1, 1).sum().backward()
+    names = {event.name for event in profile.events()}
+    assert {"torch2trt_adder::adder2d", "torch2trt_adder::adder2d_grad_weight"} <= names
+
+
+def test_negative_view():
+    """Its memory holds the numbers before the sign changed."""
+    x = torch.view_as_complex(torch.randn(2, 16, 11, 9, 2)).conj().imag
+    _, w, _ = SMALL.tensors()
+    assert x.is_neg()
+    assert_forward(adder2d(x, w, None, 1, 1), x.resolve_neg(), w, None, SMALL.geometry)
+
+
+@pytest.mark.parametrize("stride", [2, (2, 2), [2, 2], torch.Size([2, 2])])
+def test_spellings_of_a_pair(stride):
+    x, w, _ = SMALL.tensors()
+    assert torch.equal(adder2d(x, w, None, stride), OP(x, w, None, [2, 2], [0, 0], [1, 1], 1))
+
+
+@pytest.mark.parametrize("stride", [1.0, (1.0, 1.0), "11", None])
+def test_geometry_of_other_types_is_refused(stride):
+    x, w, _ = SMALL.tensors()
+    adder2d(x, w, None, 1)  # 1.0 equals it, as a key too
+    with pytest.raises((RuntimeError, TypeError)):
+        adder2d(x, w, None, stride)
+    with pytest.raises((RuntimeError, TypeError)):
+        adder2d(x, w, None, 1, 0, 1, 1.0)
+
+
 # ---- autocast
 
 
@@ -408,7 +539,8 @@ def test_opcheck_of_gradients(memory_format):
     dy = torch.randn_like(adder2d(x, w, None, *PER_AXIS.geometry))
     arguments = [list(v) if isinstance(v, tuple) else v for v in PER_AXIS.geometry]
     torch.library.opcheck(torch.ops.torch2trt_adder.adder2d_grad_input.default, (dy, x, w, *arguments))
-    torch.library.opcheck(torch.ops.torch2trt_adder.adder2d_grad_weight.default, (dy, x, w, *arguments))
+    for eta in (None, 0.3):
+        torch.library.opcheck(torch.ops.torch2trt_adder.adder2d_grad_weight.default, (dy, x, w, *arguments, eta))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -487,7 +619,7 @@ def test_memory_is_bounded():
     """A layer of 2.4 MB whose unfolded input takes 42 MB in float64 and whose broadcast takes 1.4 GB in float32."""
     program = r"""
         import pathlib, re, torch
-        from torch2trt_adder import adder2d
+        from torch2trt_adder import adder2d, ops
 
         def peak():  # MB; ru_maxrss would start at the parent's
             return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,9 +70,15 @@ def adder2d(
 
         if not onnx_export.translating:
             return onnx_export.symbol(input, weight, bias, stride, padding, dilation, groups)
-    if eta == ETA or not (weight.requires_grad and torch.is_grad_enabled()):
+    kernels, pairs = _kernels(input, weight, bias), _plain_pairs(stride, padding, dilation)
+    if eta != ETA and weight.requires_grad and torch.is_grad_enabled():
+        check_eta("adder2d", eta)
+    else:
+        eta = ETA
+    if kernels is not None and pairs is not None and type(groups) is int:
+        return _with_autograd(kernels.forward, input, weight, bias, *pairs, groups, eta)
+    if eta == ETA:
         return _adder2d(input, weight, bias, stride, padding, dilation, groups)
-    check_eta("adder2d", eta)
     # Graphs for inference. Dynamo of some torch versions takes is_exporting() for true in any compilation; what it traces
     # itself for an export keeps adder2d_eta until run_decompositions().
     if torch.jit.is_tracing() or (_is_exporting() and not torch.compiler.is_dynamo_compiling()):
@@ -275,7 +281,7 @@ def _adder2d_cuda(input, weight, bias, stride, padding, dilation, groups):
         _size(input), input.stride(), _is_channels_last(input), _size(weight), None if bias is None else _size(bias),
         input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, device,
     )  # fmt: skip
-    output = torch.empty_strided(plan.size, plan.stride, dtype=input.dtype, device=input.device)
+    output = input.new_empty_strided(plan.size, plan.stride)
     if plan.size[0] == 0:
         return output
     weight = weight.contiguous()
@@ -309,7 +315,7 @@ def _adder2d_cpu(input, weight, bias, stride, padding, dilation, groups):
         _size(input), input.stride(), channels_last, _size(weight), None if bias is None else _size(bias),
         input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, -1,
     )  # fmt: skip
-    output = torch.empty_strided(plan.size, plan.stride, dtype=input.dtype)
+    output = input.new_empty_strided(plan.size, plan.stride)
     if plan.size[0] == 0:
         return output.to(dtype)
     weight = weight.contiguous()
@@ -426,7 +432,7 @@ def _grad_input_kernel(grad_output, input, weight, channels_last, stride, paddin
         _size(grad_output), grad_output.stride(), grad_output.dtype, _size(input), input.stride(), channels_last,
         _size(weight), input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, device,
     )  # fmt: skip
-    grad_input = torch.empty_strided(_size(input), plan.stride, dtype=input.dtype, device=input.device)
+    grad_input = input.new_empty_strided(_size(input), plan.stride)
     if _size(input)[0] == 0:
         return grad_input
     weight = weight.contiguous()
@@ -675,12 +681,99 @@ def adaptive_scaling(grad_weight: Tensor, eta: float) -> Tensor:
     return grad_weight / (norm / (eta * math.sqrt(grad_weight.numel())))
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("adder2d", _adder2d_cpu if _device == "CPU" else _adder2d_cuda, _device)
-    _library.impl("adder2d_grad_input", _grad_input_cpu if _device == "CPU" else _grad_input_cuda, _device)
-    _library.impl("adder2d_grad_weight", _grad_weight_torch if _device == "CPU" else _grad_weight_cuda, _device)
+class _Kernels(NamedTuple):
+    """The operators' implementations on one device."""
+
+    forward: Callable[..., Tensor]
+    grad_input: Callable[..., Tensor]
+    grad_weight: Callable[..., Tensor]
+
+
+_KERNELS = {
+    "CPU": _Kernels(_adder2d_cpu, _grad_input_cpu, _grad_weight_torch),
+    "CUDA": _Kernels(_adder2d_cuda, _grad_input_cuda, _grad_weight_cuda),
+}
+for _device, _implementations in _KERNELS.items():
+    for _name, _function in zip(("adder2d", "adder2d_grad_input", "adder2d_grad_weight"), _implementations, strict=True):
+        _library.impl(_name, _function, _device)
 # Reached in inference mode only: elsewhere Autograd is there to turn it into adder2d.
 _library.impl("adder2d_eta", lambda *args: _adder2d(*args[:-1]), "CompositeExplicitAutograd")
+
+
+# ---- calls without the dispatcher
+# A Python kernel costs some 5 us on its way through the dispatcher, and a call has two, as much as all the rest of it.
+# What the dispatcher decides by is the keys of the thread and of the tensors (torch._ops.key_extractor reads them in the
+# same way): where those are of an idle thread and of plain tensors, its choice is known.
+
+_Keys = torch._C.DispatchKeySet
+_Key = torch._C.DispatchKey
+_tensor_keys = torch._C._dispatch_keys
+_included_keys = torch._C._dispatch_tls_local_include_set
+_excluded_keys = torch._C._dispatch_tls_local_exclude_set
+
+
+def _thread_keys() -> tuple[int, int]:
+    return _included_keys().raw_repr(), _excluded_keys().raw_repr()
+
+
+def _idle_thread_keys() -> set[tuple[int, int]]:
+    """Those of a thread where no mode, tracer, transform or autocast is active, as is and in inference mode."""
+    found = set()
+
+    def read() -> None:
+        found.add(_thread_keys())
+        with torch.inference_mode():
+            found.add(_thread_keys())
+
+    thread = threading.Thread(target=read)  # in this one, something may be active
+    thread.start()
+    thread.join()
+    return found
+
+
+def _plain_tensor_keys(device: str) -> list[int]:
+    """Those of a tensor on "CPU" or "CUDA" that is nothing else besides, as is and made in inference mode."""
+    keys = _Keys(getattr(_Key, device)) | _Keys(getattr(_Key, f"Autocast{device}"))
+    return [keys.raw_repr(), (keys | _Keys(getattr(_Key, f"Autograd{device}")) | _Keys(_Key.ADInplaceOrView)).raw_repr()]
+
+
+_IDLE = _idle_thread_keys()
+_PLAIN = {keys: kernels for device, kernels in _KERNELS.items() for keys in _plain_tensor_keys(device)}
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may have a __torch_function__
+
+
+def _kernels(first: Tensor, second: Tensor, third: Tensor | None) -> _Kernels | None:
+    """What the dispatcher would come to for these tensors, but for autograd; None where anything else has a say."""
+    if (
+        torch.compiler.is_compiling()
+        or _thread_keys() not in _IDLE
+        or torch._C._len_torch_function_stack()
+        or torch.autograd._profiler_enabled()  # which shows the operators
+        or torch.autograd.forward_ad._current_level >= 0
+        or type(first) not in _PLAIN_TYPES
+        or type(second) not in _PLAIN_TYPES
+    ):
+        return None
+    kernels = _PLAIN.get(_tensor_keys(first).raw_repr())
+    if kernels is None or _PLAIN.get(_tensor_keys(second).raw_repr()) is not kernels:
+        return None
+    if third is not None and (
+        type(third) not in _PLAIN_TYPES or _PLAIN.get(_tensor_keys(third).raw_repr()) is not kernels
+    ):
+        return None
+    return kernels
+
+
+def _plain_pairs(*values: int | Sequence[int]) -> list[tuple[int, int]] | None:
+    """As pairs what the schema takes for int[2], or None for what is left to it."""
+    pairs = []
+    for value in values:
+        if type(value) is int:
+            value = (value, value)
+        elif type(value) is not tuple or len(value) != 2 or type(value[0]) is not int or type(value[1]) is not int:
+            return None
+        pairs.append(value)
+    return pairs
 
 
 # ---- autograd
@@ -688,27 +781,27 @@ _library.impl("adder2d_eta", lambda *args: _adder2d(*args[:-1]), "CompositeExpli
 
 class _Adder2d(torch.autograd.Function):
     @staticmethod
-    def forward(input, weight, bias, stride, padding, dilation, groups, eta):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _adder2d(input, weight, bias, stride, padding, dilation, groups)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, weight, bias, *ctx.geometry, ctx.eta = inputs
+    def forward(ctx, kernel, input, weight, bias, stride, padding, dilation, groups, eta):
         ctx.save_for_backward(input, weight)
+        ctx.geometry = stride, padding, dilation, groups
+        ctx.eta = eta
         ctx.bias_dtype = None if bias is None else bias.dtype
+        return kernel(input, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def backward(ctx, grad_output):
         input, weight = ctx.saved_tensors
+        # With create_graph the operators refuse a second derivative.
+        kernels = None if torch.is_grad_enabled() else _kernels(grad_output, input, weight)
+        _, compute_grad_input, compute_grad_weight = _OPERATORS if kernels is None else kernels
         grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_input = _grad_input(grad_output, input, weight, *ctx.geometry)
         if ctx.needs_input_grad[1]:
-            grad_weight = _grad_weight(grad_output, input, weight, *ctx.geometry, ctx.eta).to(weight.dtype)
+            grad_input = compute_grad_input(grad_output, input, weight, *ctx.geometry)
         if ctx.needs_input_grad[2]:
+            grad_weight = compute_grad_weight(grad_output, input, weight, *ctx.geometry, ctx.eta).to(weight.dtype)
+        if ctx.needs_input_grad[3]:
             grad_bias = grad_output.sum((0, 2, 3), dtype=_sum_dtype(ctx.bias_dtype)).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, None, None, None, None, None
+        return None, grad_input, grad_weight, grad_bias, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -718,9 +811,24 @@ class _Adder2d(torch.autograd.Function):
         )
 
 
+_OPERATORS = _Kernels(_adder2d, _grad_input, _grad_weight)
+
 # Function.apply without inspecting the signature of `forward` at each call, which takes longer than the rest of it
 # (torch.library.register_autograd as well), and without function transforms, which are refused below.
 _apply = super(torch.autograd.Function, _Adder2d).apply
+
+
+def _with_autograd(kernel, input, weight, bias, stride, padding, dilation, groups, eta):
+    needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    # Inside a dual level the Function is taken as well: it refuses tangents, where the plain call would drop them.
+    if (needs_grad and torch.is_grad_enabled()) or torch.autograd.forward_ad._current_level >= 0:
+        return _apply(kernel, input, weight, bias, stride, padding, dilation, groups, eta)
+    return kernel(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _below_autograd(*arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return _adder2d(*arguments)
 
 
 def _adder2d_autograd(input, weight, bias, stride, padding, dilation, groups, eta=ETA):
@@ -729,12 +837,7 @@ def _adder2d_autograd(input, weight, bias, stride, padding, dilation, groups, et
             "adder2d does not work inside torch.func.grad, vjp, jvp and their kin: its backward is AdderNet's rule, "
             "no derivative; use backward() or torch.autograd.grad."
         )
-    needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    # Inside a dual level the Function is taken as well: it refuses tangents, where the plain call would drop them.
-    if (needs_grad and torch.is_grad_enabled()) or torch.autograd.forward_ad._current_level >= 0:
-        return _apply(input, weight, bias, stride, padding, dilation, groups, eta)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _adder2d(input, weight, bias, stride, padding, dilation, groups)
+    return _with_autograd(_below_autograd, input, weight, bias, stride, padding, dilation, groups, eta)
 
 
 def _no_second_derivative(ctx, *grads):
