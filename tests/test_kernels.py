@@ -472,6 +472,204 @@ def test_input_gradient_in_a_cuda_graph():
         assert_grad_input(dx, dy, x, w, case.geometry)
 
 
+# Sums of dy by vectors of pixels and of filters, by single elements, and in many blocks a filter.
+SUMS = [
+    Case("pixel_vectors", 5, 16, 16, 16, 16, 3, 3, padding=(1, 1)),
+    Case("filter_vectors", 33, 8, 7, 7, 264, 1, 1),
+    Case("many_images", 515, 3, 9, 7, 5, 3, 3),
+    Case("one_filter_many_pixels", 70, 2, 65, 64, 1, 3, 3, padding=(1, 1)),
+    Case("long_filters", 2, 1030, 5, 5, 3, 3, 3),
+    Case("vectors_over_rows", 4, 3, 6, 4, 48, 1, 1),
+]
+
+
+def grad_weight(dy, x, w, geometry, eta=None):
+    return torch.ops.torch2trt_adder.adder2d_grad_weight(dy, x, w, *geometry, eta)
+
+
+@pytest.mark.parametrize("case", CASES + LARGE + SUMS, ids=lambda case: case.name)
+@dtypes
+@formats
+def test_weight_gradient(case, dtype, memory_format):
+    """Any layout of x, dy and w; the result has that of w."""
+    x, w, _ = case.tensors(dtype, "cuda", memory_format)
+    for dy_format in FORMATS:
+        dy = grad_output(case, dtype, dy_format)
+        for w_format, eta in ((torch.contiguous_format, None), (torch.channels_last, 0.3)):
+            w = w.contiguous(memory_format=w_format)
+            dw = grad_weight(dy, x, w, case.geometry, eta)
+            assert dw.dtype is torch.float32 and dw.stride() == torch.empty_like(w).stride()
+            assert_grad_weight(dw, dy, x, w, case.geometry, eta)
+
+
+@dtypes
+def test_weight_gradient_of_strided_tensors(dtype):
+    case = SUMS[0]
+    x, w, _ = case.tensors(dtype, "cuda")
+    size = grad_output(case, dtype).shape
+    draws = torch.randn(2 * math.prod(size) + 1, device="cuda").to(dtype)
+    views = [
+        draws[:1].view(1, 1, 1, 1).expand(size),  # the gradient of a sum
+        draws[: size[1]].view(1, -1, 1, 1).expand(size),
+        draws[1 : 1 + math.prod(size)].view(size),  # not on a vector's address
+        draws[1 : 1 + math.prod(size)].view(size[0], size[2], size[3], size[1]).permute(0, 3, 1, 2),
+        draws[:-1].view(*size[:3], -1)[..., ::2],
+        draws[:-1].view(size[0], -1, *size[2:])[:, 1::2],
+        draws[: math.prod(size)].view(size[0], size[1], size[3], size[2]).transpose(2, 3),
+        draws[: math.prod(size)].view(size[1], size[0], *size[2:]).transpose(0, 1),
+    ]
+    for dy in views:
+        for weight in (w, w.flip(0).permute(0, 1, 3, 2), w.repeat(2, 1, 1, 1)[::2]):
+            for eta in (None, 0.3):
+                assert_grad_weight(grad_weight(dy, x, weight, case.geometry, eta), dy, x, weight, case.geometry, eta)
+
+
+def test_weight_gradient_takes_other_dtypes_of_grad_output():
+    x, w, _ = SUMS[0].tensors(torch.float16, "cuda")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        dy = grad_output(SUMS[0], dtype)
+        assert_grad_weight(grad_weight(dy, x, w, SUMS[0].geometry, 0.3), dy, x, w, SUMS[0].geometry, 0.3)
+
+
+@pytest.mark.parametrize("case", LARGE + SUMS, ids=lambda case: case.name)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+def test_weight_gradient_same_result_twice(case, memory_format):
+    x, w, _ = case.tensors(device="cuda", memory_format=memory_format)
+    dy = grad_output(case, torch.float32, memory_format)
+    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    try:
+        first = grad_weight(dy, x, w, case.geometry, 0.3)
+        grad_weight(-2 * dy, x, w, case.geometry, 0.3)  # leaves other numbers in the workspace
+        assert torch.equal(grad_weight(dy, x, w, case.geometry, 0.3), first)
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+@dtypes
+@formats
+@pytest.mark.parametrize("K", [1, 3, 16])
+def test_weight_gradient_where_the_terms_cancel(dtype, memory_format, K):
+    """x = w but in one pixel: of two sums of 10^6 terms a filter only this one's dy * (x - w) is left."""
+    N, size = 16, 256
+    dy = torch.rand(N, K, size, size, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    dy = (dy + 1).contiguous(memory_format=memory_format)
+    x = torch.full((N, 1, size, size), 0.5, device="cuda", dtype=dtype)
+    w = torch.full((K, 1, 1, 1), 0.5, device="cuda", dtype=dtype)
+    x[3, 0, 100, 17] = 2.5
+    dw = grad_weight(dy, x, w, ((1, 1), (0, 0), (1, 1), 1))
+    expected = 2 * dy[3, :, 100, 17].double()
+    terms = (dy.double() * (x.double() + 0.5)).sum((0, 2, 3))
+    limit = bound(expected, terms, N * size * size, torch.float32)
+    assert_within(dw.flatten(), expected, limit)
+    # The sum of dy alone, against a zero convolution.
+    ones = grad_weight(dy, torch.zeros_like(x), torch.ones_like(w), ((1, 1), (0, 0), (1, 1), 1)).flatten()
+    total = -dy.double().sum((0, 2, 3))
+    # Chains of at most 64 loads and some 20 levels of trees, each rounded by half an eps.
+    assert_within(ones, total, (64 + 20) / 2 * torch.finfo(torch.float32).eps * total.abs())
+
+
+@dtypes
+@pytest.mark.parametrize("eta", [None, 0.3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weight_gradient_of_non_finite(value, eta, dtype):
+    """A filter's dy spoils that filter, and by the norm everything: finite stays nothing that was not zero."""
+    x, w, _ = PLAIN.tensors(dtype, "cuda")
+    dy = grad_output(PLAIN, dtype)
+    dy[1, 7, 3, 4] = value
+    raw, dw = (grad_weight(dy, x, w, PLAIN.geometry, e) for e in (None, eta))
+    assert not raw[7].isfinite().any() and raw[:7].isfinite().all() and raw[8:].isfinite().all()
+    if eta is None:
+        return
+    expected = ops.adaptive_scaling(raw, eta)
+    assert torch.equal(dw.isnan(), expected.isnan()) and torch.equal(dw.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e17])
+def test_weight_gradient_of_any_magnitude(magnitude):
+    """Squares beyond float32 at both ends: no gradient is zero, one is below the norm's floor of 1e-12, one is large."""
+    x, w, _ = SUMS[0].tensors(device="cuda")
+    dy = magnitude * grad_output(SUMS[0], torch.float32)
+    dw = grad_weight(dy, x, w, SUMS[0].geometry, 0.3)
+    assert_grad_weight(dw, dy, x, w, SUMS[0].geometry, 0.3)
+    assert dw.isfinite().all() and bool(dw.any()) == (magnitude > 0)
+
+
+def test_weight_gradient_of_an_empty_batch():
+    x, w, _ = SUMS[0].tensors(device="cuda")
+    dw = grad_weight(grad_output(SUMS[0], torch.float32)[:0], x[:0], w, SUMS[0].geometry, 0.3)
+    assert dw.shape == w.shape and dw.dtype is torch.float32 and not dw.any()
+
+
+def test_weight_gradient_in_float64():
+    x, w, _ = SUMS[0].tensors(torch.float64, "cuda")
+    dy = grad_output(SUMS[0], torch.float64)
+    for eta in (None, 0.3):
+        dw = grad_weight(dy, x, w, SUMS[0].geometry, eta)
+        assert dw.dtype is torch.float64
+        assert_grad_weight(dw, dy, x, w, SUMS[0].geometry, eta)
+
+
+def test_weight_gradient_of_a_wrong_size():
+    x, w, _ = SUMS[0].tensors(device="cuda")
+    with pytest.raises((ValueError, RuntimeError)):
+        grad_weight(grad_output(SUMS[0], torch.float32)[:, :, 1:], x, w, SUMS[0].geometry)
+
+
+def test_weight_gradient_in_a_cuda_graph():
+    case = SUMS[0]
+    x, w, _ = case.tensors(device="cuda")
+    dy = grad_output(case, torch.float32)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        grad_weight(dy, x, w, case.geometry, 0.3)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dw = grad_weight(dy, x, w, case.geometry, 0.3)
+    for seed in (1, 2):
+        x.copy_(case.tensors(seed=seed)[0])
+        graph.replay()
+        assert_grad_weight(dw, dy, x, w, case.geometry, 0.3)
+
+
+def test_weight_gradient_on_another_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, w, _ = SUMS[0].tensors(device="cuda:1")
+    dy = grad_output(SUMS[0], torch.float32).to("cuda:1")
+    dw = grad_weight(dy, x, w, SUMS[0].geometry, 0.3)
+    assert dw.device == x.device and torch.cuda.current_device() == 0
+    assert_grad_weight(dw, dy, x, w, SUMS[0].geometry, 0.3)
+
+
+@pytest.mark.parametrize("eta", [0.2, None])
+def test_weight_gradient_in_few_launches(eta):
+    """All of it but the convolution: three kernels, or two without the scaling."""
+    x, w, _ = PLAIN.tensors(device="cuda")
+    dy = grad_output(PLAIN, torch.float32)
+    grad_weight(dy, x, w, PLAIN.geometry, eta)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        grad_weight(dy, x, w, PLAIN.geometry, eta)
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    if not names:
+        pytest.skip("the profiler sees no kernels here")
+    ours = [name for name in names if "adder2d_wgrad" in name]
+    assert len(ours) == (2 if eta is None else 3), names
+    assert not [name for name in names if "elementwise" in name or "reduce_kernel" in name], names
+
+
+def test_plain_calls_take_the_short_way():
+    x, w, b = PLAIN.tensors(device="cuda")
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with context():
+            assert ops._kernels(x, torch.nn.Parameter(w), b + 1) is ops._KERNELS["CUDA"]
+    assert ops._kernels(x, w.cpu(), None) is None
+    with torch.autocast("cuda"):
+        assert ops._kernels(x, w, b) is None
+
+
 @dtypes
 def test_weight_gradient_without_tf32(dtype):
     """TF32 would read a float32 x = 1 + 2^-12 as 1, for every term; float16 and bfloat16 fit into it."""
