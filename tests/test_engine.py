@@ -8,7 +8,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 # As in test_engines.py: what is compared here would drown in TF32's rounding.
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
@@ -387,6 +387,41 @@ def test_graphs_end_with_their_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     runner._renew_context()
     assert seen(runner._replay, 2, 2) == ["run", "record", "replay"]
     assert len(runner.engine.made) == 2
+
+
+# ---- what the inspector says
+
+
+def described(text: str, rtx: ModuleType) -> list[dict]:
+    runner = Engine(trt=rtx)
+    inspector = SimpleNamespace(get_engine_information=lambda form: text)
+    runner.engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
+    return engine.layers(runner)
+
+
+def test_layers_of_a_detailed_engine(rtx: ModuleType) -> None:
+    """TensorRT 8.6 writes the characters between the names of fused ONNX nodes as they are."""
+    text = """{"Layers": [{
+  "Name": "Reformatting CopyNode for Input Tensor 0 to a:adder2d_0", "LayerType": "Reformat", "Inputs": [],
+  "Outputs": [{"Name": "x", "Dimensions": [1,3,8,8], "Format/Datatype": "Row major linear FP16 format"}], "TacticValue": "0x0"
+},{
+  "Name": "a:adder2d_0", "LayerType": "PluginV2", "PluginType": "Adder2d", "Metadata": "[ONNX Layer: a:adder2d_0]\x1e[b\tc]",
+  "Outputs": [{"Name": "y", "Format/Datatype": "Row major linear FP32"}]
+},{
+  "Name": "b:adder2d_1\x1eRelu_2", "LayerType": "PointWise", "Outputs": [{"Name": "z", "Format/Datatype": "Row major linear FP32"}]
+}], "Bindings": ["x", "z"]}"""
+    assert "\x1e" in text and "\t" in text
+    found = described(text, rtx)
+    assert [layer["adder"] for layer in found] == [False, True, False]
+    assert [layer["precision"] for layer in found] == ["Row major linear FP16 format"] + ["Row major linear FP32"] * 2
+    assert found[2]["name"] == "b:adder2d_1\x1eRelu_2"
+
+
+def test_layers_by_their_names(rtx: ModuleType) -> None:
+    """Engines of other builders tell no more."""
+    names = ["Reformatting CopyNode for Input Tensor 0 to a:adder2d_0", "a:adder2d_0", "Relu_1"]
+    found = described('{"Layers": ["%s"], "Bindings": ["x"]}' % '", "'.join(names), rtx)
+    assert [layer["name"] for layer in found] == names and [layer["adder"] for layer in found] == [False, True, False]
 
 
 # ---- engines on a GPU: what test_engines.py does through torch2trt, through ONNX
