@@ -660,6 +660,7 @@ def test_weight_gradient_in_few_launches(eta):
     assert not [name for name in names if "elementwise" in name or "reduce_kernel" in name], names
 
 
+@pytest.mark.skipif(not ops._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")
 def test_plain_calls_take_the_short_way():
     x, w, b = PLAIN.tensors(device="cuda")
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):

@@ -396,6 +396,7 @@ def _implementation(*tensors):
     return ops._kernels(*tensors, *[None] * (3 - len(tensors)))
 
 
+@pytest.mark.skipif(not ops._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")
 def test_plain_calls_take_the_short_way():
     x, w, b = SMALL.tensors()
     expected = ops._KERNELS["CPU"]
@@ -418,6 +419,7 @@ def test_plain_calls_take_the_short_way():
     assert found == [expected]
 
 
+@pytest.mark.skipif(not ops._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")
 def test_all_others_take_the_dispatcher():
     x, w, b = SMALL.tensors()
     contexts = {

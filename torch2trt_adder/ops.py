@@ -571,7 +571,7 @@ def _convolution_backward(x, dy, filters, stride, padding, dilation, groups, exa
     wanted = False, True, False  # of the gradients of input, weight and bias
     arguments = dy, x, filters, None, stride, padding, dilation, False, (0, 0), groups, wanted
     if not x.is_cuda:
-        return torch.ops.aten.convolution_backward(*arguments)[1]
+        return torch.ops.aten.convolution_backward.default(*arguments)[1]
     # torch 2.9 gave each operator its own flag, and reading the old one fails where a user has set the new ones apart.
     cudnn = torch.backends.cudnn
     if hasattr(cudnn, "conv"):
@@ -582,7 +582,7 @@ def _convolution_backward(x, dy, filters, stride, padding, dilation, groups, exa
         before = getattr(owner, name)
         setattr(owner, name, value)
         try:
-            return torch.ops.aten.convolution_backward(*arguments)[1]
+            return torch.ops.aten.convolution_backward.default(*arguments)[1]
         finally:
             setattr(owner, name, before)
 
@@ -707,6 +707,7 @@ _library.impl("adder2d_eta", lambda *args: _adder2d(*args[:-1]), "CompositeExpli
 
 _Keys = torch._C.DispatchKeySet
 _Key = torch._C.DispatchKey
+_can_read_keys = hasattr(_Keys, "raw_repr")  # newer than torch 2.4, where all calls take the dispatcher
 _tensor_keys = torch._C._dispatch_keys
 _included_keys = torch._C._dispatch_tls_local_include_set
 _excluded_keys = torch._C._dispatch_tls_local_exclude_set
@@ -737,15 +738,18 @@ def _plain_tensor_keys(device: str) -> list[int]:
     return [keys.raw_repr(), (keys | _Keys(getattr(_Key, f"Autograd{device}")) | _Keys(_Key.ADInplaceOrView)).raw_repr()]
 
 
-_IDLE = _idle_thread_keys()
-_PLAIN = {keys: kernels for device, kernels in _KERNELS.items() for keys in _plain_tensor_keys(device)}
+_IDLE = _idle_thread_keys() if _can_read_keys else set()
+_PLAIN = {}
+if _can_read_keys:
+    _PLAIN = {keys: kernels for device, kernels in _KERNELS.items() for keys in _plain_tensor_keys(device)}
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # subclasses may have a __torch_function__
 
 
 def _kernels(first: Tensor, second: Tensor, third: Tensor | None) -> _Kernels | None:
     """What the dispatcher would come to for these tensors, but for autograd; None where anything else has a say."""
     if (
-        torch.compiler.is_compiling()
+        not _can_read_keys
+        or torch.compiler.is_compiling()
         or _thread_keys() not in _IDLE
         or torch._C._len_torch_function_stack()
         or torch.autograd._profiler_enabled()  # which shows the operators
