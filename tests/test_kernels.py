@@ -498,7 +498,8 @@ def test_weight_gradient(case, dtype, memory_format):
         for w_format, eta in ((torch.contiguous_format, None), (torch.channels_last, 0.3)):
             w = w.contiguous(memory_format=w_format)
             dw = grad_weight(dy, x, w, case.geometry, eta)
-            assert dw.dtype is torch.float32 and dw.stride() == torch.empty_like(w).stride()
+            layout = torch.contiguous_format if w.is_contiguous() else torch.channels_last  # 1x1: both
+            assert dw.dtype is torch.float32 and dw.is_contiguous(memory_format=layout)
             assert_grad_weight(dw, dy, x, w, case.geometry, eta)
 
 
@@ -657,7 +658,7 @@ def test_weight_gradient_in_few_launches(eta):
         pytest.skip("the profiler sees no kernels here")
     ours = [name for name in names if "adder2d_wgrad" in name]
     assert len(ours) == (2 if eta is None else 3), names
-    assert not [name for name in names if "elementwise" in name or "reduce_kernel" in name], names
+    assert not [name for name in names if "at::native" in name], names
 
 
 @pytest.mark.skipif(not ops._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")

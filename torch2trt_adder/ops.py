@@ -554,9 +554,8 @@ def _convolved(grad_output, input, weight, stride, padding, dilation, groups):
         filters = weight
         if widen or weight.dtype is not dtype or not weight.is_contiguous():
             filters = x.new_empty(1).expand(*size[:3], size[3] + widen)
-        part = _convolution_backward(
-            x, dy, filters, stride, padding, dilation, groups, exact=input.dtype is not dtype
-        )
+        exact = input.dtype.itemsize == grad_output.dtype.itemsize == 2
+        part = _convolution_backward(x, dy, filters, stride, padding, dilation, groups, exact)
         part = part[..., : size[3]] if widen else part
         convolved = part if convolved is None else convolved.add_(part)
     return convolved
