@@ -99,10 +99,10 @@ __device__ __forceinline__ void wait_for_primary() {
 }
 
 // Launches a kernel; with `dependent`, before the one before it on the stream has finished: it calls wait_for_primary before it
-// reads what that wrote.
+// reads what that wrote. Errors are returned, and not left behind for the next to ask the runtime, nor are theirs taken.
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream, bool dependent,
-                   Args const&... args) {
+cudaError_t launch_kernel(bool dependent, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
+                          Args const&... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -113,12 +113,18 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = dependent ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args...);
+  cudaError_t const error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream, Args const&... args) {
+  return launch_kernel(false, kernel, grid, block, smem_bytes, stream, args...);
 }
 template <typename... Params, typename... Args>
 cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
                              Args const&... args) {
-  return launch(kernel, grid, block, smem_bytes, stream, true, args...);
+  return launch_kernel(true, kernel, grid, block, smem_bytes, stream, args...);
 }
 
 __device__ __forceinline__ float load_as_float(void const* base, int64_t index, int32_t type) {

@@ -715,8 +715,7 @@ cudaError_t launch_tile(DgradArgs const& args, DgradPlan const& plan, cudaStream
     if (error != cudaSuccess) return error;
   }
   int32_t const pack_blocks = Packed(args, plan, T::kTileC, T::kTileK).blocks * plan.tiles_k * args.p.groups;
-  adder2d_dgrad_pack_kernel<T><<<pack_blocks, Packed::kThreads, 0, stream>>>(args, plan);
-  cudaError_t error = cudaGetLastError();
+  cudaError_t error = launch(adder2d_dgrad_pack_kernel<T>, dim3(pack_blocks), dim3(Packed::kThreads), 0, stream, args, plan);
   if (error != cudaSuccess) return error;
   error = launch_dependent(kernel, dim3(plan.tiles, plan.splits), dim3(T::kThreads), smem_bytes, stream, args, plan);
   if (error != cudaSuccess || plan.splits == 1) return error;

@@ -47,10 +47,11 @@ int32_t images_per_launch(Adder2dParams const& p) {
   return images_of_fprop_half(p, static_cast<int32_t>(std::clamp<int64_t>(images, 1, std::max(p.N, 1))));
 }
 
-// A tiled kernel needs enough filters a group to fill the short side of a tile, and enough work to be worth its pipeline.
+// A tiled kernel needs enough filters a group to fill the short side of a tile, enough terms to fill some slices, and enough
+// work to be worth its pipeline.
 bool wants_direct(Adder2dParams const& p) {
-  int64_t const terms = int64_t{p.N} * p.P * p.Q * p.K * (p.C / p.groups) * p.R * p.S;
-  return p.K / p.groups < 8 || terms <= int64_t{multiprocessor_count()} * 32768;
+  int64_t const reduction = int64_t{p.C / p.groups} * p.R * p.S, terms = int64_t{p.N} * p.P * p.Q * p.K * reduction;
+  return p.K / p.groups < 8 || (reduction <= 32 && p.K / p.groups <= 32) || terms <= int64_t{multiprocessor_count()} * 32768;
 }
 
 // A plan and the family that it is for.

@@ -265,7 +265,7 @@ int64_t width_threads(Adder2dParams const& p) {
 }
 
 template <int32_t kType, int kKernel, int kStride>
-cudaError_t launch(FpropArgs const& args, cudaStream_t stream) {
+cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
   Adder2dParams const& p = args.p;
   Strips g{};
   int32_t const strips = static_cast<int32_t>(ceil_div<int64_t>(p.P, kRows));
@@ -277,7 +277,7 @@ cudaError_t launch(FpropArgs const& args, cudaStream_t stream) {
     g.div_chunks = FastDiv(chunks);
     g.div_columns = FastDiv(blocks);
     dim3 const grid(p.N * strips * blocks * chunks);
-    adder2d_fprop_depthwise_channels_kernel<kType, kKernel, kStride><<<grid, dim3(lanes, columns), 0, stream>>>(args, g);
+    return launch(adder2d_fprop_depthwise_channels_kernel<kType, kKernel, kStride>, grid, dim3(lanes, columns), 0, stream, args, g);
   } else {
     g.y_pairs = p.Q % 2 == 0 && has_pairs(p.y, p.y_type, p.y_stride, kWidthAxis);
     g.div_columns = FastDiv(ceil_div(p.Q, 2));
@@ -285,16 +285,16 @@ cudaError_t launch(FpropArgs const& args, cudaStream_t stream) {
     g.div_Kg = FastDiv(args.Kg);
     g.threads = static_cast<int32_t>(width_threads(p));
     constexpr int kThreads = 128;
-    adder2d_fprop_depthwise_width_kernel<kType, kKernel, kStride><<<ceil_div(g.threads, kThreads), kThreads, 0, stream>>>(args, g);
+    return launch(adder2d_fprop_depthwise_width_kernel<kType, kKernel, kStride>, dim3(ceil_div(g.threads, kThreads)), dim3(kThreads), 0,
+                  stream, args, g);
   }
-  return cudaGetLastError();
 }
 
 template <int32_t kType>
-cudaError_t launch(FpropArgs const& args, cudaStream_t stream) {
+cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
   bool const one = args.p.stride_h == 1;
-  if (args.p.R == 3) return one ? launch<kType, 3, 1>(args, stream) : launch<kType, 3, 2>(args, stream);
-  return one ? launch<kType, 5, 1>(args, stream) : launch<kType, 5, 2>(args, stream);
+  if (args.p.R == 3) return one ? launch_strips<kType, 3, 1>(args, stream) : launch_strips<kType, 3, 2>(args, stream);
+  return one ? launch_strips<kType, 5, 1>(args, stream) : launch_strips<kType, 5, 2>(args, stream);
 }
 
 }  // namespace
@@ -309,9 +309,9 @@ bool takes_fprop_depthwise(FpropArgs const& args) {
 
 cudaError_t launch_fprop_depthwise(FpropArgs const& args, cudaStream_t stream) {
   switch (args.p.x_type) {
-    case ADDER2D_FLOAT32: return launch<ADDER2D_FLOAT32>(args, stream);
-    case ADDER2D_FLOAT16: return launch<ADDER2D_FLOAT16>(args, stream);
-    default: return launch<ADDER2D_BFLOAT16>(args, stream);
+    case ADDER2D_FLOAT32: return launch_strips<ADDER2D_FLOAT32>(args, stream);
+    case ADDER2D_FLOAT16: return launch_strips<ADDER2D_FLOAT16>(args, stream);
+    default: return launch_strips<ADDER2D_BFLOAT16>(args, stream);
   }
 }
 

@@ -138,8 +138,7 @@ cudaError_t launch_tile(FpropArgs const& args, cudaStream_t stream) {
       g.first_set = first;
       uint32_t const blocks = static_cast<uint32_t>(ceil_div<int64_t>(g.threads, kTileThreads));
       cudaError_t const error = with_types(args.p, [&](auto types) {
-        adder2d_fprop_direct_kernel<decltype(types), kRows, kFilters><<<blocks, kTileThreads, 0, stream>>>(part, g);
-        return cudaGetLastError();
+        return launch(adder2d_fprop_direct_kernel<decltype(types), kRows, kFilters>, dim3(blocks), dim3(kTileThreads), 0, stream, part, g);
       });
       if (error != cudaSuccess) return error;
     }
@@ -248,9 +247,8 @@ cudaError_t launch_shared(FpropArgs const& args, cudaStream_t stream) {
   int32_t const group_sets = ceil_div(args.Kg, kFilters), sets = args.p.groups * group_sets;
   int32_t const tiles = ceil_div(args.NPQ, kPixels) * sets;
   return with_types(args.p, [&](auto types) {
-    adder2d_fprop_shared_kernel<decltype(types), kShares, kPixels, kFilters>
-        <<<ceil_div(tiles, kSharedThreads / kShares), kSharedThreads, 0, stream>>>(args, FastDiv(sets), FastDiv(group_sets), tiles);
-    return cudaGetLastError();
+    return launch(adder2d_fprop_shared_kernel<decltype(types), kShares, kPixels, kFilters>, dim3(ceil_div(tiles, kSharedThreads / kShares)),
+                  dim3(kSharedThreads), 0, stream, args, FastDiv(sets), FastDiv(group_sets), tiles);
   });
 }
 

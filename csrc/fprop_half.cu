@@ -470,9 +470,9 @@ cudaError_t launch_tile(HalfArgs const& args, FpropPlan const& plan, cudaStream_
   int64_t const image_blocks =
       args.packs_image ? ceil_div(pixels, int64_t{kPackPixels}) * ceil_div(args.p.groups * args.vectors, kPackVectors) : 0;
   static_assert(T::kTileK % kPackFilters == 0, "a block packs filters of one group");
-  adder2d_pack_half_kernel<T::kTileC><<<static_cast<uint32_t>(weight_blocks + image_blocks), kPackThreads, 0, stream>>>(
-      args, plan.slices, static_cast<int32_t>(weight_blocks));
-  cudaError_t const error = cudaGetLastError();
+  dim3 const pack_grid(static_cast<uint32_t>(weight_blocks + image_blocks));
+  cudaError_t const error = launch(adder2d_pack_half_kernel<T::kTileC>, pack_grid, dim3(kPackThreads), 0, stream, args, plan.slices,
+                                   static_cast<int32_t>(weight_blocks));
   if (error != cudaSuccess) return error;
   static_assert(View<T>::Turned::kBytes <= sizeof(Smem<T>), "sums change hands where the slices were");
   return launch_tiled<View<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), true, args, plan, stream);

@@ -434,8 +434,7 @@ cudaError_t launch_tile(FpropArgs const& args, FpropPlan const& plan, cudaStream
   if (kIsPacked<kFill>) {
     int32_t const pitch = plan.tiles_k * T::kTileK;
     dim3 const grid(ceil_div(args.CRS, kPackTerms), ceil_div(pitch, kPackFilters), args.p.groups);
-    adder2d_pack_kernel<<<grid, kPackFilters * kPackRows, 0, stream>>>(args, pitch, T::kTileC);
-    cudaError_t const error = cudaGetLastError();
+    cudaError_t const error = launch(adder2d_pack_kernel, grid, dim3(kPackFilters * kPackRows), 0, stream, args, pitch, T::kTileC);
     if (error != cudaSuccess) return error;
   }
   FpropPlan with_turn = plan;

@@ -235,7 +235,7 @@ cudaError_t launch_tiled(void (*kernel)(Args, FpropPlan), size_t smem_bytes, boo
   }
   int32_t const rest = plan.tiles - plan.whole;
   dim3 const grid(plan.whole + rest * plan.splits), block(View::kThreads);
-  cudaError_t const error = launch(kernel, grid, block, smem_bytes, stream, after_pack, args, plan);
+  cudaError_t const error = launch_kernel(after_pack, kernel, grid, block, smem_bytes, stream, args, plan);
   if (error != cudaSuccess || rest == 0) return error;
   dim3 const items(rest, View::kItems);
   constexpr int kGroups = 512 / View::kThreads;

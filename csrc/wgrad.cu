@@ -153,8 +153,7 @@ cudaError_t launch_sum(SumArgs const& args, cudaStream_t stream) {
                                    : (args.vec > 1 ? adder2d_wgrad_sum_kernel<T, kVec, false> : adder2d_wgrad_sum_kernel<T, 1, false>);
   int64_t const blocks = int64_t{args.tiles} * args.chunks;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  kernel<<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch(kernel, dim3(static_cast<uint32_t>(blocks)), dim3(kThreads), 0, stream, args);
 }
 
 // ---- dw
