@@ -509,3 +509,15 @@ def test_adderize_errors(resnet):
         adderize(nn.Conv2d(3, 3, 3))
     with pytest.warns(UserWarning, match="Sequential has no BatchNorm"):
         adderize(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Linear(3, 3)))
+
+
+def test_channels_last_networks_keep_contiguous_filters():
+    """Kernels read contiguous filters; the images and outputs are in channels_last all the same."""
+    layer = Adder2d(5, 7, 3, padding=1).to(memory_format=torch.channels_last)
+    assert layer.adder.is_contiguous()
+    x = torch.randn(2, 5, 6, 6).contiguous(memory_format=torch.channels_last)
+    y = layer(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y.sum().backward()
+    assert layer.adder.grad.is_contiguous()
+    assert torch.equal(y, layer(x.contiguous()))

@@ -83,6 +83,14 @@ class Adder2d(nn.Module):
         # Through the module: torch2trt hooks the function by its qualified name.
         return ops.adder2d(input, self.adder, self.b, self.stride, self.padding, self.dilation, self.groups, self.eta)
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # model.to(memory_format=torch.channels_last) turns every 4-D parameter, but the kernels read filters as they lie in a
+        # contiguous one: each call would copy them.
+        if not self.adder.is_contiguous():
+            self.adder.data = self.adder.data.contiguous()
+        return self
+
     def extra_repr(self) -> str:
         text = f"{self.input_channel}, {self.output_channel}, kernel_size={self.kernel_size}, stride={self.stride}"
         defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "bias": False, "eta": ops.ETA}
@@ -143,9 +151,7 @@ def scale_gradients(model: nn.Module, eta: float = ops.ETA) -> None:
                 f"scale_gradients: layer {path} has scaled its gradient in backward() already (its eta is "
                 f"{layer.eta}); call set_eta(model, None) before training."
             )
-    for adder in {layer.adder for layer in layers.values()}:
-        if adder.grad is not None:
-            adder.grad.copy_(ops.adaptive_scaling(adder.grad, eta))
+    ops.adaptive_scaling_([a.grad for a in {layer.adder for layer in layers.values()} if a.grad is not None], eta)
 
 
 def _adder_layers(caller: str, model: nn.Module) -> dict[str, Adder2d]:
