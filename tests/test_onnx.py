@@ -356,9 +356,9 @@ CHANGED = {
 
 
 class Then(nn.Module):
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, channels: int = 4) -> None:
         super().__init__()
-        self.layer, self.function = Adder2d(4, 4, 1), function
+        self.layer, self.function = Adder2d(channels, channels, 1), function
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self.layer(x))
@@ -495,6 +495,30 @@ def test_a_file_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot be written .*name another file"):
         export_onnx(small(), torch.randn(1, 4, 8, 8), tmp_path / "file" / "model.onnx", check=CHECK)
+
+
+APPROXIMATED = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "elu": F.elu,
+    "softmax": lambda x: x.softmax(1),
+    "sum": lambda x: x.sum((1, 2, 3)),
+    "sum_near_0": lambda x: (x - x.mean()).sum((2, 3)),
+    "mean": lambda x: x.mean((1, 2, 3)),
+    "std": lambda x: x.std((1, 2, 3)),
+    "group_norm": lambda x: F.group_norm(x, 2),
+}
+
+
+@needs_runtime
+@pytest.mark.parametrize("shift", [0, 11])  # the layer's sums lie around -11
+@pytest.mark.parametrize("name", APPROXIMATED)
+def test_the_check_knows_what_runtimes_approximate(name: str, shift: int, tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    model = Then(lambda x: APPROXIMATED[name](x + shift), channels=16).eval()
+    export_onnx(model, torch.randn(2, 16, 33, 31), tmp_path / "model.onnx")
 
 
 @needs_runtime

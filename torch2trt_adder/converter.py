@@ -326,6 +326,10 @@ def rounding_bounds(model: nn.Module, inputs: Sequence[Any], fp16: bool = False)
     * convolutions and matrix products over L terms: u * (1 + sqrt(L) / 4) of |y| + rms(y), for rounded factors and for
       partial sums of both signs, whose roundings add up like a random walk; in float32 on a GPU plus 2^-10 of it, since
       both PyTorch and TensorRT may take TF32 (NVIDIA_TF32_OVERRIDE=0 forbids it to both).
+    * sums and means over L terms: u of |y| + sqrt(L) * the sum (mean) of |x|, since the terms may have one sign; variances and
+      deviations u * (1 + sqrt(L)) of |y|.
+    * curves that runtimes approximate: 4 * u of |y| + 1, or of |y| + |x| where they are factors of x (measured: ONNX
+      Runtime's sigmoid is off by 2.8 * u, its tanh by 5.5 * u).
     * everything else: u of |y|.
     """
     with torch.no_grad():
@@ -363,6 +367,10 @@ _TERMS = {  # of a product: the length of its sums, from the arguments
 }
 
 
+_SUMS, _SPREADS = (_aten.sum, _aten.mean), (_aten.var, _aten.std)
+_CURVES, _GATES = (_aten.sigmoid, _aten.tanh, _aten.elu), (_aten.silu, _aten.gelu, _aten.mish)
+
+
 class _Rounding(TorchDispatchMode):
     """Moves every result by as much as rounding may, up or down at random."""
 
@@ -396,6 +404,13 @@ class _Rounding(TorchDispatchMode):
                 relative += 2**-10
             size = result.float().abs()
             return self.move(result, relative * (size + size.square().mean().sqrt()))
+        if packet in (*_SUMS, *_SPREADS) and result.is_floating_point() and result.numel() > 0:
+            root = math.sqrt(args[0].numel() / result.numel())
+            terms = func(args[0].abs(), *args[1:], **(kwargs or {})) if packet in _SUMS else result
+            return self.move(result, _unit(result, self.fp16) * (result.float().abs() + root * terms.float().abs()))
+        if packet in (*_CURVES, *_GATES):
+            size = result.float().abs() + (args[0].float().abs() if packet in _GATES else 1)
+            return self.move(result, 4 * _unit(result, self.fp16) * size)
         writes = any(argument.alias_info is not None for argument in func._schema.arguments)
         computes = any(isinstance(leaf, Tensor) for leaf in tree_leaves(args))
         if writes or not computes:  # a view, in place, or a new constant
