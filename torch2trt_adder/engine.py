@@ -546,7 +546,7 @@ def _deserialize(trt: ModuleType, plan: bytes, source: str, host_code: bool) -> 
     if version not in (None, here) and not host_code:
         raise RuntimeError(
             f"{source} was built by TensorRT {'.'.join(map(str, version))}, here is {trt.__version__}: an engine runs in "
-            f"the version that built it alone; {remedy}."
+            f"the version that built it alone; {remedy}, or pass host_code=True (--host-code) if it is version-compatible."
         )
     if not torch.cuda.is_available():
         raise RuntimeError(f"{source} needs an NVIDIA GPU, and torch {torch.__version__} finds none here.")
@@ -561,7 +561,8 @@ def _deserialize(trt: ModuleType, plan: bytes, source: str, host_code: bool) -> 
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise RuntimeError(
-            f"TensorRT {trt.__version__} on {_gpu()} cannot load {source}: {log.reasons()}; {remedy}, or pass host_code=True if it is version-compatible."
+            f"TensorRT {trt.__version__} on {_gpu()} cannot load {source}: {log.reasons()}; {remedy}, or pass host_code=True "
+            "(--host-code) if it is version-compatible."
         )
     signature = _SIGNATURE.fullmatch(engine.name)
     if signature and signature["gpu"] != _gpu():
@@ -578,7 +579,7 @@ def _deserialize(trt: ModuleType, plan: bytes, source: str, host_code: bool) -> 
 class Engine(nn.Module):
     """A TensorRT engine as a PyTorch module, called like torch2trt's TRTModule; it needs TensorRT alone.
 
-    ``engine(x)`` takes CUDA tensors in the order of `input_names` (or by name), of any batch and size within the
+    ``engine(x)`` takes CUDA tensors in the order of `input_names` (or by name), of any batch and size within the first
     profile, contiguous or not, and returns new tensors: one, or a tuple in the order of `output_names`. It runs on
     torch's current stream and does not wait for the GPU; calls on several streams follow one another. ``state_dict()``
     has TRTModule's keys.
@@ -620,9 +621,15 @@ class Engine(nn.Module):
         inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self.input_names, self.output_names = inputs, [n for n in names if n not in inputs]
         self._dtypes = {name: _torch_dtype(trt, self.engine.get_tensor_dtype(name), name) for name in names}
-        for name in inputs:
-            if self.engine.is_shape_inference_io(name):
-                raise RuntimeError(f"{source}: input {name!r} is a shape, which this module cannot pass.")
+        for name in names:
+            where, layout = self.engine.get_tensor_location(name), self.engine.get_tensor_format(name)
+            if where != trt.TensorLocation.DEVICE:
+                raise RuntimeError(f"{source}: tensor {name!r} is a shape on the CPU, which this module cannot pass.")
+            if layout != trt.TensorFormat.LINEAR:
+                raise RuntimeError(
+                    f"{source}: tensor {name!r} has the layout {layout.name}, torch's tensors are LINEAR; build it with "
+                    "linear inputs and outputs."
+                )
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._profile = {name: self._range(name) for name in inputs}
         self._lock = threading.Lock()  # a context serves one call at a time, on one stream
