@@ -193,6 +193,18 @@ def with_rtx(*arguments: str, folder: pathlib.Path) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
+def start(repository: pathlib.Path, *options: str) -> list[str]:
+    """The arguments that a repository's start.sh gives to tritonserver."""
+    server = repository.parent / "bin" / "tritonserver"
+    server.parent.mkdir(exist_ok=True)
+    server.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    server.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{server.parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([repository / "start.sh", *options], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnx and onnxscript")
 def test_build_and_triton(folder: pathlib.Path) -> None:
     """A plan on a CPU, and a model repository of it; without a GPU the plan is refused by name."""
@@ -209,13 +221,16 @@ def test_build_and_triton(folder: pathlib.Path) -> None:
     library = "libtorch2trt_adder.so"
     assert written == {"digits/1/model.plan", "digits/config.pbtxt", library, "start.sh"}
     assert (root / "digits/config.pbtxt").read_text() == 'name: "digits"\nplatform: "tensorrt_plan"\n'
-    command = f"tritonserver --model-repository {root} --backend-config=tensorrt,plugins={root / library}"
-    assert (root / "start.sh").read_text() == f"#!/bin/sh\nexec {command}\n" and os.access(root / "start.sh", os.X_OK)
-    assert json.loads(result.stdout)["result"]["command"] == command
+    assert json.loads(result.stdout)["result"]["command"] == str(root / "start.sh")
+    moved = folder / "mounted elsewhere"
+    root.rename(moved)
+    started = [f"--model-repository={moved}", f"--backend-config=tensorrt,plugins={moved / library}", "--http-port=8080"]
+    assert start(moved, "--http-port=8080") == started
+    moved.rename(root)
     assert (root / "digits/1/model.plan").read_bytes() == (folder / "x.plan").read_bytes()
     result = with_rtx("triton", "other", "x.plan", "--embedded", folder=folder)
     assert not (folder / "other" / library).exists()
-    assert "--backend-config=tensorrt,version-compatible=true" in (folder / "other/start.sh").read_text()
+    assert "--backend-config=tensorrt,version-compatible=true" in start(folder / "other")
 
     for arguments in (
         ["triton", "no", "x.onnx"],

@@ -8,6 +8,13 @@ from typing import Any
 from . import engine, files, library
 
 
+# Wherever the folder is mounted; options of tritonserver go through.
+_START = """#!/bin/sh
+folder=$(cd "$(dirname "$0")" && pwd)
+exec tritonserver --model-repository="$folder" --backend-config=tensorrt,{option} "$@"
+"""
+
+
 def write_repository(folder: pathlib.Path, plan: pathlib.Path, name: str, embedded: bool = False) -> dict[str, Any]:
     """Writes ``NAME/config.pbtxt``, ``NAME/1/model.plan``, the plugin library and ``start.sh`` into `folder`.
 
@@ -32,22 +39,19 @@ def write_repository(folder: pathlib.Path, plan: pathlib.Path, name: str, embedd
     except ValueError as error:
         raise RuntimeError(f"{plan} is {error}: build one with torch2trt-adder build.") from error
     folder = folder.resolve()
-    server = ["tritonserver", "--model-repository", str(folder)]
     config = f'name: "{name}"\nplatform: "tensorrt_plan"\n'
     if embedded:
-        server += ["--backend-config=tensorrt,version-compatible=true"]
+        option = "version-compatible=true"
     else:
         plugin = folder / library.FILE_NAME
         files.write(plugin, files.read(library.path()))
         shutil.copymode(library.path(), plugin)
-        server += [f"--backend-config=tensorrt,plugins={plugin}"]
+        option = f'plugins="$folder/{library.FILE_NAME}"'
     files.write(folder / name / "1" / "model.plan", data)
     files.write(folder / name / "config.pbtxt", config.encode())
-    command = shlex.join(server)
-    files.write(folder / "start.sh", f"#!/bin/sh\nexec {command}\n".encode())
+    files.write(folder / "start.sh", _START.format(option=option).encode())
     (folder / "start.sh").chmod(0o755)
+    command = shlex.quote(str(folder / "start.sh"))
     built = ".".join(map(str, version)) if version else "an unknown version"
-    print(
-        f"{folder}: model {name}, a plan of TensorRT {built}; the server must have the same. Start it with\n  {command}"
-    )
+    print(f"{folder}: model {name}, a plan of TensorRT {built}; the server must have the same. Start it with\n  {command}")
     return {"folder": str(folder), "model": name, "tensorrt": built, "command": command}
