@@ -79,23 +79,35 @@ def test_a_failure_is_one_sentence(tmp_path: pathlib.Path) -> None:
     assert result.stdout.splitlines()[-1] == "FAILED | torch2trt-adder demo --checkpoint file/x.pth"
 
 
+def test_an_unexpected_failure_has_its_last_line(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.library, "load", lambda: {}["nothing"])
+    assert cli.main(["info", "--json"]) == 1
+    shown = capsys.readouterr()
+    assert "Traceback" in shown.err and shown.err.endswith("FAILED | torch2trt-adder info --json\n")
+    report = json.loads(shown.out)
+    assert report["error"] == "KeyError: 'nothing'" and not report["passed"]
+
+
 def test_demo(tmp_path: pathlib.Path) -> None:
-    result = run("demo", "--epochs", "2", "--checkpoint", "out/digits.pth", folder=tmp_path)
+    result = run("demo", "--epochs", "2", "--checkpoint", "out/digits.pth", "--json", folder=tmp_path)
     assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[-1] == "PASSED | torch2trt-adder demo --epochs 2 --checkpoint out/digits.pth"
-    accuracy = float(re.search(r"Accuracy on the other 360 digits: ([\d.]+)%", result.stdout)[1])
+    shown = result.stderr
+    assert "\nPASSED | torch2trt-adder demo --epochs 2 --checkpoint out/digits.pth --json\n" in shown
+    accuracy = float(re.search(r"Accuracy on the other 360 digits: ([\d.]+)%", shown)[1])
+    report = json.loads(result.stdout)["result"]
+    assert round(100 * report["accuracy"], 1) == accuracy and report["checkpoint"] == "out/digits.pth"
     assert accuracy > 50  # two epochs; guessing gives 10
     assert (
-        len(re.findall(r"^Layer conv\d on the CPU against the definition in float64", result.stdout, re.MULTILINE)) == 2
+        len(re.findall(r"^Layer conv\d on the CPU against the definition in float64", shown, re.MULTILINE)) == 2
     )
-    assert "44/44" in result.stderr  # the progress bar at its end
+    assert "44/44" in shown  # the progress bar at its end
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["digits.pth"]
     addernet_mnist().load_state_dict(torch.load(tmp_path / "out" / "digits.pth", weights_only=True))
     if cli.converter.missing() is None:
-        assert re.search(r"^TensorRT +\d+\.\d% +[\d.]+ ms +[\d.]+ ms$", result.stdout, re.MULTILINE)
+        assert re.search(r"^TensorRT +\d+\.\d% +[\d.]+ ms +[\d.]+ ms$", shown, re.MULTILINE)
+        assert report["engine"]["TensorRT"]["milliseconds"]["1"] > 0
     else:
-        assert "With an NVIDIA GPU and TensorRT, the demo would go on to convert" in result.stdout
+        assert "With an NVIDIA GPU and TensorRT, the demo would go on to convert" in shown and report["engine"] is None
 
 
 # ---- export, build, and what needs a GPU

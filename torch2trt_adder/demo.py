@@ -5,6 +5,7 @@ import os
 import pathlib
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,11 @@ _BATCH = 64
 _TEST_IMAGES = 360  # a fifth of the 1,797 digits
 
 
-def run(epochs: int, checkpoint: pathlib.Path) -> None:
+def run(epochs: int, checkpoint: pathlib.Path) -> dict[str, Any]:
     """Trains, shows the accuracy, writes the checkpoint, checks the layers, and with a GPU and TensorRT the engine.
+
+    Returns:
+        What it shows.
 
     Raises:
         RuntimeError: a layer or the engine computes something else than it should.
@@ -35,9 +39,11 @@ def run(epochs: int, checkpoint: pathlib.Path) -> None:
     print(f"Training {type(model).__name__} on {len(images) - _TEST_IMAGES} handwritten digits, on {_name(device)}.")
     _train(model.to(device), images[_TEST_IMAGES:].to(device), labels[_TEST_IMAGES:].to(device), epochs)
     model.cpu().eval()
-    print(f"Accuracy on the other {_TEST_IMAGES} digits: {_accuracy(model, test_images, test_labels):.1%}.")
+    accuracy = _accuracy(model, test_images, test_labels)
+    print(f"Accuracy on the other {_TEST_IMAGES} digits: {accuracy:.1%}.")
     _save(model, checkpoint)
     print(f"Checkpoint: {checkpoint}.")
+    result = {"accuracy": accuracy, "checkpoint": str(checkpoint), "engine": None}
     for name, error, bound in _layer_errors(model, test_images[:16]):
         print(
             f"Layer {name} on the CPU against the definition in float64: largest relative error {error:.1e}, allowed "
@@ -49,12 +55,13 @@ def run(epochs: int, checkpoint: pathlib.Path) -> None:
             )
     reason = converter.missing()
     if reason is None:
-        _compare_with_engine(model.cuda(), test_images.cuda(), test_labels.cuda())
+        result["engine"] = _compare_with_engine(model.cuda(), test_images.cuda(), test_labels.cuda())
     else:
         print(
             "With an NVIDIA GPU and TensorRT, the demo would go on to convert this network to a TensorRT "
             f"engine and compare its accuracy and latency with PyTorch's. {reason}"
         )
+    return result
 
 
 def _digits() -> tuple[Tensor, Tensor]:
@@ -159,15 +166,19 @@ def _layer_errors(model: nn.Module, images: Tensor) -> list[tuple[str, float, fl
     return errors
 
 
-def _compare_with_engine(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+def _compare_with_engine(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
     print(f"Converting to a TensorRT engine for batches of 1 to {_BATCH}.")
     engine = converter.convert(model, [images[:_BATCH]], max_batch_size=_BATCH)
     agree = int((_predictions(model, images) == _predictions(engine, images)).sum())
     print(f"{'':<10}{'accuracy':>10}{'batch 1':>12}{f'batch {_BATCH}':>12}   (latency, median of 100 runs)")
+    result: dict[str, Any] = {"agree": agree, "predictions": len(images)}
     for name, network in (("PyTorch", model), ("TensorRT", engine)):
         one, many = (_latency(network, images[:batch]) for batch in (1, _BATCH))
-        print(f"{name:<10}{_accuracy(network, images, labels):>10.1%}{one:>9.3f} ms{many:>9.3f} ms")
+        accuracy = _accuracy(network, images, labels)
+        result[name] = {"accuracy": accuracy, "milliseconds": {"1": one, str(_BATCH): many}}
+        print(f"{name:<10}{accuracy:>10.1%}{one:>9.3f} ms{many:>9.3f} ms")
     print(f"Predictions agree on {agree} of {len(images)} digits.")
+    return result
 
 
 @torch.no_grad()
