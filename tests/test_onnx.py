@@ -491,6 +491,12 @@ def test_package_missing(package: str, monkeypatch: pytest.MonkeyPatch, tmp_path
         export_onnx(small(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx")
 
 
+def test_torch_with_an_older_exporter(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setattr(torch.onnx, "export", lambda model, args, f: None)
+    with pytest.raises(RuntimeError, match=r"export_onnx: torch .* has an older exporter: use torch 2\.6 or newer"):
+        export_onnx(small(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx", check=CHECK)
+
+
 def test_a_file_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot be written .*name another file"):

@@ -256,7 +256,8 @@ def check(
                 finite = y0.isfinite()
                 infinite += int((finite & ~y.isfinite()).sum())
                 largest = y0[finite].abs().max().item() if finite.any() else 0.0
-                difference = (y - y0)[finite].abs().nan_to_num(0).max().item() if finite.any() else 0.0
+                both = finite & y.isfinite()
+                difference = (y - y0)[both].abs().max().item() if both.any() else 0.0
                 limit = rtol * largest if limits is None else limits[i]
                 beyond |= not difference <= limit
                 worst = max(worst, difference / max(largest, 1e-30))

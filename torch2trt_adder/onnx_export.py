@@ -15,6 +15,7 @@ Importing this file needs torch alone; exporting needs onnx and onnxscript, the 
 import ast
 import contextlib
 import importlib.util
+import inspect
 import logging
 import os
 import pathlib
@@ -79,6 +80,8 @@ def export_onnx(
     _need("onnx", "onnxscript")
     import onnx
 
+    if "custom_translation_table" not in inspect.signature(torch.onnx.export).parameters:
+        raise RuntimeError(f"export_onnx: torch {torch.__version__} has an older exporter: use torch 2.6 or newer.")
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     if opset is not None and opset < _LEAST_OPSET:
         raise ValueError(f"export_onnx: opset must be at least {_LEAST_OPSET}, got {opset}.")
@@ -197,6 +200,11 @@ def symbol(
     groups: int,
 ) -> Tensor:
     """What `ops.adder2d` stands for inside a plain ``torch.onnx.export``: the node alone, without its body."""
+    if not hasattr(torch.onnx, "ops"):
+        raise RuntimeError(
+            f"adder2d: torch.onnx.export(..., dynamo=True) of torch {torch.__version__} knows no symbolic operators: use "
+            "torch2trt_adder.export_onnx, dynamo=False, or torch 2.8 or newer."
+        )
     stride, padding, dilation = (_pair(v) for v in (stride, padding, dilation))
     output = ops._adder2d_fake(input, weight, bias, stride, padding, dilation, groups)
     inputs = (input, weight.float(), weight.new_zeros(len(weight)).float() if bias is None else bias.float())
