@@ -158,8 +158,9 @@ def convert(
         if route == "torch2trt":
             raise RuntimeError(f"torch2trt traces Python code, which {source} is not; leave --route out.")
         return _convert_file(source, path, shapes, dynamic, fp16)
-    model = load_model(source, checkpoint, half).cuda()
-    args = [tensor.cuda() for tensor in _example(model, shapes, half)]
+    with engine.elapsed(f"Loading {source}"):
+        model = load_model(source, checkpoint, half).cuda()
+        args = [tensor.cuda() for tensor in _example(model, shapes, half)]
     options: dict[str, Any] = {}
     if dynamic:
         for i, key in enumerate(("min_shapes", "opt_shapes", "max_shapes")):
@@ -202,7 +203,8 @@ def _load(
     plan: pathlib.Path, shapes: Sequence[Shape], host_code: bool
 ) -> tuple[Engine, list[Shape], list[torch.dtype]]:
     """The engine, and what to feed it: the shapes given, or those that it was tuned for."""
-    runner = Engine(plan, host_code=host_code)
+    with engine.elapsed(f"Loading {plan}"):
+        runner = Engine(plan, host_code=host_code)
     usual = [runner._profile[name][1] for name in runner.input_names]
     if shapes and len(shapes) != len(usual):
         raise RuntimeError(
