@@ -408,7 +408,7 @@ def test_layers_of_a_detailed_engine(rtx: ModuleType) -> None:
   "Name": "a:adder2d_0", "LayerType": "PluginV2", "PluginType": "Adder2d", "Metadata": "[ONNX Layer: a:adder2d_0]\x1e[b\tc]",
   "Outputs": [{"Name": "y", "Format/Datatype": "Row major linear FP32"}]
 },{
-  "Name": "b:adder2d_1\x1eRelu_2", "LayerType": "PointWise", "Outputs": [{"Name": "z", "Format/Datatype": "Row major linear FP32"}]
+  "Name": "b:adder2d_1\x1eRelu_2", "LayerType": "PointWise", "Outputs": [{"Name":"z", "Format/Datatype": "Row major linear FP32"}]
 }], "Bindings": ["x", "z"]}"""
     assert "\x1e" in text and "\t" in text
     found = described(text, rtx)
