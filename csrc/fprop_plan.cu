@@ -24,7 +24,7 @@ double predict(FpropPlan const& plan, TileSize const& size, int32_t multiprocess
   if (rest > 0) {
     cycles += predict_blocks(rest * plan.splits, ceil_div(plan.slices, plan.splits), size, multiprocessors);
     double const bytes = 2.0 * sizeof(float) * plan.splits * rest * size.k * size.pq;  // written, then read
-    cycles += 6000 + plan.splits * 20 + bytes / (multiprocessors * 5.0);
+    cycles += 3000 + plan.splits * 20 + bytes / (multiprocessors * 6.0);
   }
   return cycles;
 }
