@@ -160,6 +160,39 @@ def test_same_result_twice(case, dtype):
     assert torch.equal(adder2d(x, w, b, *case.geometry), first)
 
 
+@dtypes
+@formats
+@pytest.mark.parametrize("case", LARGE[:2], ids=lambda case: case.name)
+def test_any_workspace(case, dtype, memory_format, monkeypatch):
+    """With less of it weights and images are packed in pieces or not at all, and fewer tiles are split."""
+    x, w, b = case.tensors(dtype, "cuda", memory_format)
+    plan = ops._plan
+    wanted = []
+
+    def limited(*args):
+        whole = plan(*args)
+        wanted.append(whole.workspace_bytes)
+        return whole._replace(workspace_bytes=int(whole.workspace_bytes * fraction))
+
+    monkeypatch.setattr(ops, "_plan", limited)
+    for fraction in (1, 0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0):
+        assert_forward(adder2d(x, w, b, *case.geometry), x, w, b, case.geometry)
+    assert len(wanted) == 9 and wanted[0] > 0
+
+
+def test_channels_last_off_alignment():
+    """Eight halves at a time can be copied from 16-byte addresses alone; that is seen at the call, not when it is planned."""
+    case = LARGE[1]
+    x, w, _ = case.tensors(torch.float16, "cuda", torch.channels_last)
+    aligned = adder2d(x, w, None, *case.geometry)
+    moved = torch.empty(x.numel() + 1, device="cuda", dtype=x.dtype)[1:].view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    moved.copy_(x)
+    assert moved.stride() == x.stride() and moved.data_ptr() % 16 != 0
+    for _ in range(2):
+        assert_forward(adder2d(moved, w, None, *case.geometry), moved, w, None, case.geometry)
+        assert torch.equal(adder2d(x, w, None, *case.geometry), aligned)
+
+
 def test_beyond_2_to_the_31_elements():
     if torch.cuda.mem_get_info()[0] < 14 << 30:
         pytest.skip("needs 14 GB of free GPU memory")
