@@ -178,6 +178,13 @@ def _ddp_worker(rank: int, backend: str, folder: str) -> None:
     if backend == "nccl":
         torch.cuda.set_device(device)
     torch.distributed.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(_train_half(rank, device), f"{folder}/{rank}.pt")
+    # In this order, and with nothing left that holds the group: its threads must end before the process does.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _train_half(rank: int, device: torch.device) -> dict[str, Tensor]:
     model = nn.parallel.DistributedDataParallel(Net().to(device))
     optimizer, (x, labels) = sgd(model), batch(device)
     for _ in range(4):
@@ -185,8 +192,7 @@ def _ddp_worker(rank: int, backend: str, folder: str) -> None:
         F.cross_entropy(model(x[rank::2]), labels[rank::2]).backward()
         scale_gradients(model)
         optimizer.step()
-    torch.save(model.module.cpu().state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return model.module.cpu().state_dict()
 
 
 @pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
