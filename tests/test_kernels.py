@@ -25,7 +25,7 @@ LARGE = [
     Case("three_by_three_7", 9, 512, 7, 7, 257, 3, 3, padding=(1, 1)),
     Case("pointwise_wide", 2, 259, 14, 14, 515, 1, 1),
     Case("pointwise_strided", 2, 131, 15, 14, 67, 1, 1, stride=(2, 2)),
-    Case("large_kernel", 2, 19, 24, 23, 70, 8, 9),
+    Case("many_taps", 2, 19, 24, 23, 70, 8, 9),
     Case("lenet_second", 65, 20, 12, 12, 50, 5, 5),
     Case("stem", 2, 3, 63, 65, 70, 7, 7, stride=(2, 2), padding=(3, 3)),
     Case("long_reduction", 1, 2049, 3, 3, 66, 3, 3, padding=(1, 1)),
