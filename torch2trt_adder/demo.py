@@ -1,7 +1,7 @@
 """`torch2trt-adder demo`: trains a small AdderNet on handwritten digits, checks it, and converts it if it can."""
 
+import io
 import math
-import os
 import pathlib
 import statistics
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import converter, reference
+from . import converter, files, reference
 from .models import addernet_mnist
 from .module import Adder2d
 
@@ -30,7 +30,8 @@ def run(epochs: int, checkpoint: pathlib.Path) -> dict[str, Any]:
         RuntimeError: a layer or the engine computes something else than it should.
         OSError: the checkpoint cannot be written.
     """
-    _check_writable(checkpoint)  # now: nobody wants to hear of it after the training
+    complaint = "the checkpoint cannot be written to {path} ({reason}); name another file with --checkpoint"
+    files.check_writable(checkpoint, complaint)  # now: nobody wants to hear of it after the training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     images, labels = _digits()
@@ -106,30 +107,10 @@ def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (_predictions(model, images) == labels).float().mean().item()
 
 
-def _partial(path: pathlib.Path) -> pathlib.Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
-
-
-def _check_writable(path: pathlib.Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        _partial(path).touch()
-        _partial(path).unlink()
-    except OSError as error:
-        raise OSError(
-            f"the checkpoint cannot be written to {path} ({error.strerror}); name another file with --checkpoint"
-        ) from error
-
-
 def _save(model: nn.Module, path: pathlib.Path) -> None:
-    """Written beside and renamed, so that the file is never half a checkpoint."""
-    try:
-        torch.save(model.state_dict(), _partial(path))
-        _partial(path).replace(path)
-    finally:
-        _partial(path).unlink(missing_ok=True)
+    data = io.BytesIO()
+    torch.save(model.state_dict(), data)
+    files.write(path, data.getvalue())
 
 
 @torch.no_grad()

@@ -8,11 +8,14 @@ def _partial(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
-def check_writable(path: pathlib.Path) -> None:
+_COMPLAINT = "{path} cannot be written ({reason}); name another file."
+
+
+def check_writable(path: pathlib.Path, complaint: str = _COMPLAINT) -> None:
     """Makes the folder and tries to write; before long work, so that nobody hears of it only afterwards.
 
     Raises:
-        OSError: naming the file and the reason.
+        OSError: `complaint`, which names the file and the reason.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,7 +24,7 @@ def check_writable(path: pathlib.Path) -> None:
         _partial(path).touch()
         _partial(path).unlink()
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror}); name another file.") from error
+        raise OSError(complaint.format(path=path, reason=error.strerror)) from error
 
 
 def write(path: pathlib.Path, data: bytes) -> None:
@@ -31,7 +34,7 @@ def write(path: pathlib.Path, data: bytes) -> None:
         _partial(path).write_bytes(data)
         _partial(path).replace(path)
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror}); name another file.") from error
+        raise OSError(_COMPLAINT.format(path=path, reason=error.strerror)) from error
     finally:
         _partial(path).unlink(missing_ok=True)
 
