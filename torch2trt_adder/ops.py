@@ -162,6 +162,22 @@ def _output_size(
     return N, K, room[0] // stride[0] + 1, room[1] // stride[1] + 1
 
 
+def _kernel_size(
+    caller: str, input: Sequence[int], weight: Sequence[int], bias: Sequence[int] | None, *geometry: Sequence[int] | int
+) -> tuple[int, int, int, int]:
+    """The same for the kernels, whose sizes are int32."""
+    size = _output_size(input, weight, bias, *geometry)
+    for extent in (*input, *weight, *size):
+        if extent >= 2**31:
+            raise ValueError(f"{caller}: every axis must be below 2^31, got {extent}; split the call along that axis.")
+    return size
+
+
+def _check_grad_size(caller: str, grad: Sequence[int], size: tuple[int, int, int, int]) -> None:
+    if tuple(grad) != size:
+        raise ValueError(f"{caller}: grad_output must be {list(size)}, got {list(grad)}.")
+
+
 def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     dtype = input.dtype
     if dtype not in _DTYPES:
@@ -251,10 +267,7 @@ def _plan(
     device: int,
 ) -> _Plan:
     """Checks the problem and packs it. `device` is the current CUDA device, or -1 for the CPU."""
-    size = N, K, P, Q = _output_size(input_size, weight_size, bias_size, stride, padding, dilation, groups)
-    for extent in (*input_size, *weight_size, *size):
-        if extent >= 2**31:
-            raise ValueError(f"adder2d: every axis must be below 2^31, got {extent}; split the call along that axis.")
+    size = N, K, P, Q = _kernel_size("adder2d", input_size, weight_size, bias_size, stride, padding, dilation, groups)
     output_stride = (K * P * Q, 1, K * Q, K) if channels_last else (K * P * Q, P * Q, Q, 1)
     kind = _KERNEL_TYPES[dtype]
     problem = library.PROBLEM.pack(
@@ -404,12 +417,8 @@ def _grad_input_plan(
     device: int,
 ) -> _GradInputPlan:
     """Checks the problem and packs it. `device` is the current CUDA device, or -1 for the CPU."""
-    size = _output_size(input_size, weight_size, None, stride, padding, dilation, groups)
-    if tuple(grad_size) != size:
-        raise ValueError(f"adder2d_grad_input: grad_output must be {list(size)}, got {list(grad_size)}.")
-    for extent in (*input_size, *weight_size, *size):
-        if extent >= 2**31:
-            raise ValueError(f"adder2d_grad_input: every axis must be below 2^31, got {extent}; split the call.")
+    size = _kernel_size("adder2d_grad_input", input_size, weight_size, None, stride, padding, dilation, groups)
+    _check_grad_size("adder2d_grad_input", grad_size, size)
     _, C, H, W = input_size
     output_stride = (C * H * W, 1, C * W, C) if channels_last else (C * H * W, H * W, W, 1)
     kind = _KERNEL_TYPES[dtype]
@@ -609,9 +618,8 @@ def _grad_weight_plan(
     groups: int,
     eta: float | None,
 ) -> _GradWeightPlan:
-    size = _output_size(input_size, weight_size, None, stride, padding, dilation, groups)
-    if tuple(grad_size) != size:
-        raise ValueError(f"adder2d_grad_weight: grad_output must be {list(size)}, got {list(grad_size)}.")
+    size = _kernel_size("adder2d_grad_weight", input_size, weight_size, None, stride, padding, dilation, groups)
+    _check_grad_size("adder2d_grad_weight", grad_size, size)
     problem = library.WGRAD.pack(
         *grad_size, *weight_size[1:], channels_last, _KERNEL_TYPES[grad_dtype], _KERNEL_TYPES[weight_dtype],
         *grad_stride, *convolved_stride, 0 if eta is None else eta,
@@ -675,9 +683,9 @@ def _grad_weight_torch(grad_output, input, weight, stride, padding, dilation, gr
 
 def adaptive_scaling(grad_weight: Tensor, eta: float) -> Tensor:
     """eta * sqrt(numel) * dw / |dw|, the published code's learning rate per layer; in float32 at least."""
-    grad_weight = grad_weight.to(_sum_dtype(grad_weight.dtype))
-    norm = torch.linalg.vector_norm(grad_weight).clamp(min=1e-12)
-    return grad_weight / (norm / (eta * math.sqrt(grad_weight.numel())))
+    scaled = grad_weight.to(_sum_dtype(grad_weight.dtype), copy=True)
+    adaptive_scaling_([scaled], eta)
+    return scaled
 
 
 def adaptive_scaling_(gradients: Sequence[Tensor], eta: float) -> None:
@@ -694,7 +702,6 @@ def adaptive_scaling_(gradients: Sequence[Tensor], eta: float) -> None:
         for gradient, scaled in zip(group, sums, strict=True):
             if scaled is not gradient:
                 gradient.copy_(scaled)
-
 
 
 class _Kernels(NamedTuple):
