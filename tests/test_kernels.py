@@ -1,6 +1,7 @@
 """The operator on a GPU: the forward kernels and the gradients, against float64 on the same rounded inputs."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -161,24 +162,29 @@ def test_same_result_twice(case, dtype):
     assert torch.equal(adder2d(x, w, b, *case.geometry), first)
 
 
+def limit_workspace(monkeypatch: pytest.MonkeyPatch, name: str) -> types.SimpleNamespace:
+    """Launches planned by `ops.<name>` get `fraction` of the workspace that they want; `wanted` lists what that was."""
+    plan, limit = getattr(ops, name), types.SimpleNamespace(fraction=1, wanted=[])
+
+    def limited(*args):
+        whole = plan(*args)
+        limit.wanted.append(whole.workspace_bytes)
+        return whole._replace(workspace_bytes=int(whole.workspace_bytes * limit.fraction))
+
+    monkeypatch.setattr(ops, name, limited)
+    return limit
+
+
 @dtypes
 @formats
 @pytest.mark.parametrize("case", LARGE[:2], ids=lambda case: case.name)
 def test_any_workspace(case, dtype, memory_format, monkeypatch):
     """With less of it weights and images are packed in pieces or not at all, and fewer tiles are split."""
     x, w, b = case.tensors(dtype, "cuda", memory_format)
-    plan = ops._plan
-    wanted = []
-
-    def limited(*args):
-        whole = plan(*args)
-        wanted.append(whole.workspace_bytes)
-        return whole._replace(workspace_bytes=int(whole.workspace_bytes * fraction))
-
-    monkeypatch.setattr(ops, "_plan", limited)
-    for fraction in (1, 0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0):
+    limit = limit_workspace(monkeypatch, "_plan")
+    for limit.fraction in (1, 0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0):
         assert_forward(adder2d(x, w, b, *case.geometry), x, w, b, case.geometry)
-    assert len(wanted) == 9 and wanted[0] > 0
+    assert len(limit.wanted) == 9 and limit.wanted[0] > 0
 
 
 def test_channels_last_off_alignment():
@@ -455,18 +461,10 @@ def test_input_gradient_with_any_workspace(case, monkeypatch):
     """The launcher makes do with what it gets; it wants more for splits than for packed weights."""
     x, w, _ = case.tensors(device="cuda")
     dy = grad_output(case, torch.float32)
-    plan = ops._grad_input_plan
-    wanted = []
-
-    def limited(*args):
-        whole = plan(*args)
-        wanted.append(whole.workspace_bytes)
-        return whole._replace(workspace_bytes=int(whole.workspace_bytes * fraction))
-
-    monkeypatch.setattr(ops, "_grad_input_plan", limited)
-    for fraction in (1, 0.99, 0.5, 0):
+    limit = limit_workspace(monkeypatch, "_grad_input_plan")
+    for limit.fraction in (1, 0.99, 0.5, 0):
         assert_grad_input(grad_input(dy, x, w, case.geometry), dy, x, w, case.geometry)
-    assert len(wanted) == 4 and wanted[0] > 0
+    assert len(limit.wanted) == 4 and limit.wanted[0] > 0
 
 
 def test_input_gradient_beyond_2_to_the_31_elements():
