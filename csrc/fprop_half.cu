@@ -416,13 +416,20 @@ constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 constexpr int32_t kTileC = Tile64x128::kTileC;
 constexpr int32_t kMaxTileK = 64;
 
-int32_t slices_of(FpropArgs const& a, TileSize const& size) {
-  return ceil_div(ceil_div(a.Cg, kVector) * a.p.R * a.p.S, size.c / kVector);
+// Whether these kernels take the layer, device and workspace aside.
+bool suits_half(Adder2dParams const& p) {
+  return p.x_type != ADDER2D_FLOAT32 && p.C / p.groups >= kMinChannels && p.R * p.S <= kPackElements / kVector;
 }
 
-// Bytes for the packed weights, whatever the tile.
-size_t weight_bytes(FpropArgs const& a) {
-  return sizeof(__half) * a.p.groups * slices_of(a, kTiles[0]) * kTileC * ceil_div(a.Kg, kMaxTileK) * kMaxTileK;
+// Vectors of a tap and group.
+int32_t vectors_of(Adder2dParams const& p) { return ceil_div(p.C / p.groups, kVector); }
+
+// Of the reduction, whatever the tile.
+int32_t slices_of(Adder2dParams const& p) { return ceil_div(vectors_of(p) * p.R * p.S, kTileC / kVector); }
+
+// Of workspace for packed weights, whatever the tile.
+size_t weight_bytes(Adder2dParams const& p) {
+  return sizeof(__half) * p.groups * slices_of(p) * kTileC * ceil_div(p.K / p.groups, kMaxTileK) * kMaxTileK;
 }
 
 // Vectors can be copied straight from the input.
@@ -435,14 +442,14 @@ bool is_packed_image(Adder2dParams const& p) {
 
 // Of workspace for packed images.
 size_t image_bytes(Adder2dParams const& p, int32_t images) {
-  return is_packed_image(p) ? 0 : sizeof(uint4) * images * p.H * p.W * p.groups * ceil_div(p.C / p.groups, kVector);
+  return is_packed_image(p) ? 0 : sizeof(uint4) * images * p.H * p.W * p.groups * vectors_of(p);
 }
 
 HalfArgs make_half_args(FpropArgs const& problem, FpropPlan const& plan) {
   HalfArgs args{};
   static_cast<FpropArgs&>(args) = problem;
   Adder2dParams const& p = problem.p;
-  args.vectors = ceil_div(args.Cg, kVector);
+  args.vectors = vectors_of(p);
   args.pitch = plan.tiles_k * kTiles[plan.tile].k;
   args.exact_halves = p.x_type == ADDER2D_FLOAT16 && p.w_type == ADDER2D_FLOAT16;
   args.packs_image = !is_packed_image(p);
@@ -450,7 +457,7 @@ HalfArgs make_half_args(FpropArgs const& problem, FpropPlan const& plan) {
   args.div_HW = FastDiv(int64_t{p.H} * p.W);
   args.div_W = FastDiv(p.W);
   if (args.packs_image) {
-    args.image = reinterpret_cast<__half const*>(static_cast<char*>(p.workspace) + weight_bytes(args));
+    args.image = reinterpret_cast<__half const*>(static_cast<char*>(p.workspace) + weight_bytes(p));
     args.step_w = p.groups * args.vectors;
     args.step_h = p.W * args.step_w;
     args.step_n = p.H * args.step_h;
@@ -481,18 +488,17 @@ cudaError_t launch_tile(HalfArgs const& args, FpropPlan const& plan, cudaStream_
 }  // namespace
 
 int32_t images_of_fprop_half(Adder2dParams const& p, int32_t images) {
-  if (p.x_type == ADDER2D_FLOAT32 || p.C / p.groups < kMinChannels || p.R * p.S * kVector > kPackElements || is_packed_image(p))
-    return images;
-  size_t const weights = weight_bytes(make_fprop_args(p));
+  if (!suits_half(p) || is_packed_image(p)) return images;
+  size_t const weights = weight_bytes(p);
   if (p.workspace_bytes <= weights) return images;
-  size_t const room = (p.workspace_bytes - weights) / image_bytes(p, 1);
-  return room == 0 || room >= static_cast<size_t>(images) ? images : ceil_div(images, ceil_div(images, static_cast<int32_t>(room)));
+  int64_t const room = (p.workspace_bytes - weights) / image_bytes(p, 1);
+  if (room == 0 || room >= images) return images;
+  return static_cast<int32_t>(ceil_div<int64_t>(images, ceil_div<int64_t>(images, room)));  // of about equal size
 }
 
 bool takes_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
   // Weights and image must find room.
-  if (args.p.x_type == ADDER2D_FLOAT32 || args.Cg < kMinChannels || args.p.R * args.p.S * kVector > kPackElements) return false;
-  if (weight_bytes(args) + image_bytes(args.p, args.p.N) > workspace_bytes) return false;
+  if (!suits_half(args.p) || weight_bytes(args.p) + image_bytes(args.p, args.p.N) > workspace_bytes) return false;
   int device = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -500,9 +506,10 @@ bool takes_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
 }
 
 FpropPlan plan_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
-  size_t const packed_bytes = weight_bytes(args) + image_bytes(args.p, args.p.N);
+  size_t const packed_bytes = weight_bytes(args.p) + image_bytes(args.p, args.p.N);
+  auto const slices = [](FpropArgs const& a, TileSize const&) { return slices_of(a.p); };
   double cycles;
-  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, workspace_bytes - packed_bytes, &cycles, true);
+  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices, workspace_bytes - packed_bytes, &cycles, true);
   plan.packed_bytes = packed_bytes;
   plan.workspace_bytes += packed_bytes;
   return plan;
