@@ -46,6 +46,8 @@ struct DgradArgs {
 struct DgradPlan : FpropPlan {
   int32_t last_terms;  // of the slices with the last filters of a group: their number, or a little more
   FastDiv div_tiles_c, div_tiles_hw;
+  int32_t least_smem_bytes;  // that a block takes, needed or not; 0 for what it needs
+  int32_t most_smem_bytes;   // the largest least_smem_bytes of this device's plans
 };
 
 // Taps of the phase with this first tap; taps of those with smaller first ones. A tap belongs to exactly one phase.

@@ -691,27 +691,35 @@ __global__ void __launch_bounds__(T::kThreads)
 
 // ---- launcher
 
-// Shared memory of a block, `bytes` or more: as much as makes a multiprocessor take no more blocks than suit their number. The
-// main kernel starts while the one that packs still runs, where blocks come to lie as they find room: 392 blocks on 132
+// Sets the shared memory that a block takes, so that a multiprocessor takes no more blocks than suit their number. The main
+// kernel starts while the one that packs still runs, where blocks come to lie as they find room: 392 blocks on 132
 // multiprocessors that take four would be four here and two there, and take a third longer than three everywhere.
-size_t even_smem_bytes(size_t bytes, int32_t blocks) {
+void spread_blocks(DgradPlan* plan) {
+  constexpr int32_t kResident = 4, kFewest = 2;  // blocks of a multiprocessor: by registers, by shared memory
   int device = 0, available = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  int32_t const share = ceil_div(blocks, multiprocessor_count());
-  int32_t best = 4;  // by registers
-  for (int32_t resident = 3; resident >= 2; --resident)
+  int32_t const share = ceil_div(plan->tiles * plan->splits, multiprocessor_count());
+  int32_t best = kResident;
+  for (int32_t resident = kResident - 1; resident >= kFewest; --resident)
     if (ceil_div(share, resident) * resident < ceil_div(share, best) * best) best = resident;
-  constexpr size_t kReserved = 1024;  // by the driver, of each block
-  return best == 4 ? bytes : std::max(bytes, available / (best + 1) - kReserved + 128);
+  auto const least = [&](int32_t resident) {
+    constexpr int32_t kReserved = 1024;  // by the driver, of each block
+    return resident == kResident ? 0 : available / (resident + 1) - kReserved + 128;
+  };
+  plan->least_smem_bytes = least(best);
+  plan->most_smem_bytes = least(kFewest);
 }
 
 template <class T, Fill kFill>
 cudaError_t launch_tile(DgradArgs const& args, DgradPlan const& plan, cudaStream_t stream) {
   auto const kernel = adder2d_dgrad_simt_kernel<T, kFill>;
-  size_t const smem_bytes = even_smem_bytes(sizeof(Smem<T, kFill>), plan.tiles * plan.splits);
+  constexpr int32_t kSmemBytes = sizeof(Smem<T, kFill>);
+  int32_t const smem_bytes = std::max(kSmemBytes, plan.least_smem_bytes);
   if (smem_bytes > 48 * 1024) {
-    cudaError_t const error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
+    // The same for all plans: else a thread could lower what another one is about to launch with.
+    cudaError_t const error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, std::max(kSmemBytes, plan.most_smem_bytes));
     if (error != cudaSuccess) return error;
   }
   int32_t const pack_blocks = Packed(args, plan, T::kTileC, T::kTileK).blocks * plan.tiles_k * args.p.groups;
@@ -761,6 +769,7 @@ DgradPlan plan_dgrad_simt(DgradArgs const& args, size_t split_bytes) {
   plan.div_tiles_hw = FastDiv(plan.tiles_pq);
   plan.packed_bytes = Packed(args, plan, kTiles[plan.tile].k, kTiles[plan.tile].c).bytes(args, plan);
   plan.workspace_bytes += plan.packed_bytes;
+  spread_blocks(&plan);
   return plan;
 }
 
