@@ -18,7 +18,7 @@ FpropArgs make_fprop_args(Adder2dParams const& p) {
   args.div_S = FastDiv(p.S);
   args.step_s = p.dil_w * p.x_stride[3];
   args.step_r = p.dil_h * p.x_stride[2] - p.S * args.step_s;
-  args.step_c = p.x_stride[1] - p.R * p.dil_h * p.x_stride[2];
+  args.step_c = p.x_stride[1] - p.dil_h * p.x_stride[2] * p.R;
   int64_t const* const stride = p.y_stride;
   args.y_filters = stride[1] == 1 && stride[3] != 1;
   args.y_linear = stride[2] == p.Q * stride[3] && stride[0] == p.P * stride[2];
@@ -38,8 +38,7 @@ int32_t multiprocessor_count() {
 namespace {
 
 constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, and a tile may overhang the end
-
-constexpr size_t kMaxWorkspace = 64 << 20;
+constexpr size_t kMaxWorkspace = 64 << 20;         // so that int32 reaches all that is packed
 
 // Images of one launch: all of them, or as many as keep N * P * Q and N * K an int32, and as find room.
 int32_t images_per_launch(Adder2dParams const& p) {
@@ -90,9 +89,10 @@ int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
   if (adder2d_check(params) != nullptr) return cudaErrorInvalidValue;
   cudaStream_t const stream = static_cast<cudaStream_t>(stream_pointer);
   Adder2dParams p = *params;
+  p.workspace_bytes = std::min(p.workspace_bytes, kMaxWorkspace);
   int32_t const step = images_per_launch(p);
-  for (int32_t n = 0; n < params->N; n += step) {
-    p.N = params->N - n < step ? params->N - n : step;
+  for (int64_t n = 0; n < params->N; n += step) {
+    p.N = static_cast<int32_t>(std::min<int64_t>(params->N - n, step));
     p.x = static_cast<char const*>(params->x) + n * p.x_stride[0] * type_size(p.x_type);
     p.y = static_cast<char*>(params->y) + n * p.y_stride[0] * type_size(p.y_type);
     FpropArgs const args = make_fprop_args(p);

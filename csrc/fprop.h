@@ -51,8 +51,9 @@ Plan cached_plan(Key const& key, Make const& make) {
   static thread_local Entry entries[kEntries] = {};
   int device = 0;
   cudaGetDevice(&device);
-  uint32_t hash = 2166136261u;  // FNV-1a
-  for (size_t i = 0; i < sizeof(key) / 4; ++i) hash = (hash ^ reinterpret_cast<uint32_t const*>(&key)[i]) * 16777619u;
+  uint32_t words[sizeof(key) / 4], hash = 2166136261u;  // FNV-1a
+  memcpy(words, &key, sizeof(key));
+  for (uint32_t const word : words) hash = (hash ^ word) * 16777619u;
   Entry& entry = entries[hash % kEntries];
   if (entry.device != device || memcmp(&entry.key, &key, sizeof(key)) != 0) entry = {key, device, make()};
   return entry.plan;

@@ -126,8 +126,8 @@ cudaError_t launch_tile(FpropArgs const& args, cudaStream_t stream) {
     part.p.N = std::min(args.p.N - n, max_images);
     part.p.x = static_cast<char const*>(args.p.x) + n * args.p.x_stride[0] * type_size(args.p.x_type);
     part.p.y = static_cast<char*>(args.p.y) + n * args.p.y_stride[0] * type_size(args.p.y_type);
-    for (int32_t first = 0; first < all_sets; first += max_sets) {
-      int32_t const sets = std::min(all_sets - first, max_sets);
+    for (int64_t first = 0; first < all_sets; first += max_sets) {
+      int32_t const sets = static_cast<int32_t>(std::min<int64_t>(all_sets - first, max_sets));
       TileGrid g{};
       g.sets_first = kFilters == 1 && args.y_filters;
       g.div_0 = FastDiv(g.sets_first ? sets : args.p.Q);
@@ -135,7 +135,7 @@ cudaError_t launch_tile(FpropArgs const& args, cudaStream_t stream) {
       g.div_2 = FastDiv(g.sets_first ? strips : sets);
       g.div_sets = FastDiv(group_sets);
       g.threads = static_cast<int32_t>(part.p.N * per_set * sets);
-      g.first_set = first;
+      g.first_set = static_cast<int32_t>(first);
       uint32_t const blocks = static_cast<uint32_t>(ceil_div<int64_t>(g.threads, kTileThreads));
       cudaError_t const error = with_types(args.p, [&](auto types) {
         return launch(adder2d_fprop_direct_kernel<decltype(types), kRows, kFilters>, dim3(blocks), dim3(kTileThreads), 0, stream, part, g);
