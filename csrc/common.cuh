@@ -143,6 +143,20 @@ __device__ __forceinline__ void store_from_float(void* base, int64_t index, int3
   }
 }
 
+// Four elements side by side on an address aligned to all of them.
+__device__ __forceinline__ void store4_from_float(void* base, int64_t index, int32_t type, float4 const& v) {
+  if (type == ADDER2D_FLOAT32) {
+    *reinterpret_cast<float4*>(static_cast<float*>(base) + index) = v;
+    return;
+  }
+  alignas(8) uint16_t halves[4];
+  store_from_float(halves, 0, type, v.x);
+  store_from_float(halves, 1, type, v.y);
+  store_from_float(halves, 2, type, v.z);
+  store_from_float(halves, 3, type, v.w);
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(base) + index) = *reinterpret_cast<uint2*>(halves);
+}
+
 inline int32_t type_size(int32_t type) { return type == ADDER2D_FLOAT32 ? 4 : 2; }
 
 }  // namespace adder2d

@@ -13,7 +13,6 @@
 // sat turns NaN into 0. Outputs that the rule may want NaN or infinite come out as NaN here: x is added to them times zero,
 // weights with a NaN mark the tiles that read them, and sums of infinite dy are NaN. These few are computed again by the rule.
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 
 #include "dgrad.h"
@@ -131,15 +130,9 @@ struct View {
 };
 
 template <typename Element>
-__device__ __forceinline__ Element from_float(float v) {
-  if constexpr (sizeof(Element) == 4) {
-    return v;
-  } else if constexpr (std::is_same_v<Element, __half>) {
-    return __float2half_rn(v);
-  } else {
-    return __float2bfloat16_rn(v);
-  }
-}
+constexpr int32_t kTypeOf = std::is_same_v<Element, float>    ? ADDER2D_FLOAT32
+                            : std::is_same_v<Element, __half> ? ADDER2D_FLOAT16
+                                                              : ADDER2D_BFLOAT16;
 
 // Calls f with a value of the type.
 template <typename F>
@@ -153,15 +146,6 @@ __device__ __forceinline__ void with_type(int32_t type, F const& f) {
   }
 }
 
-template <typename Element>
-__device__ __forceinline__ void store4(Element* dst, float const (&v)[4]) {
-  Element const values[4] = {from_float<Element>(v[0]), from_float<Element>(v[1]), from_float<Element>(v[2]), from_float<Element>(v[3])};
-  using Vector = std::conditional_t<sizeof(Element) == 4, float4, uint2>;
-  Vector vector;
-  memcpy(&vector, values, sizeof(vector));
-  *reinterpret_cast<Vector*>(dst) = vector;
-}
-
 // Stores the thread's outputs.
 template <typename Element, class T>
 __device__ __forceinline__ void store_tile(DgradArgs const& a, View<T> const& view, float const (&v)[T::kThreadC][T::kThreadHW]) {
@@ -173,7 +157,8 @@ __device__ __forceinline__ void store_tile(DgradArgs const& a, View<T> const& vi
 #pragma unroll
     for (int i = 0; i < T::kThreadC; ++i) {
       int32_t const c = view.channel(i);
-      if (present[0] && c < view.end_c) store4(dx + index[0] + c * a.dx_stride[1], v[i]);
+      if (present[0] && c < view.end_c)
+        store4_from_float(dx, index[0] + c * a.dx_stride[1], kTypeOf<Element>, make_float4(v[i][0], v[i][1], v[i][2], v[i][3]));
     }
     return;
   }
@@ -185,7 +170,8 @@ __device__ __forceinline__ void store_tile(DgradArgs const& a, View<T> const& vi
       int32_t const c = view.channel(i);
 #pragma unroll
       for (int j = 0; j < T::kThreadHW; ++j)
-        if (present[j] && c < view.end_c) store4(dx + index[j] + c, {v[i][j], v[i + 1][j], v[i + 2][j], v[i + 3][j]});
+        if (present[j] && c < view.end_c)
+          store4_from_float(dx, index[j] + c, kTypeOf<Element>, make_float4(v[i][j], v[i + 1][j], v[i + 2][j], v[i + 3][j]));
     }
     return;
   }
@@ -194,7 +180,7 @@ __device__ __forceinline__ void store_tile(DgradArgs const& a, View<T> const& vi
     int32_t const c = view.channel(i);
 #pragma unroll
     for (int j = 0; j < T::kThreadHW; ++j)
-      if (present[j] && c < view.end_c) dx[index[j] + c * a.dx_stride[1]] = from_float<Element>(v[i][j]);
+      if (present[j] && c < view.end_c) store_from_float(dx, index[j] + c * a.dx_stride[1], kTypeOf<Element>, v[i][j]);
   }
 }
 
@@ -207,12 +193,13 @@ __device__ __forceinline__ void store_item(DgradArgs const& a, View<T> const& vi
   Element* const dx = static_cast<Element*>(a.dx) + c * a.dx_stride[1];
   int64_t index;
   if (a.dx_vectors != DgradVectors::kNone) {
-    if (view.locate(a, view.pixel(View<T>::item_pixel(channels, item, 0)), a.dx_stride, &index)) store4(dx + index, v);
+    if (view.locate(a, view.pixel(View<T>::item_pixel(channels, item, 0)), a.dx_stride, &index))
+      store4_from_float(dx + index, 0, kTypeOf<Element>, make_float4(v[0], v[1], v[2], v[3]));
     return;
   }
 #pragma unroll
   for (int j = 0; j < 4; ++j)
-    if (view.locate(a, view.pixel(j), a.dx_stride, &index)) dx[index] = from_float<Element>(v[j]);
+    if (view.locate(a, view.pixel(j), a.dx_stride, &index)) store_from_float(dx + index, 0, kTypeOf<Element>, v[j]);
 }
 
 // Four bits: which of the four are NaN or infinite.
@@ -451,7 +438,7 @@ struct Filler {
 template <class T, typename Element>
 __device__ __forceinline__ void load_x(DgradArgs const& a, View<T> const& view, float (&x)[T::kThreadC][T::kThreadHW], Element) {
   auto const* const base = static_cast<std::conditional_t<sizeof(Element) == 4, float, uint16_t> const*>(a.p.x);
-  constexpr int32_t kType = std::is_same_v<Element, __half> ? ADDER2D_FLOAT16 : ADDER2D_BFLOAT16;
+  constexpr int32_t kType = kTypeOf<Element>;
   auto const one = [&](int64_t index) {
     if constexpr (sizeof(Element) == 4) {
       return __ldg(base + index);

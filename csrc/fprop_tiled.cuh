@@ -66,19 +66,6 @@ __device__ __forceinline__ void store1(FpropArgs const& a, int32_t k, int64_t of
   store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, load_bias(a, k) - sum);
 }
 
-__device__ __forceinline__ void store_vector(void* base, int64_t index, int32_t type, float4 const& v) {
-  if (type == ADDER2D_FLOAT32) {
-    *reinterpret_cast<float4*>(static_cast<float*>(base) + index) = v;
-    return;
-  }
-  alignas(8) uint16_t halves[4];
-  store_from_float(halves, 0, type, v.x);
-  store_from_float(halves, 1, type, v.y);
-  store_from_float(halves, 2, type, v.z);
-  store_from_float(halves, 3, type, v.w);
-  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(base) + index) = *reinterpret_cast<uint2*>(halves);
-}
-
 // The same for four filters from k on (kFilters), or for four pixels from m on, one by one; `end_k` is the end of the tile's
 // filters. Not inlined: kernels would be twice as long.
 template <bool kFilters>
@@ -102,7 +89,7 @@ __device__ __forceinline__ void store4(FpropArgs const& a, int32_t k, int32_t en
   b.y = kFilters ? load_bias(a, k + 1) : b.x;
   b.z = kFilters ? load_bias(a, k + 2) : b.x;
   b.w = kFilters ? load_bias(a, k + 3) : b.x;
-  store_vector(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, make_float4(b.x - sum.x, b.y - sum.y, b.z - sum.z, b.w - sum.w));
+  store4_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, make_float4(b.x - sum.x, b.y - sum.y, b.z - sum.z, b.w - sum.w));
 }
 
 // A tile's sums in shared memory, where they change hands so that a thread gets what lies side by side in y: rows of pixels
