@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -156,6 +157,8 @@ def test_profile(plain: pathlib.Path, rtx: ModuleType) -> None:
         ({}, r"axis 0 of input 'x' is dynamic: give its range, as in ranges=\{'batch': .*--range batch=1:8:64"),
         ({"batch": (4, 2, 8)}, r"must be \(smallest, most frequent, largest\) in this order, got \(4, 2, 8\)"),
         ({"batch": (1, 2)}, r"got \(1, 2\)"),
+        ({"batch": 8}, "in this order, got 8"),
+        ({"batch": ("1", "2", "3")}, r"in this order, got \('1', '2', '3'\)"),
         (
             {"batch": (1, 2, 3), "height": (1, 2, 3)},
             "ranges names 'height', but the dynamic axes of the file are: batch",
@@ -168,6 +171,35 @@ def test_ranges_that_do_not_fit(
     with pytest.raises(ValueError, match=message):
         build_engine(plain, tmp_path / "x.plan", ranges, trt=rtx)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [(1, 2, 4), (0, 1, 2), (4, 4, 5), (1, 1, 8)])
+def test_range_beyond_what_the_file_holds(given: tuple, tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    """torch's exporter takes the example's branch, which here ends with a batch of 4."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.conv(x) if x.shape[0] > 4 else self.conv(x)
+
+    path = export_onnx(Branch().eval(), torch.randn(2, 3, 8, 8), tmp_path / "x.onnx", {0: "batch"}, check=CHECK)
+    if given[2] <= 4:
+        assert build_engine(path, tmp_path / "x.plan", {"batch": given}, trt=rtx).is_file()
+        return
+    message = r"axis 0 of input 'x' \(batch\) may be 0 to 4, got the range .*: the network's code does something else beyond"
+    with pytest.raises(ValueError, match=message):
+        build_engine(path, tmp_path / "x.plan", {"batch": given}, trt=rtx)
+    assert not (tmp_path / "x.plan").exists()
+
+
+def test_the_onnx_file_is_not_overwritten(plain: pathlib.Path, rtx: ModuleType) -> None:
+    content = plain.read_bytes()
+    with pytest.raises(ValueError, match="is the ONNX file itself; name another file"):
+        build_engine(plain, plain.parent / "." / plain.name, {"batch": (1, 2, 3)}, trt=rtx)
+    assert plain.read_bytes() == content
 
 
 def test_files_that_are_none(tmp_path: pathlib.Path, rtx: ModuleType) -> None:
@@ -227,7 +259,8 @@ def test_weights_in_other_files(tmp_path: pathlib.Path, rtx: ModuleType) -> None
     other.parent.mkdir()
     onnx.save(onnx.load(path), other, save_as_external_data=True, location="two.data", size_threshold=0)
     assert other.with_name("two.data").is_file()
-    assert build_engine(other, tmp_path / "x.plan", trt=rtx).stat().st_size > 10_000
+    for fp16 in (False, True):
+        assert build_engine(other, tmp_path / "x.plan", fp16=fp16, trt=rtx).stat().st_size > 10_000
 
 
 def test_progress(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,11 +269,16 @@ def test_progress(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
         pass
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(engine, "_PATIENCE", 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with engine.elapsed("Building x") as bar:
         bar.phase("timing", 7)
         bar.step()
         time.sleep(1)
     assert re.search(r"Building x: \d+ s, timing 1/7", capsys.readouterr().err)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    with engine.elapsed("Building y"):
+        time.sleep(1)
+    assert capsys.readouterr().err.count("Building y: ") <= 2  # a log is not to fill up
 
 
 def test_monitor_is_called(
@@ -253,6 +291,16 @@ def test_monitor_is_called(
     assert seen and any(s == "step" for s in seen)
 
 
+def test_ctrl_c_cancels_the_build(
+    plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._Bar, "step", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(plain, tmp_path / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
+    assert "BuildCanceled" in engine.logger(rtx).reasons() and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 # ---- float16 in strongly typed networks
 
 
@@ -260,7 +308,7 @@ def test_to_float16_types(plain: pathlib.Path, rtx: ModuleType) -> None:
     """TensorRT's own view of the network: convolutions in HALF, inputs and outputs as they were."""
     proto = engine._load_onnx(plain)
     del proto.graph.value_info[:]  # as other exporters leave it
-    engine.to_float16(proto)
+    engine.to_float16(proto, plain.parent)
     onnx.checker.check_model(proto, full_check=True)
     _builder, network, _parser = engine._parse(rtx, proto, plain)
     assert (
@@ -279,7 +327,7 @@ def test_to_float16_computes_the_same(make: Callable, shape: tuple, tmp_path: pa
     torch.manual_seed(0)
     model, x = calibrated(make(), 8, *shape), torch.randn(2, *shape)
     proto = onnx.load(export_onnx(model, x, tmp_path / "model.onnx", {0: "batch"}))
-    engine.to_float16(proto)
+    engine.to_float16(proto, tmp_path)
     # The body gives the type of x; the plugin gives float32, as output_type says.
     for function in proto.functions:
         function.node[-1].CopyFrom(onnx.helper.make_node("Cast", [function.node[-1].input[0]], ["y"], to=1))
@@ -387,6 +435,18 @@ def test_graphs_end_with_their_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     runner._renew_context()
     assert seen(runner._replay, 2, 2) == ["run", "record", "replay"]
     assert len(runner.engine.made) == 2
+
+
+def test_a_state_dict_brings_the_order_of_inputs_and_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: Engine, plan: bytes, source: str) -> None:
+        self.input_names, self.output_names = ["a", "b"], ["y", "z"]
+
+    monkeypatch.setattr(Engine, "_load", load)
+    runner = Engine()
+    runner.load_state_dict({"engine": b"", "input_names": ["b", "a"], "output_names": ["z", "y"]})
+    assert runner.input_names == ["b", "a"] and runner.output_names == ["z", "y"]
+    runner.load_state_dict({"engine": b""})
+    assert runner.input_names == ["a", "b"]
 
 
 # ---- what the inspector says

@@ -270,8 +270,10 @@ def test_opset(tmp_path: pathlib.Path) -> None:
         proto = onnx.load(export_onnx(small(), x, tmp_path / "model.onnx", opset=opset, check=CHECK))
         assert {(e.domain, e.version) for e in proto.opset_import} == {("", opset), ("torch2trt_adder", 1)}
         assert [e.version for e in proto.functions[0].opset_import] == [opset]
-    with pytest.raises(ValueError, match="opset must be at least 15, got 12"):
-        export_onnx(small(), x, tmp_path / "model.onnx", opset=12)
+    for opset in (12, 99):
+        with pytest.raises(ValueError, match=rf"opset must be from 15 to \d+ \(.*\), got {opset}"):
+            export_onnx(small(), x, tmp_path / "none.onnx", opset=opset)
+    assert not (tmp_path / "none.onnx").exists()
 
 
 class SmallResNet(nn.Module):
@@ -477,11 +479,117 @@ def test_network_that_torch_cannot_export(tmp_path: pathlib.Path) -> None:
         ([{0: "batch"}, {}], "dynamic holds 2 mappings, but args 1 tensors"),
         ([{4: "depth"}], r"input 0 has 4 axes and no axis 4 \('depth'\)"),
         ({"batch": 0}, r'must map axes to names, as \{0: "batch"\}'),
+        ({0: "batch", 4: "depth"}, r"no input has an axis 4 \('depth'\)"),
     ],
 )
 def test_dynamic_that_does_not_fit(dynamic: Any, message: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=message):
         export_onnx(small(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx", dynamic, check=CHECK)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ({"input_names": ["x", "z"]}, r"input_names must hold 1 different names, one for each input, got \['x', 'z'\]"),
+        ({"output_names": ["y", "z"]}, "output_names must hold 1 different names"),
+        ({"output_names": []}, "output_names must hold 1 different names"),
+    ],
+)
+def test_names_that_do_not_fit(names: Any, message: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_onnx(small(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx", check=CHECK, **names)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "model, args, error, message",
+    [
+        (lambda x: x, torch.zeros(1, 4, 8, 8), TypeError, r"model must be a torch\.nn\.Module, got function"),
+        (small(), {"x": 0}, TypeError, "args must be a list or tuple of the model's arguments, or a tensor, got dict"),
+        (small(), torch.zeros(1, 3, 8, 8), RuntimeError, "the network itself fails on args: ValueError: adder2d: an input"),
+        (small(), [torch.zeros(1, 4, 8, 8)] * 2, RuntimeError, "the network itself fails on args: TypeError"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    model: Any, args: Any, error: type, message: str, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(error, match=message):
+        export_onnx(model, args, tmp_path / "model.onnx", check=CHECK)
+
+
+def test_torchscript_is_refused(tmp_path: pathlib.Path) -> None:
+    x = torch.zeros(1, 4, 8, 8)
+    with pytest.raises(TypeError, match="got TopLevelTracedModule; give the module that it was made of"):
+        export_onnx(torch.jit.trace(small(), x), x, tmp_path / "model.onnx", check=CHECK)
+
+
+# ---- dynamic axes: what holds for the example alone
+
+
+class Sized(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.layer, self.function = Adder2d(3, 4, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x), x.shape)
+
+
+@pytest.mark.parametrize(
+    "function, limits",
+    [
+        (lambda y, shape: 2 * y if shape[0] > 4 else y, {"batch": [0, 4]}),
+        (lambda y, shape: 2 * y if shape[0] < 2 else y, {"batch": [2, None]}),
+        (lambda y, shape: y * shape[0], {}),
+    ],
+)
+@pytest.mark.parametrize("opset", [16, 17, 18])
+def test_the_file_knows_the_branch_that_it_holds(
+    function: Any, limits: dict, opset: int, tmp_path: pathlib.Path
+) -> None:
+    """A branch on an extent is exported as the example took it, and build_engine must not go beyond."""
+    x = torch.randn(2, 3, 8, 8)
+    path = export_onnx(Sized(function).eval(), x, tmp_path / "model.onnx", {0: "batch"}, opset=opset, check=CHECK)
+    assert onnx_export.extents(onnx.load(path)) == limits
+
+
+@needs_runtime
+@pytest.mark.parametrize(
+    "function, dynamic, where",
+    [
+        (lambda y, shape: 2 * y if shape[0] % 2 else y, {0: "batch"}, "for batch = 1"),
+        # torch's exporter writes the pooling window of the example.
+        (lambda y, shape: F.adaptive_avg_pool2d(y, 3), {0: "batch", 2: "height", 3: "width"}, "height = 7, width = 7"),
+    ],
+)
+def test_the_check_sees_what_was_taken_from_the_example(
+    function: Any, dynamic: dict, where: str, tmp_path: pathlib.Path
+) -> None:
+    model, x = Sized(function).eval(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(RuntimeError, match=f"output 0 .* in PyTorch.*{where}.*make other axes dynamic|{where}.*other axes"):
+        export_onnx(model, x, tmp_path / "model.onnx", dynamic)
+    assert not list(tmp_path.iterdir())
+    export_onnx(model, x, tmp_path / "model.onnx")
+
+
+@needs_runtime
+def test_the_check_takes_other_extents_that_the_network_takes(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    """One less, or twice as many where the network cannot have that; values are the example's."""
+    seen = []
+    run = onnx_export.run_onnxruntime
+
+    def spy(session: Any, tensors: list[Tensor]) -> list[Tensor]:
+        seen.append([tuple(t.shape) for t in tensors])
+        assert all(t.unique().numel() <= 3 for t in tensors)
+        return run(session, tensors)
+
+    monkeypatch.setattr(onnx_export, "run_onnxruntime", spy)
+    x = torch.randint(3, (2, 3, 8, 8)).float()
+    for function, other in ((lambda y, shape: y, (1, 3, 7, 8)), (lambda y, shape: y.view(-1, 8, 6, 6), (4, 3, 8, 8))):
+        seen.clear()
+        dynamic = {0: "batch", 2: "height"} if other[2] == 7 else {0: "batch"}
+        export_onnx(Sized(function).eval(), x, tmp_path / "model.onnx", dynamic)
+        assert seen == [[(2, 3, 8, 8)], [other]]
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])

@@ -237,6 +237,28 @@ def _contiguous(value: Any) -> Any:
     return value.contiguous() if isinstance(value, Tensor) else value
 
 
+def check_model(caller: str, model: nn.Module) -> None:
+    """Raises unless `model` is a network in eval mode, written in Python."""
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}"
+            + ("; give the module that it was made of." if isinstance(model, torch.jit.ScriptModule) else ".")
+        )
+    for name, layer in model.named_modules():
+        if layer.training:
+            raise ValueError(
+                f"{caller}: {f'layer {name!r}' if name else 'the model'} is in training mode, where BatchNorm and "
+                "dropout do not do what an engine does; call model.eval() first."
+            )
+
+
+def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """`tensor` cut or repeated in each axis: values as they are, for comparisons at another size."""
+    for axis, extent in enumerate(shape):
+        tensor = tensor.index_select(axis, torch.arange(extent, device=tensor.device) % tensor.shape[axis])
+    return tensor
+
+
 def _check_arguments(model: nn.Module, inputs: Any) -> Sequence[Any]:
     """The model's positional arguments, once they are known to be sound apart from their device."""
     if not isinstance(inputs, (list, tuple)):
@@ -246,12 +268,7 @@ def _check_arguments(model: nn.Module, inputs: Any) -> Sequence[Any]:
             f"convert: inputs must be a list or tuple of the model's arguments, or a tensor, got "
             f"{type(inputs).__name__}; write convert(model, [x])."
         )
-    for name, layer in model.named_modules():
-        if layer.training:
-            raise ValueError(
-                f"convert: {f'layer {name!r}' if name else 'the model'} is in training mode, where BatchNorm and "
-                "dropout do not do what an engine does; call model.eval() first."
-            )
+    check_model("convert", model)
     named = [
         *((f"input {i}", t) for i, t in enumerate(tree_leaves(inputs)) if isinstance(t, Tensor)),
         *((f"parameter {name!r}", t) for name, t in model.named_parameters()),

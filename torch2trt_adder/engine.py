@@ -16,9 +16,12 @@ One code for TensorRT 8.6 to 11; what differs between versions is asked for by n
 import contextlib
 import functools
 import json
+import numbers
 import pathlib
 import re
+import signal
 import struct
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -32,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import files, library, plugin
-from .onnx_export import DOMAIN, OP_TYPE, adder_nodes
+from .onnx_export import DOMAIN, OP_TYPE, adder_nodes, extents
 
 Range = tuple[int, int, int]
 
@@ -78,17 +81,20 @@ def build_engine(
 
     Raises:
         RuntimeError: onnx or TensorRT is missing; TensorRT refuses the file or builds no engine, with its reasons.
-        ValueError: a dynamic axis without a range, a range that is none, or one for an axis that is not there.
+        ValueError: a dynamic axis without a range, a range that is none or beyond what the file holds for, or one for an
+            axis that is not there.
         OSError: a file that cannot be read or written.
     """
     onnx_path, engine_path = pathlib.Path(onnx_path), pathlib.Path(engine_path)
     trt = plugin._tensorrt(trt)
     proto = _load_onnx(onnx_path)
+    if engine_path.resolve() == onnx_path.resolve():
+        raise ValueError(f"{engine_path} is the ONNX file itself; name another file for the engine.")
     files.check_writable(engine_path)
     if timing_cache is not None:
         files.check_writable(pathlib.Path(timing_cache))
     if fp16 and not hasattr(trt.BuilderFlag, "FP16"):
-        to_float16(proto)
+        to_float16(proto, onnx_path.parent)
     log = logger(trt)
     log.verbose = verbose
     plugin.register(trt)
@@ -186,10 +192,11 @@ def _axes(proto: Any) -> list[tuple[str, int, str]]:
 
 
 def _add_profile(builder: Any, network: Any, config: Any, proto: Any, ranges: Mapping[str, Range]) -> None:
-    for name, extents in ranges.items():
-        if len(extents) != 3 or not 0 <= extents[0] <= extents[1] <= extents[2] or extents[2] < 1:
+    for name, given in ranges.items():
+        integers = isinstance(given, Sequence) and len(given) == 3 and all(isinstance(n, numbers.Integral) for n in given)
+        if not integers or not 0 <= given[0] <= given[1] <= given[2] or given[2] < 1:
             raise ValueError(
-                f"the range of {name!r} must be (smallest, most frequent, largest) in this order, got {tuple(extents)}."
+                f"the range of {name!r} must be (smallest, most frequent, largest) in this order, got {given}."
             )
     axes = _axes(proto)
     unknown = set(ranges) - {name for *_, name in axes} - {f"{input}:{axis}" for input, axis, _ in axes}
@@ -198,7 +205,7 @@ def _add_profile(builder: Any, network: Any, config: Any, proto: Any, ranges: Ma
         raise ValueError(f"ranges names {min(unknown)!r}, but the dynamic axes of the file are: {known}.")
     if not axes:
         return
-    extents_of: dict[str, dict[int, Range]] = defaultdict(dict)
+    limits, ranges_of = extents(proto), defaultdict[str, dict[int, Range]](dict)
     for input, axis, name in axes:
         given = ranges.get(f"{input}:{axis}", ranges.get(name))
         if given is None:
@@ -207,16 +214,22 @@ def _add_profile(builder: Any, network: Any, config: Any, proto: Any, ranges: Ma
                 f"axis {axis} of input {input!r} is dynamic: give its range, as in ranges={{{key!r}: (1, 8, 64)}} (on "
                 f"the command line --range {key}=1:8:64)."
             )
-        extents_of[input][axis] = tuple(int(extent) for extent in given)
+        least, most = limits.get(name, (0, None))
+        if given[0] < least or most is not None and given[2] > most:
+            raise ValueError(
+                f"axis {axis} of input {input!r} ({name}) may be {least} to {most or 'any'}, got the range {tuple(given)}: the "
+                "network's code does something else beyond, which the file does not hold; export it with an example there."
+            )
+        ranges_of[input][axis] = tuple(int(extent) for extent in given)
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         itensor = network.get_input(i)
-        if itensor.name in extents_of:
-            extents = extents_of[itensor.name]
+        if itensor.name in ranges_of:
+            dynamic = ranges_of[itensor.name]
             fixed = tuple(itensor.shape)
             profile.set_shape(
                 itensor.name,
-                *(tuple(extents[a][j] if a in extents else fixed[a] for a in range(len(fixed))) for j in range(3)),
+                *(tuple(dynamic[a][j] if a in dynamic else fixed[a] for a in range(len(fixed))) for j in range(3)),
             )
     config.add_optimization_profile(profile)
 
@@ -312,12 +325,12 @@ _IN_HALF = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 _EITHER = {"Relu", "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity"}
 
 
-def to_float16(proto: Any) -> None:
+def to_float16(proto: Any, folder: pathlib.Path) -> None:
     """Rewrites a float32 onnx.ModelProto so that convolutions and matrix products compute in float16.
 
     Adder layers read float16 and sum in float32, which is also the type of their output: it passes 65504. Layers that
     only move values stay in the type that they get; everything else, BatchNorm above all, computes in float32. Inputs,
-    outputs and their names stay as they are.
+    outputs and their names stay as they are. `folder` is where the file's external tensors are.
     """
     import onnx
 
@@ -339,7 +352,7 @@ def to_float16(proto: Any) -> None:
         if name not in halves:
             halves[name] = f"{name}.float16"
             if name in initializers:
-                array = onnx.numpy_helper.to_array(initializers[name]).astype(np.float16)
+                array = onnx.numpy_helper.to_array(initializers[name], str(folder)).astype(np.float16)
                 graph.initializer.append(onnx.numpy_helper.from_array(array, halves[name]))
             else:
                 nodes.append(onnx.helper.make_node("Cast", [name], [halves[name]], f"{name}:to_float16", to=FLOAT16))
@@ -409,7 +422,7 @@ def logger(trt: ModuleType) -> Any:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 self.errors.append(message.strip())
             if self.verbose:
-                tqdm.write(f"[TensorRT {severity.name}] {message}", file=_stderr())
+                tqdm.write(f"[TensorRT {severity.name}] {message}", file=sys.stderr)
 
         def clear(self) -> None:
             self.errors.clear()
@@ -421,12 +434,6 @@ def logger(trt: ModuleType) -> Any:
     return Logger()
 
 
-def _stderr() -> Any:
-    import sys
-
-    return sys.stderr
-
-
 @contextlib.contextmanager
 def _progress(trt: ModuleType, config: Any, title: str, enabled: bool) -> Iterator[None]:
     """A bar of TensorRT's outer phases where it reports them, and the time in any case."""
@@ -434,29 +441,49 @@ def _progress(trt: ModuleType, config: Any, title: str, enabled: bool) -> Iterat
         yield
         return
     with elapsed(title) as bar:
-        if hasattr(trt, "IProgressMonitor"):
+        if not hasattr(trt, "IProgressMonitor"):
+            yield
+            return
 
-            class Monitor(trt.IProgressMonitor):
-                def __init__(self) -> None:
-                    trt.IProgressMonitor.__init__(self)
-                    self.outer: str | None = None
+        class Monitor(trt.IProgressMonitor):
+            def __init__(self) -> None:
+                trt.IProgressMonitor.__init__(self)
+                self.outer: str | None = None
+                self.interrupted = False
 
-                def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-                    if not parent:
-                        self.outer = phase
-                        bar.phase(phase, steps)
+            def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+                if not parent:
+                    self.outer = phase
+                    bar.phase(phase, steps)
 
-                def step_complete(self, phase: str, step: int) -> bool:
-                    if phase == self.outer:
-                        bar.step()
-                    return True  # False would cancel the build
+            def step_complete(self, phase: str, step: int) -> bool:
+                if phase == self.outer:
+                    bar.step()
+                return not self.interrupted  # False cancels the build
 
-                def phase_finish(self, phase: str) -> None:
-                    if phase == self.outer:
-                        self.outer = None
+            def phase_finish(self, phase: str) -> None:
+                if phase == self.outer:
+                    self.outer = None
 
-            config.progress_monitor = Monitor()
+        config.progress_monitor = monitor = Monitor()
+        with _ctrl_c(lambda: setattr(monitor, "interrupted", True)):
+            yield
+        if monitor.interrupted:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _ctrl_c(note: Callable[[], None]) -> Iterator[None]:
+    """Calls `note` instead of raising KeyboardInterrupt, which TensorRT would catch in a callback, print and forget."""
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
         yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: note())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 _PATIENCE = 2.0  # seconds that need no line
@@ -468,7 +495,6 @@ class _Bar:
     def __init__(self, title: str) -> None:
         self._title, self._start, self._text = title, time.monotonic(), ""
         self._steps, self._done = 0, 0
-        self._bar: tqdm | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -482,10 +508,13 @@ class _Bar:
     def _run(self) -> None:
         if self._end.wait(_PATIENCE):
             return
+        interval = 0.2 if sys.stderr.isatty() else 10  # a log is not to fill up
         with tqdm(bar_format="{desc}", leave=False) as bar:
-            while not self._end.wait(0.2):
+            while True:
                 steps = f", {self._text} {self._done}/{self._steps}" if self._steps else ""
                 bar.set_description_str(f"{self._title}: {time.monotonic() - self._start:.0f} s{steps}")
+                if self._end.wait(interval):
+                    return
 
     def close(self) -> None:
         self._end.set()
@@ -766,6 +795,10 @@ class Engine(nn.Module):
             missing.append(key)
             return
         self._load(bytes(state_dict[key]), "the engine of the state_dict")
+        for what in ("input_names", "output_names"):  # their order is that of the arguments and results
+            names = list(state_dict.get(f"{prefix}{what}", ()))
+            if sorted(names) == sorted(getattr(self, what)):
+                setattr(self, what, names)
 
     def extra_repr(self) -> str:
         if self.engine is None:

@@ -16,6 +16,7 @@ import ast
 import contextlib
 import importlib.util
 import inspect
+import json
 import logging
 import os
 import pathlib
@@ -35,6 +36,7 @@ _DEFAULT_OPSET = 17  # the newest that TensorRT 8.6 reads
 _LEAST_OPSET = 15  # of the body's operators
 _EXPORTER_OPSET = 18  # the oldest that torch's exporter writes by itself
 _TENSORRT_TYPES = {torch.float32: 0, torch.float16: 1}
+EXTENTS = "torch2trt_adder.extents"  # in the file's metadata: for which extents of its dynamic axes it holds
 
 Axes = Mapping[int, str]
 
@@ -62,29 +64,41 @@ def export_onnx(
         path: of the file; written beside and renamed.
         dynamic: the axes that may vary, each with a name: ``{0: "batch"}`` for every input that has that axis, or
             one such mapping (or None) for each tensor in `args`. Axes of one name have one extent. An exported program
-            keeps the dynamic axes that it was exported with.
+            keeps the dynamic axes that it was exported with. Where the network's code branches on an extent, the file
+            holds for the example's branch alone, which it says itself: `build_engine` allows no other range.
         input_names, output_names: of the graph; the exporter's own where None.
         opset: of ONNX's standard operators, at least 15; by default 17, or 18 for networks that 17 cannot express
             (TensorRT 8.6 reads no further than 17).
-        check: run the file in ONNX Runtime on `args` and compare, within what rounding explains.
+        check: run the file in ONNX Runtime on `args`, and on `args` with other extents of the dynamic axes, and compare
+            within what rounding explains.
 
     Returns:
         `path`.
 
     Raises:
         ValueError: the model is in training mode; names or axes that do not fit.
-        TypeError: an adder layer in bfloat16 or float64.
+        TypeError: an adder layer in bfloat16 or float64; no nn.Module, or no list of arguments.
         RuntimeError: onnx, onnxscript or (for the check) onnxruntime is missing; the network cannot be exported in
             that opset; ONNX Runtime computes something else than PyTorch.
+        OSError: the file cannot be written.
     """
     _need("onnx", "onnxscript")
     import onnx
 
+    path = pathlib.Path(path)
     if "custom_translation_table" not in inspect.signature(torch.onnx.export).parameters:
         raise RuntimeError(f"export_onnx: torch {torch.__version__} has an older exporter: use torch 2.6 or newer.")
+    if not isinstance(args, Tensor | list | tuple):
+        raise TypeError(
+            f"export_onnx: args must be a list or tuple of the model's arguments, or a tensor, got {type(args).__name__}."
+        )
     args = (args,) if isinstance(args, Tensor) else tuple(args)
-    if opset is not None and opset < _LEAST_OPSET:
-        raise ValueError(f"export_onnx: opset must be at least {_LEAST_OPSET}, got {opset}.")
+    latest = onnx.defs.onnx_opset_version()
+    if opset is not None and not _LEAST_OPSET <= opset <= latest:
+        raise ValueError(
+            f"export_onnx: opset must be from {_LEAST_OPSET} to {latest} (the latest that onnx {onnx.__version__} knows), got "
+            f"{opset}."
+        )
     if check:
         _need("onnxruntime", remedy="or leave the check out with check=False (on the command line --no-check)")
     if isinstance(model, torch.export.ExportedProgram):
@@ -95,10 +109,16 @@ def export_onnx(
             )
         module, dynamic_shapes = model.module(), None
     else:
-        _check_model(model)
+        converter.check_model("export_onnx", model)
         model = module = converter._adopted_copy(model)
         dynamic_shapes = _dynamic_shapes(args, dynamic)
-    proto = _export(model, args, dynamic_shapes, input_names, output_names, opset)
+    files.check_writable(path)
+    proto = _export(model, module, args, dynamic_shapes, input_names, output_names, opset)
+    for what, names, entries in (("input", input_names, proto.graph.input), ("output", output_names, proto.graph.output)):
+        if names is not None and list(names) != [entry.name for entry in entries]:
+            raise ValueError(
+                f"export_onnx: {what}_names must hold {len(entries)} different names, one for each {what}, got {list(names)}."
+            )
     _finish(proto)
     try:
         onnx.checker.check_model(proto)
@@ -106,8 +126,7 @@ def export_onnx(
         raise RuntimeError(f"export_onnx: torch's exporter wrote no valid ONNX model ({error}).") from error
     data = proto.SerializeToString()
     if check:
-        _compare_with_onnxruntime(data, module, args)
-    path = pathlib.Path(path)
+        _compare_with_onnxruntime(data, module, args, extents(proto))
     files.write(path, data)
     return path
 
@@ -133,15 +152,6 @@ def _need(*packages: str, remedy: str = "") -> None:
         raise RuntimeError(f"export_onnx: {missing[0]} is not installed: pip install {' '.join(missing)}{alternative}.")
 
 
-def _check_model(model: nn.Module) -> None:
-    for name, layer in model.named_modules():
-        if layer.training:
-            raise ValueError(
-                f"export_onnx: {f'layer {name!r}' if name else 'the model'} is in training mode, where BatchNorm and "
-                "dropout do not do what an exported network does; call model.eval() first."
-            )
-
-
 def _dynamic_shapes(args: tuple, dynamic: Axes | Sequence[Axes | None] | None) -> Any:
     """The mapping of each tensor of `args`, in the structure of `args`, as torch's exporter wants it."""
     if dynamic is None:
@@ -159,6 +169,8 @@ def _dynamic_shapes(args: tuple, dynamic: Axes | Sequence[Axes | None] | None) -
                 raise ValueError(f'export_onnx: dynamic must map axes to names, as {{0: "batch"}}, got {axes}.')
             if axis >= tensor.dim() and not isinstance(dynamic, Mapping):
                 raise ValueError(f"export_onnx: input {i} has {tensor.dim()} axes and no axis {axis} ({name!r}).")
+            if all(axis >= other.dim() for other in tensors):
+                raise ValueError(f"export_onnx: no input has an axis {axis} ({name!r}).")
     remaining = iter(each)
 
     def shapes(leaf: Any) -> dict[int, str] | None:
@@ -290,6 +302,7 @@ def _translation() -> Any:
 
 def _export(
     model: nn.Module | torch.export.ExportedProgram,
+    module: nn.Module,
     args: tuple,
     dynamic_shapes: Any,
     input_names: Sequence[str] | None,
@@ -321,29 +334,61 @@ def _export(
                 cause = cause.__cause__
             if isinstance(cause, TypeError) and str(cause).startswith("adder2d:"):
                 raise cause from None
+            try:
+                module(*args)
+            except Exception as own:
+                raise RuntimeError(f"export_onnx: the network itself fails on args: {type(own).__name__}: {own}") from own
             raise RuntimeError(
                 f"export_onnx: torch's exporter cannot express the network: {type(cause).__name__}: {cause}"
             ) from error
     proto = program.model_proto
     _name_nodes(proto)
     have = _opset(proto).version
-    if have <= wanted:
-        return proto
-    try:
-        older = _in_opset_17(proto)
-        return older if wanted == 17 else onnx.version_converter.convert_version(older, wanted)
-    except RuntimeError as error:
-        if opset is None:
-            return proto
-        raise RuntimeError(
-            f"export_onnx: the network cannot be written in opset {opset} ({str(error).strip().splitlines()[-1]}); "
-            f"leave opset out, which gives {have}."
-        ) from error
+    if have < wanted:  # the exporter has only logged it
+        raise RuntimeError(f"export_onnx: torch's exporter cannot write opset {opset} here; leave opset out.")
+    if have > wanted:
+        try:
+            older = _in_opset_17(proto)
+            proto = older if wanted == 17 else onnx.version_converter.convert_version(older, wanted)
+        except RuntimeError as error:
+            if opset is not None:
+                raise RuntimeError(
+                    f"export_onnx: the network cannot be written in opset {opset} "
+                    f"({str(error).strip().splitlines()[-1]}); leave opset out, which gives {have}."
+                ) from error
+    _note_extents(proto, program.exported_program)
+    return proto
 
 
 def _opset(proto: Any) -> Any:
     """The entry of ONNX's standard operators."""
     return next(entry for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def _note_extents(proto: Any, program: torch.export.ExportedProgram) -> None:
+    """Writes into the file for which extents of its dynamic axes it holds, where the exporter has found limits.
+
+    A network that branches on an extent is exported as the example went, and only the program's constraints tell.
+    """
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    limits = {}
+    for entry, name in zip(proto.graph.input, program.graph_signature.user_inputs):
+        value = placeholders[name].meta["val"] if name in placeholders else None
+        for dim, extent in zip(entry.type.tensor_type.shape.dim, getattr(value, "shape", ())):
+            within = program.range_constraints.get(extent.node.expr) if isinstance(extent, torch.SymInt) else None
+            if within is None:
+                continue
+            least, most = (int(v) if v.is_Integer and v < 2**31 else None for v in (within.lower, within.upper))
+            if most is not None or (least or 0) > 1:
+                limits[dim.dim_param] = (least or 0, most)
+    if limits:
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = EXTENTS, json.dumps(limits)
+
+
+def extents(proto: Any) -> dict[str, tuple[int, int | None]]:
+    """By the name of a dynamic axis: the least and the largest extent (None: any) for which the file holds."""
+    return json.loads(next((entry.value for entry in proto.metadata_props if entry.key == EXTENTS), "{}"))
 
 
 def _in_opset_17(proto: Any) -> Any:
@@ -620,33 +665,68 @@ def run_onnxruntime(session: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
         raise RuntimeError(f"ONNX Runtime cannot run the model: {error}") from error
 
 
-def _compare_with_onnxruntime(data: bytes, model: nn.Module, args: tuple) -> None:
+def _compare_with_onnxruntime(
+    data: bytes, model: nn.Module, args: tuple, limits: Mapping[str, tuple[int, int | None]]
+) -> None:
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     session = onnxruntime_session(data)
-    if len(session.get_inputs()) != len(tensors):
+    inputs = session.get_inputs()
+    if len(inputs) != len(tensors):
         raise RuntimeError(
-            f"export_onnx: the file has {len(session.get_inputs())} inputs, args {len(tensors)} tensors: an input that "
+            f"export_onnx: the file has {len(inputs)} inputs, args {len(tensors)} tensors: an input that "
             "the network does not use was dropped by the exporter; leave it out of args."
         )
-    with torch.no_grad():
-        expected = [leaf for leaf in tree_leaves(model(*args)) if isinstance(leaf, Tensor)]
-        bounds = [leaf for leaf in tree_leaves(converter.rounding_bounds(model, args)) if isinstance(leaf, Tensor)]
-    got = run_onnxruntime(session, tensors)
-    _compare(got, [t.cpu() for t in expected], [t.cpu() for t in bounds])
+
+    def compare(args: tuple, where: str = "") -> None:
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        with torch.no_grad():
+            expected = [leaf for leaf in tree_leaves(model(*args)) if isinstance(leaf, Tensor)]
+            bounds = [leaf for leaf in tree_leaves(converter.rounding_bounds(model, args)) if isinstance(leaf, Tensor)]
+        _compare(run_onnxruntime(session, tensors), [t.cpu() for t in expected], [t.cpu() for t in bounds], where)
+
+    compare(args)
+    dims = [[dim if isinstance(dim, str) else None for dim in entry.shape] for entry in inputs]
+    extent_of = {dim: n for names, t in zip(dims, tensors) for dim, n in zip(names, t.shape) if dim is not None}
+    for change in (_another, _double) if extent_of else ():  # the first that the network takes
+        other_of = {dim: change(extent, *limits.get(dim, (0, None))) for dim, extent in extent_of.items()}
+        resized = iter(
+            [
+                converter.resized(t, [other_of.get(dim, extent) for dim, extent in zip(names, t.shape)])
+                for names, t in zip(dims, tensors)
+            ]
+        )
+        other = tree_map(lambda leaf: next(resized) if isinstance(leaf, Tensor) else leaf, args)
+        try:
+            with torch.no_grad():
+                model(*other)
+        except Exception:  # in its own code: nothing to compare with
+            continue
+        return compare(other, f" for {', '.join(f'{dim} = {extent}' for dim, extent in other_of.items())}")
 
 
-def _compare(got: list[Tensor], expected: list[Tensor], bounds: list[Tensor]) -> None:
+def _another(extent: int, least: int, most: int | None) -> int:
+    return extent - 1 if extent > max(least, 1) else min(extent + 1, most or extent + 1)
+
+
+def _double(extent: int, least: int, most: int | None) -> int:
+    return min(2 * extent, most or 2 * extent)
+
+
+def _compare(got: list[Tensor], expected: list[Tensor], bounds: list[Tensor], where: str) -> None:
+    remedy = "please report this network"
+    if where:
+        remedy = "the file holds for the extents of args alone, so make other axes dynamic, or none"
     for i, (y, y0, bound) in enumerate(zip(got, expected, bounds, strict=True)):
         if y.shape != y0.shape or y.dtype is not y0.dtype:
             raise RuntimeError(
                 f"export_onnx: output {i} is {y.dtype} {list(y.shape)} in ONNX Runtime and {y0.dtype} "
-                f"{list(y0.shape)} in PyTorch."
+                f"{list(y0.shape)} in PyTorch{where}; {remedy}."
             )
         y, y0 = y.double(), y0.double()
         finite = y0.isfinite()
         difference = (y - y0)[finite].abs().max().item() if finite.any() else 0.0
         if not difference <= bound.item() or not bool((y.isnan() == y0.isnan()).all()):
             raise RuntimeError(
-                f"export_onnx: output {i} differs between ONNX Runtime and PyTorch by up to {difference:.3g}, beyond "
-                f"the {bound.item():.3g} that rounding explains; please report this network."
+                f"export_onnx: output {i} differs between ONNX Runtime and PyTorch by up to {difference:.3g}{where}, "
+                f"beyond the {bound.item():.3g} that rounding explains; {remedy}."
             )
