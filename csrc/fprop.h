@@ -59,6 +59,10 @@ Plan cached_plan(Key const& key, Make const& make) {
   return entry.plan;
 }
 
+__device__ __forceinline__ float load_bias(FpropArgs const& a, int32_t k) {
+  return a.p.b != nullptr ? load_as_float(a.p.b, k, a.p.w_type) : -0.f;  // -0 - sum is -sum, with its sign of zero
+}
+
 FpropArgs make_fprop_args(Adder2dParams const& p);
 int32_t multiprocessor_count();
 

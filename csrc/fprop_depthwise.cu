@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(128) adder2d_fprop_depthwise_width_kernel(__gr
   } else {
     load_weights(ADDER2D_BFLOAT16);
   }
-  float const bias = a.p.b != nullptr ? load_as_float(a.p.b, k, a.p.w_type) : -0.f;  // -0 - sum is -sum, with its sign of zero
+  float const bias = load_bias(a, k);
   int64_t const y = n * a.p.y_stride[0] + k * a.p.y_stride[1] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
 
   float sum[kRows][2] = {};
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   float2 w[S::kTaps];
 #pragma unroll
   for (int j = 0; j < S::kTaps; ++j) w[j] = w_smem[j][threadIdx.x];
-  float2 bias = make_float2(-0.f, -0.f);  // -0 - sum is -sum, with its sign of zero
+  float2 bias = make_float2(-0.f, -0.f);  // as load_bias, with one branch for both
   if (a.p.b != nullptr) bias = make_float2(load_as_float(a.p.b, c, a.p.w_type), load_as_float(a.p.b, c + 1, a.p.w_type));
   int64_t const y = n * a.p.y_stride[0] + c * a.p.y_stride[1] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
 

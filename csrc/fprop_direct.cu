@@ -46,7 +46,7 @@ struct FilterSet {
 };
 
 __device__ __forceinline__ void store_output(FpropArgs const& a, int32_t k, int64_t offset, float sum) {
-  float const bias = a.p.b != nullptr ? load_as_float(a.p.b, k, a.p.w_type) : -0.f;  // -0 - sum is -sum, with its sign of zero
+  float const bias = load_bias(a, k);
   store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, bias - sum);
 }
 

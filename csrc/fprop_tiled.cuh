@@ -48,10 +48,6 @@ __device__ __forceinline__ bool inside(FpropArgs const& a, Pixel const& pixel, i
 
 // ---- store
 
-__device__ __forceinline__ float load_bias(FpropArgs const& a, int32_t k) {
-  return a.p.b != nullptr ? load_as_float(a.p.b, k, a.p.w_type) : -0.f;  // -0 - sum is -sum, with its sign of zero
-}
-
 // Elements from y to pixel m of filter 0.
 __device__ __forceinline__ int64_t output_offset(FpropArgs const& a, int32_t m) {
   if (a.y_linear) return m * a.p.y_stride[3];
