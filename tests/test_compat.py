@@ -1,5 +1,6 @@
 """torch2trt 0.5 on a TensorRT that has dropped what it needs: tensorrt-rtx, which has the API of TensorRT 11."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -98,6 +99,35 @@ assert before == (set(dir(trt)), trt.NetworkDefinitionCreationFlag, trt.BuilderF
 print(len(built))
 """)
     assert out.strip().splitlines()[-1] == "4"
+
+
+@pytest.mark.parametrize(
+    "content, warned",
+    [(None, False), ("raise OSError('libnvinfer.so.8')", False), ("def torch2trt(model, inputs): pass", True)],
+    ids=["a folder of that name", "cannot be imported", "of another version"],
+)
+def test_a_torch2trt_that_cannot_be_used(content: str | None, warned: bool, tmp_path: pathlib.Path) -> None:
+    """Importing the package works all the same, and `convert` knows why it takes ONNX."""
+    if content is None and importlib.util.find_spec("torch2trt"):
+        pytest.skip("torch2trt is installed, and hides a folder of that name")
+    (tmp_path / "torch2trt").mkdir()
+    if content is not None:
+        (tmp_path / "torch2trt" / "__init__.py").write_text(content)
+    out = run(f"""
+sys.path.insert(0, {str(tmp_path)!r})
+import warnings
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    import torch2trt_adder
+print(["make constants of adder layers" in str(w.message) for w in said if "torch2trt_adder" in str(w.message)])
+torch.cuda.is_available = lambda: True
+print(torch2trt_adder.converter.missing("torch2trt"))
+print(torch2trt_adder.converter.missing())
+""")
+    said, torch2trt, auto = out.splitlines()
+    assert said == ("[True]" if warned else "[]")
+    assert torch2trt.startswith("torch2trt cannot be used (")
+    assert auto == "None" or "pip install onnx" in auto
 
 
 @pytest.mark.gpu

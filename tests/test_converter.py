@@ -1,10 +1,13 @@
 """convert() without a GPU: its errors, and the bounds by which it judges an engine. Engines are in test_engines.py."""
 
+import contextlib
 import copy
+import functools
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import torch2trt_adder
 from torch2trt_adder import Adder2d, converter
@@ -66,7 +69,7 @@ def test_torch2trt_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(converter, "_import_error", OSError("libnvinfer.so.8: cannot open shared object file"))
-    with pytest.raises(RuntimeError, match="torch2trt cannot be imported .OSError: libnvinfer"):
+    with pytest.raises(RuntimeError, match="torch2trt cannot be used .OSError: libnvinfer"):
         torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)], route="torch2trt")
 
 
@@ -130,6 +133,82 @@ def test_inputs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(converter, "missing", lambda route: None)
     with pytest.raises(ValueError, match=r"input 0 is on cpu.*one GPU.*\.cuda\(\)"):
         torch2trt_adder.convert(small(), torch.randn(1, 3, 8, 8))
+
+
+# ---- which route, and at which shapes, with stand-ins for the engines
+
+
+class Routes:
+    """Engines that compute the model itself, or what a test puts there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shapes: dict[str, list[tuple]] = {"torch2trt": [], "onnx": []}
+        self.wrong: dict[str, Callable] = {}
+        monkeypatch.setattr(converter, "missing", lambda route="auto": None)
+        monkeypatch.setattr(converter, "_check_devices", lambda model, example: None)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        for route in self.shapes:
+            monkeypatch.setattr(converter, f"_through_{route}", functools.partial(self.through, route))
+
+    def through(self, route: str, model: nn.Module, inputs: object, options: dict) -> converter.Converted:
+        routes = self
+
+        class Engine(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                routes.shapes[route].append(tuple(x.shape))
+                return routes.wrong.get(route, lambda y: y)(model(x))
+
+        return Engine(), converter._tensors
+
+
+def no_engine(y: Tensor) -> Tensor:
+    raise AttributeError("'INetworkDefinition' object has no attribute 'add_padding'\nand more")
+
+
+@pytest.mark.parametrize("fault", [no_engine, lambda y: y + 1])
+def test_auto_goes_through_onnx_where_torch2trt_fails(
+    fault: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    routes, x = Routes(monkeypatch), torch.randn(2, 3, 8, 8)
+    assert torch2trt_adder.convert(small(), [x]).route == "torch2trt"
+    assert capsys.readouterr().err == "torch2trt_adder.convert: route torch2trt\n"
+    routes.wrong["torch2trt"] = fault
+    assert torch2trt_adder.convert(small(), [x], max_batch_size=4).route == "onnx"
+    said = capsys.readouterr().err.splitlines()
+    reason = "AttributeError: 'INetwork" if fault is no_engine else "RuntimeError: convert: output 0 of the engine differs"
+    assert len(said) == 2 and said[1].startswith(f"torch2trt_adder.convert: route onnx, since torch2trt fails: {reason}")
+    with pytest.raises(AttributeError if fault is no_engine else RuntimeError):
+        torch2trt_adder.convert(small(), [x], route="torch2trt")
+    with pytest.raises(AttributeError if fault is no_engine else RuntimeError):  # an option that ONNX has not
+        torch2trt_adder.convert(small(), [x], int8_mode=True)
+    assert "route onnx cannot help: route 'onnx' has no option 'int8_mode'" in capsys.readouterr().err
+
+
+def test_an_error_of_the_network_itself_is_no_route_s(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    Routes(monkeypatch)
+    with pytest.raises(ValueError, match="^adder2d: an input of 4 channels"):
+        torch2trt_adder.convert(small(), [torch.randn(2, 4, 8, 8)])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("route", ["torch2trt", "onnx"])
+def test_engines_are_compared_at_the_smallest_and_largest_shapes(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    routes, x = Routes(monkeypatch), torch.randn(2, 3, 8, 8)
+    convert = functools.partial(torch2trt_adder.convert, small(), [x], route=route)
+    convert()
+    assert routes.shapes[route] == [(2, 3, 8, 8)]
+    convert(max_batch_size=5)
+    assert routes.shapes[route][1:] == [(2, 3, 8, 8), (1, 3, 8, 8), (5, 3, 8, 8)]
+    routes.shapes[route].clear()
+    convert(min_shapes=[(2, 3, 4, 4)], max_shapes=[(2, 3, 8, 8)])
+    assert routes.shapes[route] == [(2, 3, 8, 8), (2, 3, 4, 4)]
+    routes.wrong[route] = lambda y: y if len(y) == 2 else y + 1
+    convert()
+    message = r"output 0 of the engine differs .* for inputs of \[1, 3, 8, 8\], beyond the .* that rounding explains"
+    with pytest.raises(RuntimeError, match=message):
+        convert(max_batch_size=5)
 
 
 # ---- the comparison of engine and model

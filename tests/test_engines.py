@@ -1,4 +1,4 @@
-"""Engines made by torch2trt, on a GPU with real TensorRT: plain torch2trt(model, [x]) and convert().
+"""Engines made by torch2trt, on a GPU with real TensorRT: plain torch2trt(model, [x]) and convert() through it.
 
 Tolerance. An engine is compared with the same network in float64. What rounding may do to the output depends on the
 network: BatchNorm subtracts the large mean of an adder layer's sums and divides by their small spread, which magnifies
@@ -41,6 +41,10 @@ def torch2trt(*args, **kwargs) -> nn.Module:
     import torch2trt as package
 
     return package.torch2trt(*args, **kwargs)
+
+
+def through_torch2trt(*args, **kwargs) -> nn.Module:
+    return torch2trt_adder.convert(*args, route="torch2trt", **kwargs)
 
 
 def calibrated(model: nn.Module, x: Tensor) -> nn.Module:
@@ -167,7 +171,7 @@ def test_torch2trt_resnet20_batch_1() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_convert_for_batches_of_1_to_64(name: str) -> None:
     model, x, layers = network(name)
-    engine = torch2trt_adder.convert(model, [x[:8]], max_batch_size=64)
+    engine = through_torch2trt(model, [x[:8]], max_batch_size=64)
     assert adder_layers(engine) == layers
     for batch in (1, 7, 64):
         check(engine, model, x[:batch])
@@ -176,7 +180,7 @@ def test_convert_for_batches_of_1_to_64(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_convert_fp16(name: str) -> None:
     model, x, _ = network(name)
-    engine = torch2trt_adder.convert(model, [x[:8]], max_batch_size=64, fp16_mode=True)
+    engine = through_torch2trt(model, [x[:8]], max_batch_size=64, fp16_mode=True)
     for batch in (1, 64):
         check(engine, model, x[:batch], fp16=True)
 
@@ -192,18 +196,18 @@ def test_dynamic_image_size() -> None:
 
 def test_convert_takes_one_tensor_and_tuples() -> None:
     model, x, _ = network("addernet_mnist", 3)
-    check(torch2trt_adder.convert(model, x), model, x)
-    check(torch2trt_adder.convert(model, (x,)), model, x)
+    check(through_torch2trt(model, x), model, x)
+    check(through_torch2trt(model, (x,)), model, x)
 
 
 def test_strided_input() -> None:
     model, x, _ = network("mixed", 4)
-    engine = torch2trt_adder.convert(model, [x])
+    engine = through_torch2trt(model, [x])
     for strided in (x.contiguous(memory_format=torch.channels_last), x.repeat(2, 1, 1, 1)[::2], x.mT.contiguous().mT):
         check(engine, model, strided)
 
 
-@pytest.mark.parametrize("convert", [torch2trt, torch2trt_adder.convert], ids=["torch2trt", "convert"])
+@pytest.mark.parametrize("convert", [torch2trt, through_torch2trt], ids=["torch2trt", "convert"])
 def test_the_same_input_and_model_convert_twice(convert: Callable) -> None:
     model, x, layers = network("mixed", 2)
     for _ in range(2):
@@ -226,7 +230,7 @@ def test_several_inputs_and_outputs() -> None:
     torch.manual_seed(0)
     model = Several().cuda().eval()
     x, z = torch.randn(2, 3, 7, 6, device="cuda"), torch.randn(2, 5, 7, 6, device="cuda")
-    engine = torch2trt_adder.convert(model, [x, z])
+    engine = through_torch2trt(model, [x, z])
     got, expected = engine(x, z), model(x, z)
     assert set(got) == {"first", "rest"} and isinstance(got["rest"], tuple)
     # Two sums of 27 terms, each within eps + 2 * eps * sqrt(27); y + b(z) adds another of 5 terms.
@@ -243,7 +247,7 @@ def test_half_model() -> None:
     x = torch.randn(4, 8, 13, 11, device="cuda")
     model = nn.Sequential(Adder2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), Adder2d(16, 8, 3, bias=True))
     model = calibrated(model, x).half()
-    engine = torch2trt_adder.convert(model, [x.half()], fp16_mode=True)
+    engine = through_torch2trt(model, [x.half()], fp16_mode=True)
     assert adder_layers(engine) == 2
     check(engine, model, x.half())
 
@@ -274,7 +278,7 @@ WIDE = {  # the sums of every first layer pass float16's largest value, 65504
 }
 
 
-@pytest.mark.parametrize("convert", [torch2trt, torch2trt_adder.convert], ids=["torch2trt", "convert"])
+@pytest.mark.parametrize("convert", [torch2trt, through_torch2trt], ids=["torch2trt", "convert"])
 @pytest.mark.parametrize("name", WIDE)
 def test_fp16_with_sums_beyond_65504(name: str, convert: Callable) -> None:
     """TensorRT may not round an adder layer's sums to float16 before they are scaled down: ReLU would hide the -inf."""
@@ -335,7 +339,7 @@ def foreign() -> tuple[nn.Module, Tensor]:
     return calibrated(model, x), x
 
 
-@pytest.mark.parametrize("convert", [torch2trt, torch2trt_adder.convert], ids=["torch2trt", "convert"])
+@pytest.mark.parametrize("convert", [torch2trt, through_torch2trt], ids=["torch2trt", "convert"])
 def test_foreign_layers(convert: Callable) -> None:
     model, x = foreign()
     engine = convert(model, [x], max_batch_size=4)
@@ -402,7 +406,7 @@ class Direct(nn.Module):
     ],
     ids=["unknown", "unknown_nested", "no_adder", "direct"],
 )
-@pytest.mark.parametrize("convert", [torch2trt, torch2trt_adder.convert], ids=["torch2trt", "convert"])
+@pytest.mark.parametrize("convert", [torch2trt, through_torch2trt], ids=["torch2trt", "convert"])
 def test_what_cannot_be_converted_raises(model: Callable, reason: str, convert: Callable) -> None:
     torch.manual_seed(0)
     network, x = model().cuda().eval(), torch.randn(1, 3, 8, 8, device="cuda")
@@ -427,7 +431,7 @@ def test_convert_notices_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None
     add = tracing.plugin.add_adder2d
     monkeypatch.setattr(tracing.plugin, "add_adder2d", wrong)
     with pytest.raises(RuntimeError, match="output 0 of the engine differs from PyTorch's by up to .* beyond the"):
-        torch2trt_adder.convert(model, [x])
+        through_torch2trt(model, [x])
 
 
 def test_devices() -> None:
@@ -467,7 +471,7 @@ torch.save(engine(torch.load(sys.argv[2])), sys.argv[3])
 
 def test_save_and_load_in_a_new_process(tmp_path: pathlib.Path) -> None:
     model, x, _ = network("addernet_mnist", 8)
-    engine = torch2trt_adder.convert(model, [x], max_batch_size=8)
+    engine = through_torch2trt(model, [x], max_batch_size=8)
     files = [str(tmp_path / name) for name in ("engine.pth", "x.pth", "y.pth")]
     torch.save(engine.state_dict(), files[0])
     torch.save(x[:3], files[1])

@@ -5,11 +5,13 @@ Importing this file needs torch alone. Where torch2trt is installed, it also imp
 """
 
 import copy
+import functools
 import importlib.util
 import math
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,10 +32,15 @@ _import_error: Exception | None = None
 if importlib.util.find_spec("torch2trt") and importlib.util.find_spec("tensorrt"):
     try:
         torch2trt = compat.import_torch2trt()
-    except Exception as error:  # whatever it is, torch2trt cannot be called then, and `missing` tells why
-        _import_error = error
-    else:
         from . import tracing  # noqa: F401
+    except Exception as error:  # whatever it is, torch2trt is not used then, and `missing` tells why
+        _import_error = error
+        if hasattr(sys.modules.get("torch2trt"), "torch2trt"):  # it works, but without what makes adder layers safe
+            warnings.warn(
+                f"torch2trt_adder cannot serve this torch2trt ({type(error).__name__}: {error}): torch2trt(model, [x]) would "
+                "make constants of adder layers; use torch2trt 0.5, or torch2trt_adder.convert, which goes through ONNX.",
+                stacklevel=2,
+            )
 
 
 ROUTES = ("auto", "torch2trt", "onnx")
@@ -52,7 +59,7 @@ def missing(route: str = "auto") -> str | None:
         if not importlib.util.find_spec("torch2trt"):
             return "torch2trt is not installed: pip install git+https://github.com/NVIDIA-AI-IOT/torch2trt."
         if _import_error is not None:
-            return f"torch2trt cannot be imported ({type(_import_error).__name__}: {_import_error})."
+            return f"torch2trt cannot be used ({type(_import_error).__name__}: {_import_error})."
         return None
     absent = [package for package in ("onnx", "onnxscript") if not importlib.util.find_spec(package)]
     if route == "auto":
@@ -70,15 +77,15 @@ def convert(
 ) -> nn.Module:
     """Converts `model` to a TensorRT engine and checks it against PyTorch.
 
-    Foreign adder layers (see `adopt`) are converted too; `model` stays as it is. The engine's outputs on `inputs` must
-    agree with PyTorch's as far as rounding in this network can explain (see `rounding_bounds`), and be finite where
-    PyTorch's are.
+    Foreign adder layers (see `adopt`) are converted too; `model` stays as it is. The engine's outputs on `inputs`, and on
+    the same values cut or repeated to the smallest and largest shapes, must agree with PyTorch's as far as rounding in this
+    network can explain (see `rounding_bounds`), and be finite where PyTorch's are.
 
     Args:
         model: a network in eval mode on a GPU; float32 or float16.
         inputs: its positional arguments as a list or tuple, or one tensor; the example that is traced.
         route: "torch2trt"; "onnx" (`export_onnx`, `build_engine`), which needs no torch2trt and knows more operators;
-            "auto" takes torch2trt where it can be imported, else ONNX, and says on stderr which.
+            "auto" takes torch2trt where it can convert this network, else ONNX, and says on stderr which and why.
         torch2trt_kwargs: fp16_mode, max_batch_size, min_shapes, opt_shapes, max_shapes, input_names, output_names and
             max_workspace_size on both routes; through torch2trt whatever else it takes.
 
@@ -100,20 +107,66 @@ def convert(
     if reason is not None:
         raise RuntimeError(f"convert: {reason}")
     _check_devices(model, example)
-    if route == "auto":
-        obstacle = missing("torch2trt")
-        route = "torch2trt" if obstacle is None else "onnx"
-        print(f"torch2trt_adder.convert: route {route}{f', since {obstacle}' if obstacle else ''}", file=sys.stderr)
+    with torch.no_grad():
+        expected = model(*example)  # if this fails, no route is to blame
+    convert_through = functools.partial(_convert_through, model, inputs, example, expected, torch2trt_kwargs)
+    if route != "auto":
+        return convert_through(route)
+    obstacle = missing("torch2trt")
+    if obstacle is None:
+        _say("route torch2trt")
+        try:
+            return convert_through("torch2trt")
+        except Exception as error:  # torch2trt's own are of any class
+            barred = missing("onnx") or _not_for_onnx(inputs, torch2trt_kwargs)
+            if barred is not None:
+                _say(f"torch2trt fails, and route onnx cannot help: {barred}")
+                raise
+            obstacle = f"torch2trt fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    _say(f"route onnx, since {obstacle}")
+    return convert_through("onnx")
 
-    fp16 = bool(torch2trt_kwargs.get("fp16_mode", False))
-    with torch.no_grad(), torch.cuda.device(next(t.device for t in tree_leaves(example) if isinstance(t, Tensor))):
-        expected = model(*example)
+
+def _say(text: str) -> None:
+    print(f"torch2trt_adder.convert: {text}", file=sys.stderr)
+
+
+def _convert_through(
+    model: nn.Module, inputs: Any, example: Sequence[Any], expected: Any, options: dict[str, Any], route: str
+) -> nn.Module:
+    """One route's engine, compared with PyTorch on the example and at the smallest and largest shapes."""
+    fp16 = bool(options.get("fp16_mode", False))
+    with torch.no_grad(), torch.cuda.device(_tensors(example)[0].device):
         through = _through_torch2trt if route == "torch2trt" else _through_onnx
-        model_trt, flatten = through(model, inputs, torch2trt_kwargs)
-        bounds = rounding_bounds(_adopted_copy(model), example, fp16)
-        _compare(flatten(model_trt(*example)), flatten(expected), flatten(bounds), fp16)
+        model_trt, flatten = through(model, inputs, options)
+        network = _adopted_copy(model)
+        bounds = flatten(rounding_bounds(network, example, fp16))
+        _compare(flatten(model_trt(*example)), flatten(expected), bounds, fp16)
+        for args in _at_the_ends(inputs, example, options):
+            try:
+                expected, others = model(*args), flatten(rounding_bounds(network, args, fp16))
+            except RuntimeError:  # the network takes no such shape, or PyTorch has no memory for it
+                continue
+            limits = [torch.maximum(a, b) for a, b in zip(bounds, others, strict=True)]
+            where = f" for inputs of {', '.join(str(list(t.shape)) for t in _tensors(args))}"
+            _compare(flatten(model_trt(*args)), flatten(expected), limits, fp16, where)
     model_trt.route = route
     return model_trt
+
+
+def _at_the_ends(inputs: Any, example: Sequence[Any], options: dict[str, Any]) -> list[Any]:
+    """The example's values at the smallest and largest shapes, where these are others."""
+    if not isinstance(inputs, (list, tuple)):  # a data set, whose shapes torch2trt takes where no others are given
+        given = {key: value for key, value in options.items() if value is not None}
+        options = {"min_shapes": inputs.min_shapes(), "max_shapes": inputs.max_shapes(), **given}
+    tensors = _tensors(example)
+    least, _, most = _shapes(tensors, options)
+    ends = []
+    for shapes in (least, most):
+        if shapes != [tuple(tensor.shape) for tensor in tensors] and all(map(all, shapes)):
+            others = iter([resized(tensor, shape) for tensor, shape in zip(tensors, shapes)])
+            ends.append(tree_map(lambda leaf: next(others) if isinstance(leaf, Tensor) else leaf, example))
+    return ends
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -139,19 +192,25 @@ _SHAPES = ("min_shapes", "opt_shapes", "max_shapes")
 _ONNX_OPTIONS = (*_SHAPES, "fp16_mode", "max_batch_size", "input_names", "output_names", "max_workspace_size")
 
 
-def _through_onnx(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any]) -> Converted:
-    from . import engine, onnx_export
-
+def _not_for_onnx(inputs: Any, options: dict[str, Any]) -> str | None:
+    """What the ONNX route cannot take of what was given to `convert`, as one sentence."""
     unknown = sorted(set(options) - set(_ONNX_OPTIONS))
     if unknown:
-        raise TypeError(
-            f"convert: route 'onnx' has no option {unknown[0]!r}, its options are {', '.join(_ONNX_OPTIONS)}; "
+        return (
+            f"route 'onnx' has no option {unknown[0]!r}, its options are {', '.join(_ONNX_OPTIONS)}; "
             "route='torch2trt' takes all of torch2trt's."
         )
     if not isinstance(inputs, (list, tuple)):
-        raise TypeError(
-            "convert: route 'onnx' takes the model's arguments, not a data set; give min_shapes and max_shapes."
-        )
+        return "route 'onnx' takes the model's arguments, not a data set; give min_shapes and max_shapes."
+    return None
+
+
+def _through_onnx(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any]) -> Converted:
+    from . import engine, onnx_export
+
+    barred = _not_for_onnx(inputs, options)
+    if barred is not None:
+        raise TypeError(f"convert: {barred}")
     args, tensors = tuple(inputs), _tensors(inputs)
     names = list(options.get("input_names") or (f"input_{i}" for i in range(len(tensors))))
     axes, ranges = _dynamic_axes(tensors, names, options)
@@ -183,6 +242,20 @@ def _dynamic_axes(
     tensors: Sequence[Tensor], names: Sequence[str], options: dict[str, Any]
 ) -> tuple[list[dict[int, str]] | None, dict[str, tuple[int, int, int]]]:
     """torch2trt's shape options as `export_onnx` and `build_engine` take them: names of axes, and their ranges."""
+    least, usual, most = _shapes(tensors, options)
+    axes: list[dict[int, str]] = [{} for _ in tensors]
+    ranges = {}
+    for i, (a, b, c) in enumerate(zip(least, usual, most)):
+        for axis, extents in enumerate(zip(a, b, c)):
+            if extents[0] != extents[2]:
+                # Axes of one range are taken for one and the same, which the exporter then finds out.
+                axes[i][axis] = f"axis{axis}_{extents[0]}_{extents[2]}"
+                ranges[f"{names[i]}:{axis}"] = (extents[0], min(max(extents[1], extents[0]), extents[2]), extents[2])
+    return (axes if ranges else None), ranges
+
+
+def _shapes(tensors: Sequence[Tensor], options: dict[str, Any]) -> list[list[tuple[int, ...]]]:
+    """The smallest, most frequent and largest shape of each tensor, by torch2trt's shape options."""
     shapes = [tuple(tensor.shape) for tensor in tensors]
     least, usual, most = (
         shapes if options.get(key) is None else [tuple(shape) for shape in _shape_leaves(options[key])]
@@ -195,15 +268,7 @@ def _dynamic_axes(
     for key, each in zip(_SHAPES, (least, usual, most)):
         if [len(shape) for shape in each] != [len(shape) for shape in shapes]:
             raise ValueError(f"convert: {key} must hold one shape for each input, got {each} for inputs {shapes}.")
-    axes: list[dict[int, str]] = [{} for _ in tensors]
-    ranges = {}
-    for i, (a, b, c) in enumerate(zip(least, usual, most)):
-        for axis, extents in enumerate(zip(a, b, c)):
-            if extents[0] != extents[2]:
-                # Axes of one range are taken for one and the same, which the exporter then finds out.
-                axes[i][axis] = f"axis{axis}_{extents[0]}_{extents[2]}"
-                ranges[f"{names[i]}:{axis}"] = (extents[0], min(max(extents[1], extents[0]), extents[2]), extents[2])
-    return (axes if ranges else None), ranges
+    return [least, usual, most]
 
 
 def _shape_leaves(value: Any) -> list[Any]:
@@ -299,13 +364,15 @@ def _check_devices(model: nn.Module, example: Sequence[Any]) -> None:
             )
 
 
-def _compare(got: list[Tensor], expected: list[Tensor], bounds: list[Tensor], fp16: bool) -> None:
+def _compare(
+    got: list[Tensor], expected: list[Tensor], bounds: list[Tensor], fp16: bool, where: str = ""
+) -> None:
     """Raises RuntimeError where an output of the engine is further from PyTorch's than its bound."""
     remedy = "try fp16_mode=False" if fp16 else "please report this network"
     for i, (y, y0, bound) in enumerate(zip(got, expected, bounds, strict=True)):
         if y.shape != y0.shape:
             raise RuntimeError(
-                f"convert: output {i} of the engine is {list(y.shape)}, PyTorch's is {list(y0.shape)}; {remedy}."
+                f"convert: output {i} of the engine is {list(y.shape)}, PyTorch's is {list(y0.shape)}{where}; {remedy}."
             )
         y, y0 = y.double(), y0.double()
         finite = y0.isfinite()
@@ -313,7 +380,7 @@ def _compare(got: list[Tensor], expected: list[Tensor], bounds: list[Tensor], fp
         if lost > 0:
             raise RuntimeError(
                 f"convert: {lost} of {y.numel()} values in output {i} of the engine are infinite or NaN, where "
-                f"PyTorch's are finite; {remedy}."
+                f"PyTorch's are finite{where}; {remedy}."
             )
         y, y0 = y[finite], y0[finite]
         if y.numel() == 0:
@@ -321,7 +388,7 @@ def _compare(got: list[Tensor], expected: list[Tensor], bounds: list[Tensor], fp
         difference, largest, limit = (y - y0).abs().max().item(), y0.abs().max().item(), bound.item()
         if difference > limit:
             raise RuntimeError(
-                f"convert: output {i} of the engine differs from PyTorch's by up to {difference:.3g}, beyond the "
+                f"convert: output {i} of the engine differs from PyTorch's by up to {difference:.3g}{where}, beyond the "
                 f"{limit:.3g} that rounding explains (largest value {largest:.3g}); {remedy}."
             )
 
