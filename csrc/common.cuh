@@ -1,4 +1,4 @@
-// Device helpers that the kernels share: division by a run-time constant, asynchronous 4-byte copies, type conversion.
+// What all kernels share: division by a run-time constant, asynchronous copies, launches, type conversion.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -125,6 +125,15 @@ template <typename... Params, typename... Args>
 cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
                              Args const&... args) {
   return launch_kernel(true, kernel, grid, block, smem_bytes, stream, args...);
+}
+
+// Lets launches of a kernel take so much dynamic shared memory: beyond 48 KiB they have to be allowed to.
+template <typename... Params>
+cudaError_t allow_smem(void (*kernel)(Params...), size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  cudaError_t const error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
 }
 
 __device__ __forceinline__ float load_as_float(void const* base, int64_t index, int32_t type) {

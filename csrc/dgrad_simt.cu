@@ -405,7 +405,7 @@ struct Filler {
     }
   }
 
-  // Starts the copies of the next slice. A barrier lies between two calls.
+  // Starts the copies of the next slice.
   __device__ __forceinline__ void fill(float* stage) {
     if (kFill != Fill::kConvert && filters >= T::kTileK) {
       fill_w(stage);
@@ -703,14 +703,11 @@ cudaError_t launch_tile(DgradArgs const& args, DgradPlan const& plan, cudaStream
   auto const kernel = adder2d_dgrad_simt_kernel<T, kFill>;
   constexpr int32_t kSmemBytes = sizeof(Smem<T, kFill>);
   int32_t const smem_bytes = std::max(kSmemBytes, plan.least_smem_bytes);
-  if (smem_bytes > 48 * 1024) {
-    // The same for all plans: else a thread could lower what another one is about to launch with.
-    cudaError_t const error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, std::max(kSmemBytes, plan.most_smem_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  // As much for every such plan: else a thread could lower what another one is about to launch with.
+  cudaError_t error = allow_smem(kernel, plan.least_smem_bytes == 0 ? kSmemBytes : std::max(kSmemBytes, plan.most_smem_bytes));
+  if (error != cudaSuccess) return error;
   int32_t const pack_blocks = Packed(args, plan, T::kTileC, T::kTileK).blocks * plan.tiles_k * args.p.groups;
-  cudaError_t error = launch(adder2d_dgrad_pack_kernel<T>, dim3(pack_blocks), dim3(Packed::kThreads), 0, stream, args, plan);
+  error = launch(adder2d_dgrad_pack_kernel<T>, dim3(pack_blocks), dim3(Packed::kThreads), 0, stream, args, plan);
   if (error != cudaSuccess) return error;
   error = launch_dependent(kernel, dim3(plan.tiles, plan.splits), dim3(T::kThreads), smem_bytes, stream, args, plan);
   if (error != cudaSuccess || plan.splits == 1) return error;

@@ -124,7 +124,6 @@ __device__ __forceinline__ void copy_element(float* dst, void const* base, int64
 // The fills of one tile, slice after slice: weights [kTileC][kPitchK], then pixels [kTileC][kPitchPQ].
 template <class T, Fill kFill>
 struct Filler {
-
   FpropArgs const& a;
   Smem<T, kFill>& smem;
   int32_t origin, slice, made;  // the first slice; the next one; the first slice of the term table in use

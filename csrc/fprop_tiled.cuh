@@ -211,14 +211,11 @@ __global__ void __launch_bounds__(View::kThreads* kGroups)
 template <class View, class Args>
 cudaError_t launch_tiled(void (*kernel)(Args, FpropPlan), size_t smem_bytes, bool after_pack, Args const& args,
                          FpropPlan const& plan, cudaStream_t stream) {
-  if (smem_bytes > 48 * 1024) {
-    cudaError_t const error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  cudaError_t error = allow_smem(kernel, smem_bytes);
+  if (error != cudaSuccess) return error;
   int32_t const rest = plan.tiles - plan.whole;
   dim3 const grid(plan.whole + rest * plan.splits), block(View::kThreads);
-  cudaError_t const error = launch_kernel(after_pack, kernel, grid, block, smem_bytes, stream, args, plan);
+  error = launch_kernel(after_pack, kernel, grid, block, smem_bytes, stream, args, plan);
   if (error != cudaSuccess || rest == 0) return error;
   dim3 const items(rest, View::kItems);
   constexpr int kGroups = 512 / View::kThreads;
