@@ -5,13 +5,15 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from torch2trt_adder import __version__, cli
+from torch2trt_adder import __version__, cli, commands
 from torch2trt_adder.models import addernet_mnist
 
 
@@ -46,6 +48,9 @@ def test_help_names_the_verbs() -> None:
         ["build", "x.onnx", "x.plan", "--range", "batch=1:8"],
         ["convert", "model:make", "x.plan", "--dynamic", "batch=1:8:64"],
         ["convert", "model:make", "x.plan", "--route", "other"],
+        ["export", "model:make", "x.onnx", "--shape", "0x3x8x8"],
+        ["check", "x.onnx", "x.plan", "--rtol", "inf"],
+        ["check", "x.onnx", "x.plan", "--rtol", "-1"],
     ],
 )
 def test_wrong_usage(arguments: list[str]) -> None:
@@ -77,6 +82,46 @@ def test_a_failure_is_one_sentence(tmp_path: pathlib.Path) -> None:
         result.stderr,
     )
     assert result.stdout.splitlines()[-1] == "FAILED | torch2trt-adder demo --checkpoint file/x.pth"
+
+
+def test_info_shows_all_of_a_broken_installation() -> None:
+    os.environ[cli.library.ENVIRONMENT_VARIABLE] = "/nowhere/lib.so"
+    try:
+        result = run("info", "--json")
+    finally:
+        del os.environ[cli.library.ENVIRONMENT_VARIABLE]
+    report = json.loads(result.stdout)
+    assert result.returncode == 1 and not report["passed"]
+    assert "was looked for at /nowhere/lib.so and is not there: build it" in report["error"]
+    assert report["result"]["library"]["state"] == "/nowhere/lib.so"
+    assert "cannot be used" in report["result"]["library"]["allows"] and "torch_tensorrt" in report["result"]
+
+
+def test_ctrl_c(folder: pathlib.Path) -> None:
+    """One sentence and the last line, on both outputs, and nothing half written."""
+    path = pathlib.Path(cli.__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "torch2trt_adder", "export", "network:waits", "x.onnx", "--shape", "1x3x8x8", "--json"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))}
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        line = next(line for line in process.stderr if line == "the network is made\n")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert line and process.returncode == 1
+    assert err.endswith(f"error: interrupted\nFAILED | torch2trt-adder {' '.join(command[3:])}\n") and "Traceback" not in err
+    report = json.loads(out)
+    assert report["error"] == "interrupted" and not report["passed"]
+    assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == ["network.py"]
+
+
+def test_a_reader_that_leaves(folder: pathlib.Path) -> None:
+    """`torch2trt-adder info | head -1`"""
+    path = pathlib.Path(cli.__file__).resolve().parents[1]
+    command = f"{sys.executable} -m torch2trt_adder info | head -1"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("torch2trt-adder ") and done.stderr == ""
 
 
 def test_an_unexpected_failure_has_its_last_line(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +180,12 @@ def wrong():
 
 def raises():
     raise KeyError("weights")
+
+def waits():
+    import sys, time
+    print("the network is made", file=sys.stderr, flush=True)
+    time.sleep(60)
+    return adders()
 """
 
 # tensorrt-rtx has the parser and builder of TensorRT 11, and works without a GPU.
@@ -160,7 +211,11 @@ def test_export_as_json(folder: pathlib.Path) -> None:
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["passed"] and report["versions"]["torch"] == torch.__version__
-    assert report["result"] == {"file": "out/model.onnx", "adder_nodes": 2, "nodes": 4, "opset": 17, "checked": True}
+    result_of = report["result"]
+    assert result_of.pop("inputs") == {"input": ["batch", 3, 9, 8]}
+    assert list(result_of.pop("outputs").values()) == [["batch", 4, 7, 6]]
+    assert result_of == {"file": "out/model.onnx", "adder_nodes": 2, "nodes": 4, "opset": 17, "checked": True}
+    assert "Inputs: input batchx3x9x8.\n" in result.stderr
     assert "PASSED | torch2trt-adder export network:adders" in result.stderr
     assert [path.name for path in (folder / "out").iterdir()] == ["model.onnx"]
 
@@ -185,6 +240,9 @@ def network_from(folder: pathlib.Path) -> torch.nn.Module:
         (["export", "network:adders", "x.onnx"], "input shapes are unknown: give one --shape for each input"),
         (["export", "network:adders", "x.onnx", "--checkpoint", "no.pth"], r"the checkpoint no\.pth cannot be read"),
         (["export", "no.pt2", "x.onnx"], r"no\.pt2 cannot be read \(No such file"),
+        (["export", "no.onnx", "x.onnx"], r"no\.onnx is an ONNX file already; name a function or a \.pt2 file"),
+        (["export", "no.pt2", "x.onnx", "--half"], r"no\.pt2 has its parameters and types already; --checkpoint and --half"),
+        (["export", "network:adders", "network.py/x.onnx", "--shape", "1x3x8x8"], r"cannot be written \(.*\); name another"),
     ],
 )
 def test_failures_are_sentences(arguments: list[str], message: str, folder: pathlib.Path) -> None:
@@ -260,6 +318,133 @@ def test_build_and_triton(folder: pathlib.Path) -> None:
         for verb in (["bench"], ["inspect"], ["check", "network:plain"]):
             result = with_rtx(*verb, "x.plan", folder=folder)
             assert result.returncode == 1 and "x.plan needs an NVIDIA GPU" in result.stderr
+
+
+# ---- check and convert of files, with a stand-in for the engine
+
+
+class StandIn:
+    """An engine with inputs a and b, outputs y and z in the other order than the file, of any batch from 1 to 4."""
+
+    input_names, output_names = ["b", "a"], ["z", "y"]
+    _dtypes = {"a": torch.float32, "b": torch.float32}
+    _profile = {"a": [(n, 3) for n in (1, 2, 4)], "b": [(n, 2) for n in (1, 2, 4)]}
+
+    def __init__(self, wrong: Callable = lambda a, y: y) -> None:
+        self.wrong, self.batches = wrong, []
+
+    def __call__(self, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.batches.append(len(a))
+        return 2 * b, self.wrong(a, -a)
+
+
+@pytest.fixture
+def two_inputs(tmp_path: pathlib.Path) -> pathlib.Path:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[n, 3] a, float[n, 2] b) => (float[n, 3] y, float[n, 2] z) { y = Neg (a) z = Add (b, b) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "two.onnx")
+    return tmp_path / "two.onnx"
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Puts a StandIn in the place of every engine that a verb loads, and the CPU in that of the GPU."""
+    draw = commands.random_inputs
+
+    def use(runner: StandIn) -> StandIn:
+        usual, dtypes = [runner._profile[name][1] for name in runner.input_names], [torch.float32] * 2
+        monkeypatch.setattr(commands, "_load", lambda plan, shapes, host_code: (runner, shapes or usual, dtypes))
+        monkeypatch.setattr(
+            commands, "random_inputs", lambda shapes, dtypes, device, seed: draw(shapes, dtypes, "cpu", seed)
+        )
+        return runner
+
+    return use
+
+
+def check(source: pathlib.Path, shapes: list = []) -> dict:
+    return commands.check(str(source), pathlib.Path("x.plan"), shapes, 5, None, None, False, False, False)
+
+
+def test_check_goes_by_names_and_to_the_ends(
+    two_inputs: pathlib.Path, stand_in: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    runner = stand_in(StandIn())
+    assert check(two_inputs)["relative_difference"] == 0
+    assert runner.batches == [2, 2, 2, 1, 4]  # 5 samples of the usual shapes, and both ends
+    runner.batches.clear()
+    check(two_inputs, [(3, 2), (3, 3)])
+    assert runner.batches == [3, 3]
+    for wrong, message in (
+        (lambda a, y: y + 0.1, "the engine differs from .*two.onnx by .*, more than the 1.00e-03 allowed"),
+        (lambda a, y: y if len(a) < 4 else y.roll(1, 0), "the engine differs from"),
+        (lambda a, y: y / 0, "values are infinite or NaN in the engine alone"),
+        (lambda a, y: y[:, :2], r"output 1 is \[2, 3\] in .*two.onnx and \[2, 2\] in x.plan"),
+    ):
+        stand_in(StandIn(wrong))
+        with pytest.raises(RuntimeError, match=message):
+            check(two_inputs)
+    stand_in(StandIn())
+    run = commands.onnx_export.run_onnxruntime
+
+    def run_small(session: object, tensors: list) -> list:
+        if len(tensors[0]) == 4:
+            raise RuntimeError("no memory")
+        return run(session, tensors)
+
+    monkeypatch.setattr(commands.onnx_export, "run_onnxruntime", run_small)
+    assert check(two_inputs)["relative_difference"] == 0
+    assert "Not compared for inputs of [4, 2], [4, 3]: RuntimeError: no memory" in capsys.readouterr().out
+    other = StandIn()
+    other.input_names, other._profile = ["b", "x"], {**other._profile, "x": other._profile["a"]}
+    stand_in(other)
+    with pytest.raises(RuntimeError, match="x.plan is no engine of .*: it has b, x, the file a, b"):
+        check(two_inputs)
+
+
+def test_check_of_nothing_is_no_success(tmp_path: pathlib.Path, stand_in: Callable) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[n, 3] a, float[n, 2] b) => (float[n, 3] y, float[n, 2] z)
+    { zero = Constant <value = float {0.0}> () none = Div (zero, zero) y = Mul (a, none) z = Mul (b, none) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "nan.onnx")
+    stand_in(StandIn())
+    with pytest.raises(RuntimeError, match="nothing to compare: every output of .*nan.onnx is empty, infinite or NaN"):
+        check(tmp_path / "nan.onnx")
+
+
+def test_convert_of_a_file_leaves_no_wrong_engine(
+    two_inputs: pathlib.Path, stand_in: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+
+    def build_engine(source: pathlib.Path, plan: pathlib.Path, ranges: dict, fp16: bool) -> None:
+        built.append(ranges)
+        plan.write_bytes(b"an engine")
+
+    monkeypatch.setattr(commands.converter, "missing", lambda route: None)
+    monkeypatch.setattr(commands.engine, "build_engine", build_engine)
+    plan = two_inputs.with_suffix(".plan")
+
+    def convert(dynamic: dict, checkpoint: pathlib.Path | None = None) -> dict:
+        return commands.convert(str(two_inputs), plan, [], dynamic, checkpoint, False, False, "auto")
+
+    stand_in(StandIn(lambda a, y: y + 1))
+    with pytest.raises(RuntimeError, match="the engine differs from"):
+        convert({0: (1, 2, 4)})
+    stand_in(StandIn())
+    for arguments, message in (
+        ([{}], r"axis 0 of input 'a' is dynamic in .*: give --dynamic 0=1:8:64"),
+        ([{0: (1, 2, 4), 1: (3, 3, 3)}], "--dynamic names axis 1, but the dynamic axes of .*two.onnx are: 0"),
+        ([{0: (1, 2, 4)}, two_inputs], "has its parameters and types already; --checkpoint and --half"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            convert(*arguments)
+    assert [path.name for path in two_inputs.parent.iterdir()] == ["two.onnx"]
+    assert convert({0: (1, 2, 4)})["relative_difference"] == 0
+    assert plan.read_bytes() == b"an engine" and built[-1] == {"a:0": (1, 2, 4), "b:0": (1, 2, 4)}
 
 
 @pytest.mark.gpu

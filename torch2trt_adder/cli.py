@@ -6,6 +6,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import math
+import os
 import pathlib
 import platform
 import shlex
@@ -24,17 +26,32 @@ Adder networks (AdderNet) on PyTorch and TensorRT. In Python:
     import torch2trt_adder                         # also registers the TensorRT plugin and the torch2trt converter
     from torch2trt import torch2trt
     model_trt = torch2trt(model, [x])              # any network with adder layers
-    model_trt = torch2trt_adder.convert(model, [x])    # the same, checked against PyTorch; through ONNX without torch2trt
+    model_trt = torch2trt_adder.convert(model, [x])    # the same, compared with PyTorch; where torch2trt cannot, through ONNX
 
     path = torch2trt_adder.export_onnx(model, x, "model.onnx", {0: "batch"})
     torch2trt_adder.build_engine(path, "model.plan", {"batch": (1, 8, 64)})
     model_trt = torch2trt_adder.Engine("model.plan")   # needs TensorRT alone
+
+In the shell:
+
+    torch2trt-adder convert mypackage.models:make model.plan --shape 1x3x224x224 --dynamic 0=1:8:64
+    torch2trt-adder bench model.plan
 """
 _EPILOG = "exit codes: 0 passed, 1 failed (the reason is on stderr), 2 wrong usage"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; 0 for success, 1 for a failure that was told on stderr. argparse exits with 2 on wrong usage."""
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `... | head`: nobody reads any more, nor may the interpreter's last flush fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     if not arguments:
@@ -50,6 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             report["result"] = options.verb(options)
             report["passed"] = True
+        except BrokenPipeError:
+            raise
+        except KeyboardInterrupt:
+            sys.stdout.flush()
+            print("error: interrupted", file=sys.stderr)
+            report["error"] = "interrupted"
         except (RuntimeError, ValueError, TypeError, OSError, ImportError) as error:
             sys.stdout.flush()
             print(f"error: {error}", file=sys.stderr)
@@ -126,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "let an axis of every input vary: its number and its smallest, most frequent and largest extent"
     convert.add_argument("--dynamic", type=_axis_range, action="append", default=[], metavar="0=1:8:64", help=text)
     fp16(convert)
-    convert.add_argument("--route", choices=converter.ROUTES, default="auto", help="default: torch2trt, else ONNX")
+    convert.add_argument("--route", choices=converter.ROUTES, default="auto", help="default: torch2trt where it can, else ONNX")
 
     export = verb("export", _export, "write a network to one ONNX file that TensorRT and ONNX Runtime read")
     model(export, f"{function}, or a .pt2 file")
@@ -157,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         "the largest difference allowed, relative to the largest value; default: what rounding explains, for an ONNX "
         "file 1e-3, with --fp16 5e-2"
     )
-    check.add_argument("--rtol", type=float, help=text)
+    check.add_argument("--rtol", type=_tolerance, help=text)
     check.add_argument("--fp16", action="store_true", help="the engine was built with --fp16")
     host_code(check)
 
@@ -188,9 +211,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
 def _shape(text: str) -> tuple[int, ...]:
     extents = text.split("x")
-    if not all(extent.isdigit() for extent in extents):
+    if not all(extent.isdigit() and int(extent) > 0 for extent in extents):
         raise argparse.ArgumentTypeError(f"must be extents with an x between them, as 1x3x224x224, got {text!r}")
     return tuple(map(int, extents))
 
@@ -278,29 +308,45 @@ def _info(options: argparse.Namespace) -> dict[str, dict[str, str]]:
     if not gpus:
         show("GPU", "none", "Without one, everything runs on the CPU except TensorRT engines.")
 
-    library.load()
-    show("library", str(library.path()), "Kernels and TensorRT plugin in one file, for trtexec, Triton and C++ too.")
+    problems = []
+    allows = "Kernels and TensorRT plugin in one file, for trtexec, Triton and C++ too."
+    try:
+        library.load()
+    except RuntimeError as error:
+        problems.append(str(error))
+        allows = "It cannot be used: no adder layer runs here."
+    show("library", str(library.path()), allows)
 
     module, version = _tensorrt()
     if module is None:
         show("TensorRT", version, "pip install tensorrt; the plugin serves 8.5 to 11.")
     else:
-        plugin.register()
         kind = "IPluginV3" if int(version.partition(".")[0]) >= 10 else "IPluginV2DynamicExt"
-        show("TensorRT", version, f"The plugin Adder2d is registered ({kind}): engines with adder layers load.")
+        allows = f"The plugin {plugin.NAME}, version {plugin.VERSION}, is registered ({kind}): engines with adder layers load."
+        try:
+            plugin.register()
+        except RuntimeError as error:
+            problems += [] if problems else [str(error)]
+            allows = f"The plugin {plugin.NAME} is not registered: no engine with adder layers loads."
+        show("TensorRT", version, allows)
 
     reason = converter.missing("torch2trt")
     allows = "torch2trt(model, [x]) and convert(model, [x], route='torch2trt')."
-    show("torch2trt", _distribution("torch2trt"), allows if reason is None else f"No conversion here. {reason}")
+    if reason is not None:
+        through = " convert(model, [x]) goes through ONNX." if converter.missing("onnx") is None else ""
+        allows = f"Not used. {reason}{through}"
+    show("torch2trt", _distribution("torch2trt"), allows)
     absent = [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]
-    allows = f"pip install {' '.join(absent)}." if absent else "export_onnx with its check; build_engine on a GPU."
-    show("onnx", _distribution("onnx"), allows)
+    allows = "export_onnx with its check; build_engine and convert(model, [x], route='onnx') with a GPU and TensorRT."
+    show("onnx", _distribution("onnx"), f"pip install {' '.join(absent)}." if absent else allows)
     allows = "The converter for torch.ops.torch2trt_adder.adder2d is registered."
     if not importlib.util.find_spec("torch_tensorrt"):
-        allows = "Not needed; pip install torch_tensorrt for torch.compile(backend='tensorrt')."
+        allows = "Not needed; pip install torch_tensorrt for torch_tensorrt.compile(model, ir='dynamo', ...)."
     elif torch_tensorrt_error() is not None:
         allows = f"It cannot be imported: {torch_tensorrt_error()}."
     show("torch_tensorrt", _distribution("torch_tensorrt"), allows)
+    if problems:
+        raise commands.Failed(problems[0], shown)
     return shown
 
 
@@ -310,7 +356,7 @@ def _tensorrt() -> tuple[object | None, str]:
         return None, "not installed"
     try:
         module = importlib.import_module("tensorrt")
-    except (ImportError, OSError) as error:  # installed, but its libraries do not load
+    except Exception as error:  # installed, but its libraries do not load, or are none for this machine
         return None, f"cannot be imported ({error})"
     return module, module.__version__
 

@@ -28,11 +28,10 @@ def load_model(source: str, checkpoint: pathlib.Path | None = None, half: bool =
     Raises:
         RuntimeError: the function, file or checkpoint cannot be found, or gives no network.
     """
+    if source.endswith(".onnx"):
+        raise RuntimeError(f"{source} is an ONNX file already; name a function or a .pt2 file.")
     if source.endswith(".pt2"):
-        if checkpoint is not None or half:
-            raise RuntimeError(
-                f"{source} has its parameters and types already; --checkpoint and --half are for functions."
-            )
+        _check_options(source, checkpoint, half)
         try:
             return torch.export.load(io.BytesIO(files.read(pathlib.Path(source))))
         except OSError:
@@ -66,7 +65,9 @@ def load_model(source: str, checkpoint: pathlib.Path | None = None, half: bool =
     return model.eval().half() if half else model.eval()
 
 
-def random_inputs(shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], device: str, seed: int = 0) -> list[Tensor]:
+def random_inputs(
+    shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], device: torch.device | str, seed: int = 0
+) -> list[Tensor]:
     """Normal draws, or 0 and 1 where the type is no floating one."""
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -81,11 +82,12 @@ def random_inputs(shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], device
     ]
 
 
-def _example(model: Any, shapes: Sequence[Shape], half: bool) -> list[Tensor]:
+def _example(model: Any, shapes: Sequence[Shape], half: bool) -> list[Any]:
     if shapes:
-        return random_inputs(shapes, [torch.float16 if half else torch.float32] * len(shapes), "cpu")
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        return random_inputs(shapes, [torch.float16 if half else torch.float32] * len(shapes), device)
     if isinstance(model, torch.export.ExportedProgram) and model.example_inputs is not None:
-        return [leaf for leaf in model.example_inputs[0] if isinstance(leaf, Tensor)]
+        return list(model.example_inputs[0])
     raise RuntimeError("the model's input shapes are unknown: give one --shape for each input, as --shape 1x3x224x224.")
 
 
@@ -102,7 +104,9 @@ def export(
     opset: int | None,
     check: bool,
 ) -> dict[str, Any]:
-    model = load_model(source, checkpoint, half)
+    files.check_writable(path)
+    with engine.elapsed(f"Loading {source}"):
+        model = load_model(source, checkpoint, half)
     args = _example(model, shapes, half)
     with engine.elapsed(f"Exporting {source}"):
         onnx_export.export_onnx(model, args, path, dynamic or None, opset=opset, check=check)
@@ -113,7 +117,21 @@ def export(
     nodes = len(onnx_export.adder_nodes(proto.graph))
     checked = "compared with PyTorch in ONNX Runtime" if check else "not checked"
     print(f"{path}: {nodes} Adder2d nodes among {len(proto.graph.node)}, opset {version}, {checked}.")
-    return {"file": str(path), "adder_nodes": nodes, "nodes": len(proto.graph.node), "opset": version, "checked": check}
+    inputs, outputs = (
+        {entry.name: [dim.dim_param or dim.dim_value for dim in entry.type.tensor_type.shape.dim] for entry in entries}
+        for entries in (proto.graph.input, proto.graph.output)
+    )
+    for what, entries in (("Inputs", inputs), ("Outputs", outputs)):
+        print(f"{what}: {', '.join(name + ' ' + 'x'.join(map(str, dims)) for name, dims in entries.items())}.")
+    return {
+        "file": str(path),
+        "adder_nodes": nodes,
+        "nodes": len(proto.graph.node),
+        "opset": version,
+        "inputs": inputs,
+        "outputs": outputs,
+        "checked": check,
+    }
 
 
 def build(
@@ -157,11 +175,13 @@ def convert(
     if source.endswith((".pt2", ".onnx")):
         if route == "torch2trt":
             raise RuntimeError(f"torch2trt traces Python code, which {source} is not; leave --route out.")
+        _check_options(source, checkpoint, half)
         return _convert_file(source, path, shapes, dynamic, fp16)
     with engine.elapsed(f"Loading {source}"):
         model = load_model(source, checkpoint, half).cuda()
         args = [tensor.cuda() for tensor in _example(model, shapes, half)]
     options: dict[str, Any] = {}
+    _check_axes(dynamic, {axis for tensor in args for axis in range(tensor.dim())}, f"the axes of the inputs of {source}")
     if dynamic:
         for i, key in enumerate(("min_shapes", "opt_shapes", "max_shapes")):
             options[key] = [
@@ -189,14 +209,33 @@ def _convert_file(
             with engine.elapsed(f"Exporting {source}"):
                 onnx_export.export_onnx(program, example, exported, check=False)
         axes = engine._axes(engine._load_onnx(exported))
-        ranges = {f"{name}:{axis}": dynamic[axis] for name, axis, _ in axes if axis in dynamic}
-        engine.build_engine(exported, path, ranges, fp16=fp16)
-    result = {"file": str(path), "route": "onnx", "bytes": path.stat().st_size}
+        _check_axes(dynamic, {axis for _, axis, _ in axes}, f"the dynamic axes of {source}")
+        for name, axis, _ in axes:
+            if axis not in dynamic:
+                raise RuntimeError(f"axis {axis} of input {name!r} is dynamic in {source}: give --dynamic {axis}=1:8:64.")
+        ranges = {f"{name}:{axis}": dynamic[axis] for name, axis, _ in axes}
+        plan = pathlib.Path(folder) / path.name
+        engine.build_engine(exported, plan, ranges, fp16=fp16)
+        compared = None
+        if program is None and importlib.util.find_spec("onnxruntime") is None:
+            print("Not compared: onnxruntime is not installed.")
+        else:
+            compared = check(source, plan, shapes, 1, None, None, False, fp16, False)
+        files.write(path, plan.read_bytes())
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, through ONNX.")
-    if program is None and importlib.util.find_spec("onnxruntime") is None:
-        print("Not compared: onnxruntime is not installed.")
-        return result
-    return {**result, **check(source, path, shapes, 1, None, None, False, fp16, False)}
+    return {"file": str(path), "route": "onnx", "bytes": path.stat().st_size, **(compared or {})}
+
+
+def _check_options(source: str, checkpoint: pathlib.Path | None, half: bool) -> None:
+    if checkpoint is not None or half:
+        raise RuntimeError(f"{source} has its parameters and types already; --checkpoint and --half are for functions.")
+
+
+def _check_axes(dynamic: dict[int, Range], there: set[int], what: str) -> None:
+    absent = sorted(set(dynamic) - there)
+    if absent:
+        known = ", ".join(map(str, sorted(there))) or "none"
+        raise RuntimeError(f"--dynamic names axis {absent[0]}, but {what} are: {known}.")
 
 
 def _load(
@@ -225,29 +264,39 @@ def check(
     host_code: bool,
 ) -> dict[str, Any]:
     """PyTorch (or, for an ONNX file, ONNX Runtime) against the engine, on random inputs."""
-    runner, shapes, dtypes = _load(plan, shapes, host_code)
-    reference: Callable[[list[Tensor]], list[Tensor]]
-    bound: Callable[[list[Tensor]], list[float]] | None = None
     if source.endswith(".onnx"):
-        session = onnx_export.onnxruntime_session(source)
-        reference = lambda inputs: onnx_export.run_onnxruntime(session, inputs)  # noqa: E731
-        rtol = (5e-2 if fp16 else 1e-3) if rtol is None else rtol
-    else:
-        model = load_model(source, checkpoint, half)
-        model = (model.module() if isinstance(model, torch.export.ExportedProgram) else model).cuda()
-        reference = lambda inputs: converter._tensors(model(*inputs))  # noqa: E731
-        if rtol is None:
-            bound = lambda inputs: [  # noqa: E731
-                t.item() for t in converter._tensors(converter.rounding_bounds(model, inputs, fp16))
-            ]
-    worst, allowed, beyond, same, total, infinite = 0.0, 0.0, False, 0, 0, 0
-    batch = max(1, shapes[0][0])
-    with torch.no_grad(), engine.elapsed(f"Comparing on {samples} inputs"):
-        for step in range(-(-samples // batch)):
-            inputs = random_inputs(shapes, dtypes, "cuda", seed=step)
+        _check_options(source, checkpoint, half)
+    runner, usual, dtypes = _load(plan, shapes, host_code)
+    bound: Callable[[list[Tensor]], list[float]] | None = None
+    with engine.elapsed(f"Loading {source}"):
+        if source.endswith(".onnx"):
+            reference = _onnx_reference(source, plan, runner)
+            rtol = (5e-2 if fp16 else 1e-3) if rtol is None else rtol
+        else:
+            model = load_model(source, checkpoint, half)
+            model = (model.module() if isinstance(model, torch.export.ExportedProgram) else model).cuda()
+            reference = lambda inputs: converter._tensors(model(*inputs))  # noqa: E731
+            if rtol is None:
+                bound = lambda inputs: [  # noqa: E731
+                    t.item() for t in converter._tensors(converter.rounding_bounds(model, inputs, fp16))
+                ]
+    batches = [usual] * -(-samples // max(1, usual[0][0] if usual[0] else 1))
+    if not shapes:  # what holds for the usual shapes alone is wrong at the ends of the ranges
+        ends = ([runner._profile[name][i] for name in runner.input_names] for i in (0, 2))
+        batches += [end for end in ends if end != usual and all(map(all, end))]
+    worst, allowed, beyond, same, total, infinite, compared = 0.0, 0.0, False, 0, 0, 0, 0
+    with torch.no_grad(), engine.elapsed(f"Comparing {len(batches)} batches"):
+        for step, batch in enumerate(batches):
+            inputs = random_inputs(batch, dtypes, "cuda", seed=step)
+            try:
+                expected = reference(inputs)
+            except Exception as error:
+                if batch == usual:
+                    raise
+                print(f"Not compared for inputs of {', '.join(map(str, map(list, batch)))}: {type(error).__name__}: {error}")
+                continue
             outputs = runner(*inputs)
             outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-            expected = reference(inputs)
             if len(expected) != len(outputs):
                 raise RuntimeError(f"{source} has {len(expected)} outputs, {plan} {len(outputs)}.")
             limits = bound(inputs) if bound is not None else None
@@ -256,6 +305,7 @@ def check(
                     raise RuntimeError(f"output {i} is {list(y0.shape)} in {source} and {list(y.shape)} in {plan}.")
                 y, y0 = y.double().cpu(), y0.double().cpu()
                 finite = y0.isfinite()
+                compared += int(finite.sum())
                 infinite += int((finite & ~y.isfinite()).sum())
                 largest = y0[finite].abs().max().item() if finite.any() else 0.0
                 both = finite & y.isfinite()
@@ -267,14 +317,32 @@ def check(
                 if i == 0 and y.dim() > 1 and y.shape[1] > 1:
                     same += int((y.argmax(1) == y0.argmax(1)).sum())
                     total += y.argmax(1).numel()
+    if not compared:
+        raise RuntimeError(f"nothing to compare: every output of {source} is empty, infinite or NaN on random inputs.")
     print(f"Largest difference, relative to the largest value: {worst:.2e}, allowed {allowed:.2e}.")
     if total:
         print(f"Predictions agree on {same} of {total}.")
     result = {"relative_difference": worst, "allowed": allowed, "agree": same, "predictions": total}
     if infinite or beyond:
         lost = f"; {infinite} values are infinite or NaN in the engine alone" if infinite else ""
-        raise Failed(f"{plan} differs from {source} by {worst:.2e}, more than the {allowed:.2e} allowed{lost}.", result)
+        raise Failed(f"the engine differs from {source} by {worst:.2e}, more than the {allowed:.2e} allowed{lost}.", result)
     return result
+
+
+def _onnx_reference(source: str, plan: pathlib.Path, runner: Engine) -> Callable[[list[Tensor]], list[Tensor]]:
+    """ONNX Runtime with the engine's order of inputs and outputs, which may be another than the file's."""
+    session = onnx_export.onnxruntime_session(source)
+    inputs, outputs = ([entry.name for entry in entries] for entries in (session.get_inputs(), session.get_outputs()))
+    for theirs, ours in ((inputs, runner.input_names), (outputs, runner.output_names)):
+        if sorted(theirs) != sorted(ours):
+            raise RuntimeError(f"{plan} is no engine of {source}: it has {', '.join(ours)}, the file {', '.join(theirs)}.")
+
+    def reference(tensors: list[Tensor]) -> list[Tensor]:
+        given = dict(zip(runner.input_names, tensors))
+        results = dict(zip(outputs, onnx_export.run_onnxruntime(session, [given[name] for name in inputs])))
+        return [results[name] for name in runner.output_names]
+
+    return reference
 
 
 class Failed(RuntimeError):

@@ -379,8 +379,9 @@ def _note_extents(proto: Any, program: torch.export.ExportedProgram) -> None:
             if within is None:
                 continue
             least, most = (int(v) if v.is_Integer and v < 2**31 else None for v in (within.lower, within.upper))
-            if most is not None or (least or 0) > 1:
-                limits[dim.dim_param] = (least or 0, most)
+            least = least if least is not None and least > 2 else 0  # torch.export says 2 where it knows nothing
+            if least or most is not None:
+                limits[dim.dim_param] = (least, most)
     if limits:
         entry = proto.metadata_props.add()
         entry.key, entry.value = EXTENTS, json.dumps(limits)
