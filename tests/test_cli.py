@@ -215,7 +215,7 @@ def test_export_as_json(folder: pathlib.Path) -> None:
     assert result_of.pop("inputs") == {"input": ["batch", 3, 9, 8]}
     assert list(result_of.pop("outputs").values()) == [["batch", 4, 7, 6]]
     assert result_of == {"file": "out/model.onnx", "adder_nodes": 2, "nodes": 4, "opset": 17, "checked": True}
-    assert "Inputs: input batchx3x9x8.\n" in result.stderr
+    assert "Inputs: input [batch, 3, 9, 8].\n" in result.stderr
     assert "PASSED | torch2trt-adder export network:adders" in result.stderr
     assert [path.name for path in (folder / "out").iterdir()] == ["model.onnx"]
 

@@ -321,7 +321,7 @@ def _info(options: argparse.Namespace) -> dict[str, dict[str, str]]:
     if module is None:
         show("TensorRT", version, "pip install tensorrt; the plugin serves 8.5 to 11.")
     else:
-        kind = "IPluginV3" if int(version.partition(".")[0]) >= 10 else "IPluginV2DynamicExt"
+        kind = "IPluginV3" if hasattr(module, "TensorRTPhase") else "IPluginV2DynamicExt"
         allows = f"The plugin {plugin.NAME}, version {plugin.VERSION}, is registered ({kind}): engines with adder layers load."
         try:
             plugin.register()

@@ -122,7 +122,7 @@ def export(
         for entries in (proto.graph.input, proto.graph.output)
     )
     for what, entries in (("Inputs", inputs), ("Outputs", outputs)):
-        print(f"{what}: {', '.join(name + ' ' + 'x'.join(map(str, dims)) for name, dims in entries.items())}.")
+        print(f"{what}: {'; '.join(name + ' [' + ', '.join(map(str, dims)) + ']' for name, dims in entries.items())}.")
     return {
         "file": str(path),
         "adder_nodes": nodes,
