@@ -83,35 +83,34 @@ __attribute__((visibility("default"))) size_t adder2d_dgrad_workspace(Adder2dDgr
 __attribute__((visibility("default"))) int32_t adder2d_dgrad(Adder2dDgradParams const* params, void* stream);
 __attribute__((visibility("default"))) int32_t adder2d_dgrad_cpu(Adder2dDgradParams const* params, int32_t threads);
 
-// The gradient of the weight, by the rule of AdderNet, from that of a convolution with the same x, dy and geometry:
+// The gradient of the weight, by the rule of AdderNet:
 //
 //   dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * (x - w[k,c,r,s]) = convolved[k,c,r,s] - w[k,c,r,s] * sum over n,p,q of dy[n,k,p,q]
 //
-// and with eta > 0 then dw * eta * sqrt(number of weights) / max(|dw|, 1e-12), |dw| being the Euclidean norm of all of it.
+// where `convolved` is the weight gradient of a convolution with the same x, dy and geometry, the caller's or our own; and with
+// eta > 0 then dw * eta * sqrt(number of weights) / max(|dw|, 1e-12), |dw| being the Euclidean norm of all of it.
 typedef struct Adder2dWgradParams {
-  int32_t N, K, P, Q;  // dy [N, K, P, Q]
-  int32_t C, R, S;     // w, convolved, dw [K, C, R, S]: C is the channels of one group
-  int32_t channels_last;  // w and dw are contiguous as [K, C, R, S] (0) or as [K, R, S, C] (1)
-  int32_t dy_type, w_type;  // Adder2dType; convolved and dw are float32
-  int64_t dy_stride[4];         // elements between neighbours along N, K, P, Q
-  int64_t convolved_stride[4];  // elements between neighbours along K, C, R, S
+  Adder2dParams layer;  // the forward problem with dy in the place of y: y, y_type, y_stride; dy is only read, b is not used
+  int32_t channels_last;  // w and dw are contiguous as [K, C / groups, R, S] (0) or as [K, R, S, C / groups] (1)
+  int32_t reserved;       // 0
+  int64_t convolved_stride[4];  // elements between neighbours along K, C / groups, R, S
   double eta;                   // 0 for no scaling
-  void const* dy;
-  float const* convolved;
-  void const* w;
-  float* dw;  // may be convolved where that lies in memory as dw does
-  void* workspace;         // device memory, 16-byte aligned
-  size_t workspace_bytes;  // at least adder2d_wgrad_workspace
+  float const* convolved;  // or null, where adder2d_wgrad_takes says so; with it x is not read
+  float* dw;               // may be convolved where that lies in memory as dw does
 } Adder2dWgradParams;
 
 // sizeof(Adder2dWgradParams)
 __attribute__((visibility("default"))) size_t adder2d_wgrad_params_size(void);
 
-// As adder2d_check, adder2d_fprop_workspace and adder2d_fprop, but for the workspace, which this one needs: with a smaller one
-// it returns cudaErrorInvalidValue (1).
+// Whether adder2d_wgrad computes this problem without `convolved` on the current device: 3x3 layers with few channels, where it
+// is faster than a convolution. It depends on nothing but the geometry.
+__attribute__((visibility("default"))) int32_t adder2d_wgrad_takes(Adder2dWgradParams const* params);
+
+// As adder2d_check, adder2d_fprop_workspace and adder2d_fprop, but for the workspace, with or without `convolved`, which this one
+// needs: with a smaller one it returns cudaErrorInvalidValue (1).
 __attribute__((visibility("default"))) char const* adder2d_wgrad_check(Adder2dWgradParams const* params);
 __attribute__((visibility("default"))) size_t adder2d_wgrad_workspace(Adder2dWgradParams const* params);
-__attribute__((visibility("default"))) int32_t adder2d_wgrad_finish(Adder2dWgradParams const* params, void* stream);
+__attribute__((visibility("default"))) int32_t adder2d_wgrad(Adder2dWgradParams const* params, void* stream);
 
 // Number of output positions along one axis; below 1 where the kernel does not fit.
 static inline int64_t adder2d_output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {

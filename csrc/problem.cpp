@@ -70,18 +70,12 @@ char const* adder2d_dgrad_check(Adder2dDgradParams const* params) {
 
 size_t adder2d_wgrad_params_size(void) { return sizeof(Adder2dWgradParams); }
 
-char const* adder2d_wgrad_check(Adder2dWgradParams const* p) {
-  if (p == nullptr) return "params is null";
-  if (p->N < 0 || p->K < 1 || p->P < 1 || p->Q < 1)
-    return sentence("dy must be [N >= 0, K >= 1, P >= 1, Q >= 1], got [%d, %d, %d, %d]", p->N, p->K, p->P, p->Q);
-  if (p->C < 1 || p->R < 1 || p->S < 1)
-    return sentence("weight must have C, R, S >= 1, got C %d, R %d, S %d", p->C, p->R, p->S);
-  if (p->channels_last != 0 && p->channels_last != 1) return sentence("channels_last must be 0 or 1, got %d", p->channels_last);
-  if (!is_type(p->dy_type) || !is_type(p->w_type))
-    return sentence("types must be float32 (0), float16 (1) or bfloat16 (2), got dy %d, w %d", p->dy_type, p->w_type);
-  if (!(p->eta >= 0) || p->eta == HUGE_VAL) return sentence("eta must be finite and not below 0, got %g", p->eta);
-  if (int64_t{p->P} * p->Q > kInt32Max) return sentence("one output map must be below 2^31 elements, got %dx%d", p->P, p->Q);
-  if (int64_t{p->R} * p->S > kInt32Max || int64_t{p->R} * p->S * p->C > kInt32Max)
-    return sentence("one filter must be below 2^31 elements, got %dx%dx%d", p->C, p->R, p->S);
+char const* adder2d_wgrad_check(Adder2dWgradParams const* params) {
+  if (params == nullptr) return "params is null";
+  if (char const* const reason = adder2d_check(&params->layer)) return reason;
+  if (params->channels_last != 0 && params->channels_last != 1)
+    return sentence("channels_last must be 0 or 1, got %d", params->channels_last);
+  if (params->reserved != 0) return sentence("reserved must be 0, got %d", params->reserved);
+  if (!(params->eta >= 0) || params->eta == HUGE_VAL) return sentence("eta must be finite and not below 0, got %g", params->eta);
   return nullptr;
 }

@@ -1,9 +1,11 @@
-// The end of the weight gradient, in three kernels: sums of dy a filter and chunk; dw = convolved - w * sum(dy) and sums of
-// its squares a block; dw divided to the wanted norm. Every sum runs in one fixed order.
+// Entry points of the weight gradient, and what follows on a convolution, in three kernels: sums of dy a filter and chunk;
+// dw = convolved - w * sum(dy) and sums of its squares a block; dw divided to the wanted norm. Where wgrad_simt.cu needs no
+// convolution, the third alone. Every sum runs in one fixed order.
 #include <algorithm>
 #include <cmath>
 
 #include "common.cuh"
+#include "wgrad.h"
 
 namespace adder2d {
 namespace {
@@ -15,13 +17,13 @@ constexpr int32_t kMaxSerial = 64;    // loads that one thread adds up before th
 constexpr int32_t kMaxChunks = 1024;  // ... unless a filter's dy then has more chunks
 constexpr int32_t kMaxLanesK = 32;
 
-int64_t filter_size(Adder2dWgradParams const& p) { return int64_t{p.C} * p.R * p.S; }
+int64_t filter_size(Adder2dParams const& p) { return int64_t{p.C / p.groups} * p.R * p.S; }
 
 // ---- sums of dy
 
 // Threads run along the pixels of one filter, or along filters where those lie side by side.
 struct SumArgs {
-  Adder2dWgradParams p;
+  Adder2dParams p;  // y is dy
   float* sums;  // [K, chunks]
   bool filters;
   int32_t vec;                      // elements of a load
@@ -33,14 +35,14 @@ struct SumArgs {
   FastDiv div_Q;
 };
 
-SumArgs make_sum_args(Adder2dWgradParams const& p) {
+SumArgs make_sum_args(Adder2dParams const& p) {
   SumArgs args{};
   args.p = p;
-  int32_t const size = type_size(p.dy_type), vec = 16 / size;
-  int64_t const* const stride = p.dy_stride;
+  int32_t const size = type_size(p.y_type), vec = 16 / size;
+  int64_t const* const stride = p.y_stride;
   int64_t const PQ = int64_t{p.P} * p.Q;
   bool const pixels = p.Q > 1 ? stride[3] == 1 : p.P > 1 && stride[2] == 1;
-  bool const aligned = reinterpret_cast<uintptr_t>(p.dy) % 16 == 0 && (p.N < 2 || stride[0] % vec == 0);
+  bool const aligned = reinterpret_cast<uintptr_t>(p.y) % 16 == 0 && (p.N < 2 || stride[0] % vec == 0);
   args.filters = p.K > 1 && stride[1] == 1 && !pixels;
   args.vec = 1;
   if (args.filters) {
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) adder2d_wgrad_sum_kernel(__grid_cons
   int64_t item = chunk * a.chunk + lane;
   int64_t n = item / a.image_items;
   int32_t pixel = static_cast<int32_t>(item - n * a.image_items);
-  T const* const dy = static_cast<T const*>(a.p.dy) + k * a.p.dy_stride[1];
+  T const* const dy = static_cast<T const*>(a.p.y) + k * a.p.y_stride[1];
   float sum[kSums] = {};
   if (k >= a.p.K) item = last;
   while (item < last) {
@@ -104,13 +106,13 @@ __global__ void __launch_bounds__(kThreads) adder2d_wgrad_sum_kernel(__grid_cons
 #pragma unroll
     for (int i = 0; i < kLoads; ++i, item += lanes) {
       if (item < last) {
-        int64_t offset = n * a.p.dy_stride[0];
+        int64_t offset = n * a.p.y_stride[0];
         if constexpr (kVec > 1 && !kFilters) {
           offset += int64_t{pixel} * kVec;
         } else {
           int32_t q;
           int32_t const p = a.div_Q.divmod(pixel, &q);
-          offset += p * a.p.dy_stride[2] + q * a.p.dy_stride[3];
+          offset += p * a.p.y_stride[2] + q * a.p.y_stride[3];
         }
         load<T, kVec>(dy + offset, values[i]);
       }
@@ -182,21 +184,22 @@ struct DwArgs {
   FastDiv div_C, div_S, div_RS;
 };
 
-DwArgs make_dw_args(Adder2dWgradParams const& p, int32_t chunks) {
+DwArgs make_dw_args(Adder2dWgradParams const& params, int32_t chunks) {
   DwArgs args{};
-  args.p = p;
+  Adder2dParams const& p = params.layer;
+  args.p = params;
   args.chunks = chunks;
   int64_t const filter = filter_size(p);
   int64_t const blocks = std::clamp<int64_t>(kBlocks / p.K, 1, ceil_div<int64_t>(filter, kThreads * kLoads));
   args.filter = static_cast<int32_t>(filter);
   args.part = static_cast<int32_t>(ceil_div(filter, blocks));
   args.blocks = ceil_div(args.filter, args.part);
-  int64_t const RS = int64_t{p.R} * p.S;
-  int64_t const expected[4] = {filter, p.channels_last ? 1 : RS, p.channels_last ? int64_t{p.S} * p.C : p.S, p.channels_last ? p.C : 1};
-  int32_t const size[4] = {p.K, p.C, p.R, p.S};
+  int64_t const C = p.C / p.groups, RS = int64_t{p.R} * p.S;
+  bool const last = params.channels_last;
+  int64_t const expected[4] = {filter, last ? 1 : RS, last ? p.S * C : p.S, last ? C : 1}, size[4] = {p.K, C, p.R, p.S};
   args.flat = true;
-  for (int i = 0; i < 4; ++i) args.flat &= size[i] == 1 || p.convolved_stride[i] == expected[i];
-  args.div_C = FastDiv(p.C);
+  for (int i = 0; i < 4; ++i) args.flat &= size[i] == 1 || params.convolved_stride[i] == expected[i];
+  args.div_C = FastDiv(C);
   args.div_S = FastDiv(p.S);
   args.div_RS = FastDiv(RS);
   return args;
@@ -232,7 +235,7 @@ __global__ void __launch_bounds__(kThreads) adder2d_wgrad_kernel(__grid_constant
       int64_t const i = first + j * kThreads;
       if (i >= last) break;
       float const convolved = a.p.convolved[convolved_index(a, k, static_cast<int32_t>(i))];
-      dw[j] = fmaf(-load_as_float(a.p.w, int64_t{k} * a.filter + i, a.p.w_type), total, convolved);
+      dw[j] = fmaf(-load_as_float(a.p.layer.w, int64_t{k} * a.filter + i, a.p.layer.w_type), total, convolved);
     }
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
@@ -261,11 +264,34 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += int64_t{gridDim.x} * kThreads) dw[i] /= divisor;
 }
 
+cudaError_t launch_scale(Adder2dWgradParams const& params, int64_t squares, cudaStream_t stream) {
+  int64_t const size = params.layer.K * filter_size(params.layer);
+  uint32_t const blocks = static_cast<uint32_t>(std::min<int64_t>(ceil_div<int64_t>(size, kThreads * kLoads), kBlocks / 4));
+  return launch_dependent(adder2d_wgrad_scale_kernel, dim3(blocks), dim3(kThreads), 0, stream, params.dw, size,
+                          static_cast<double const*>(params.layer.workspace), squares,
+                          params.eta * std::sqrt(static_cast<double>(size)));
+}
+
 // The workspace holds the squares, then the sums.
-int64_t squares_count(DwArgs const& args) { return args.p.eta > 0 ? int64_t{args.p.K} * args.blocks : 0; }
+int64_t squares_count(DwArgs const& args) { return args.p.eta > 0 ? int64_t{args.p.layer.K} * args.blocks : 0; }
 
 size_t workspace_bytes(DwArgs const& args) {
-  return squares_count(args) * sizeof(double) + int64_t{args.p.K} * args.chunks * sizeof(float);
+  return squares_count(args) * sizeof(double) + int64_t{args.p.layer.K} * args.chunks * sizeof(float);
+}
+
+cudaError_t finish(Adder2dWgradParams const& params, cudaStream_t stream) {
+  SumArgs sum = make_sum_args(params.layer);
+  DwArgs dw = make_dw_args(params, sum.chunks);
+  int64_t const count = squares_count(dw), blocks = int64_t{params.layer.K} * dw.blocks;
+  if (workspace_bytes(dw) > params.layer.workspace_bytes || blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  dw.squares = count > 0 ? static_cast<double*>(params.layer.workspace) : nullptr;
+  dw.sums = sum.sums = reinterpret_cast<float*>(static_cast<double*>(params.layer.workspace) + count);
+  cudaError_t error = params.layer.y_type == ADDER2D_FLOAT32   ? launch_sum<float>(sum, stream)
+                      : params.layer.y_type == ADDER2D_FLOAT16 ? launch_sum<__half>(sum, stream)
+                                                               : launch_sum<__nv_bfloat16>(sum, stream);
+  if (error != cudaSuccess) return error;
+  error = launch_dependent(adder2d_wgrad_kernel, dim3(static_cast<uint32_t>(blocks)), dim3(kThreads), 0, stream, dw);
+  return error != cudaSuccess || count == 0 ? error : launch_scale(params, count, stream);
 }
 
 }  // namespace
@@ -273,34 +299,27 @@ size_t workspace_bytes(DwArgs const& args) {
 
 using namespace adder2d;
 
-size_t adder2d_wgrad_workspace(Adder2dWgradParams const* params) {
-  if (adder2d_wgrad_check(params) != nullptr) return 0;
-  Adder2dWgradParams either = *params;
-  int32_t chunks = 0;
-  for (uintptr_t address : {0, 1}) {  // dy aligned, and not
-    either.dy = reinterpret_cast<void const*>(address);
-    chunks = std::max(chunks, make_sum_args(either).chunks);
-  }
-  return workspace_bytes(make_dw_args(*params, chunks));
+int32_t adder2d_wgrad_takes(Adder2dWgradParams const* params) {
+  return adder2d_wgrad_check(params) == nullptr && plan_wgrad_simt(*params).taken;
 }
 
-int32_t adder2d_wgrad_finish(Adder2dWgradParams const* params, void* stream_pointer) {
+size_t adder2d_wgrad_workspace(Adder2dWgradParams const* params) {
+  if (adder2d_wgrad_check(params) != nullptr) return 0;
+  Adder2dParams either = params->layer;
+  int32_t chunks = 0;
+  for (uintptr_t address : {0, 1}) {  // dy aligned, and not
+    either.y = reinterpret_cast<void*>(address);
+    chunks = std::max(chunks, make_sum_args(either).chunks);
+  }
+  return std::max(workspace_bytes(make_dw_args(*params, chunks)), plan_wgrad_simt(*params).workspace_bytes);
+}
+
+int32_t adder2d_wgrad(Adder2dWgradParams const* params, void* stream_pointer) {
   if (adder2d_wgrad_check(params) != nullptr) return cudaErrorInvalidValue;
   cudaStream_t const stream = static_cast<cudaStream_t>(stream_pointer);
-  SumArgs sum = make_sum_args(*params);
-  DwArgs dw = make_dw_args(*params, sum.chunks);
-  int64_t const count = squares_count(dw), blocks = int64_t{params->K} * dw.blocks;
-  if (workspace_bytes(dw) > params->workspace_bytes || blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  dw.squares = count > 0 ? static_cast<double*>(params->workspace) : nullptr;
-  dw.sums = sum.sums = reinterpret_cast<float*>(static_cast<double*>(params->workspace) + count);
-  cudaError_t error = params->dy_type == ADDER2D_FLOAT32   ? launch_sum<float>(sum, stream)
-                      : params->dy_type == ADDER2D_FLOAT16 ? launch_sum<__half>(sum, stream)
-                                                           : launch_sum<__nv_bfloat16>(sum, stream);
-  if (error != cudaSuccess) return error;
-  error = launch_dependent(adder2d_wgrad_kernel, dim3(static_cast<uint32_t>(blocks)), dim3(kThreads), 0, stream, dw);
-  if (error != cudaSuccess || count == 0) return error;
-  int64_t const size = params->K * filter_size(*params);
-  uint32_t const scale_blocks = static_cast<uint32_t>(std::min<int64_t>(ceil_div<int64_t>(size, kThreads * kLoads), kBlocks / 4));
-  return launch_dependent(adder2d_wgrad_scale_kernel, dim3(scale_blocks), dim3(kThreads), 0, stream, params->dw, size,
-                          static_cast<double const*>(dw.squares), count, params->eta * std::sqrt(static_cast<double>(size)));
+  if (params->convolved != nullptr) return finish(*params, stream);
+  WgradPlan const plan = plan_wgrad_simt(*params);
+  if (!plan.taken || plan.workspace_bytes > params->layer.workspace_bytes) return cudaErrorInvalidValue;
+  cudaError_t const error = launch_wgrad_simt(*params, plan, stream);
+  return error != cudaSuccess || params->eta == 0 ? error : launch_scale(*params, plan.reduce_blocks, stream);
 }

@@ -1,5 +1,6 @@
 """The operator on a GPU: the forward kernels and the gradients, against float64 on the same rounded inputs."""
 
+import itertools
 import math
 import types
 
@@ -504,22 +505,53 @@ def test_input_gradient_in_a_cuda_graph():
         assert_grad_input(dx, dy, x, w, case.geometry)
 
 
-# Sums of dy by vectors of pixels and of filters, by single elements, and in many blocks a filter.
+# After a convolution: sums of dy by vectors of pixels and of filters, by single elements, and in many blocks a filter.
 SUMS = [
-    Case("pixel_vectors", 5, 16, 16, 16, 16, 3, 3, padding=(1, 1)),
+    Case("pixel_vectors", 5, 16, 16, 16, 16, 3, 1, padding=(1, 0)),
     Case("filter_vectors", 33, 8, 7, 7, 264, 1, 1),
     Case("many_images", 515, 3, 9, 7, 5, 3, 3),
     Case("one_filter_many_pixels", 70, 2, 65, 64, 1, 3, 3, padding=(1, 1)),
     Case("long_filters", 2, 1030, 5, 5, 3, 3, 3),
     Case("vectors_over_rows", 4, 3, 6, 4, 48, 1, 1),
 ]
+# Without one: all tiles and strides, chunks of rows, columns and images with any rest, channels and filters that fill no tile.
+FEW = [
+    Case("stage_one", 5, 16, 32, 32, 16, 3, 3, padding=(1, 1)),
+    Case("to_stage_two", 7, 16, 32, 32, 32, 3, 3, stride=(2, 2), padding=(1, 1)),
+    Case("stage_two", 67, 32, 16, 16, 32, 3, 3, padding=(1, 1)),
+    Case("to_stage_three", 5, 32, 16, 16, 64, 3, 3, stride=(2, 2), padding=(1, 1)),
+    Case("stage_three", 259, 64, 8, 8, 64, 3, 3, padding=(1, 1)),
+    Case("one_image", 1, 64, 57, 55, 64, 3, 3, padding=(1, 1)),
+    Case("seven", 131, 24, 7, 7, 40, 3, 3, padding=(1, 1)),
+    Case("odd", 3, 19, 15, 14, 33, 3, 3, stride=(2, 2), padding=(1, 1)),
+    Case("few_groups", 3, 96, 15, 13, 72, 3, 3, stride=(2, 1), groups=6),
+    Case("rows_apart", 2, 12, 17, 12, 10, 3, 3, stride=(3, 2), padding=(0, 2), dilation=(2, 1)),
+    Case("wide_rows", 2, 9, 5, 301, 8, 3, 3),
+    Case("little_but_padding", 2, 8, 3, 3, 11, 3, 3, padding=(4, 5)),
+    Case("one_output", 1, 8, 3, 3, 8, 3, 3),
+]
+
+
+both_ways = pytest.mark.parametrize("case", [SUMS[0], FEW[0]], ids=["convolution", "alone"])
 
 
 def grad_weight(dy, x, w, geometry, eta=None):
     return torch.ops.torch2trt_adder.adder2d_grad_weight(dy, x, w, *geometry, eta)
 
 
-@pytest.mark.parametrize("case", CASES + LARGE + SUMS, ids=lambda case: case.name)
+def kernel_names(function):
+    """What one call launches; the test is skipped where the profiler sees nothing."""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    if not names:
+        pytest.skip("the profiler sees no kernels here")
+    return names
+
+
+@pytest.mark.parametrize("case", CASES + LARGE + SUMS + FEW, ids=lambda case: case.name)
 @dtypes
 @formats
 def test_weight_gradient(case, dtype, memory_format):
@@ -536,8 +568,8 @@ def test_weight_gradient(case, dtype, memory_format):
 
 
 @dtypes
-def test_weight_gradient_of_strided_tensors(dtype):
-    case = SUMS[0]
+@both_ways
+def test_weight_gradient_of_strided_tensors(case, dtype):
     x, w, _ = case.tensors(dtype, "cuda")
     size = grad_output(case, dtype).shape
     draws = torch.randn(2 * math.prod(size) + 1, device="cuda").to(dtype)
@@ -555,16 +587,29 @@ def test_weight_gradient_of_strided_tensors(dtype):
         for weight in (w, w.flip(0).permute(0, 1, 3, 2), w.repeat(2, 1, 1, 1)[::2]):
             for eta in (None, 0.3):
                 assert_grad_weight(grad_weight(dy, x, weight, case.geometry, eta), dy, x, weight, case.geometry, eta)
+    dy = grad_output(case, dtype)
+    draws = torch.randn(4 * x.numel() + 1, device="cuda").to(dtype)
+    views = [
+        x[:1].expand_as(x),
+        draws[1 : 1 + x.numel()].view_as(x),  # not on a vector's address
+        draws[1 : 1 + x.numel()].view(case.N, case.H, case.W, case.C).permute(0, 3, 1, 2),
+        draws[:-1].view(2 * case.N, case.C, case.H, 2 * case.W)[::2, :, :, 1::2],
+        draws[:-1].view(case.N, case.H, case.W, 4 * case.C)[..., 1 : 1 + case.C].permute(0, 3, 1, 2),
+        draws[: x.numel()].view(case.N, case.C, case.W, case.H).transpose(2, 3),
+    ]
+    for view in views:
+        assert_grad_weight(grad_weight(dy, view, w, case.geometry), dy, view, w, case.geometry, None)
 
 
-def test_weight_gradient_takes_other_dtypes_of_grad_output():
-    x, w, _ = SUMS[0].tensors(torch.float16, "cuda")
+@both_ways
+def test_weight_gradient_takes_other_dtypes_of_grad_output(case):
+    x, w, _ = case.tensors(torch.float16, "cuda")
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        dy = grad_output(SUMS[0], dtype)
-        assert_grad_weight(grad_weight(dy, x, w, SUMS[0].geometry, 0.3), dy, x, w, SUMS[0].geometry, 0.3)
+        dy = grad_output(case, dtype)
+        assert_grad_weight(grad_weight(dy, x, w, case.geometry, 0.3), dy, x, w, case.geometry, 0.3)
 
 
-@pytest.mark.parametrize("case", LARGE + SUMS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", LARGE + SUMS + FEW, ids=lambda case: case.name)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
 def test_weight_gradient_same_result_twice(case, memory_format):
     x, w, _ = case.tensors(device="cuda", memory_format=memory_format)
@@ -602,14 +647,33 @@ def test_weight_gradient_where_the_terms_cancel(dtype, memory_format, K):
 
 
 @dtypes
+@formats
+def test_weight_gradient_alone_where_the_terms_cancel(dtype, memory_format):
+    """The same for 3x3 filters and several channels."""
+    N, size = 16, 258
+    dy = torch.rand(N, 8, size - 2, size - 2, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    dy = (dy + 1).contiguous(memory_format=memory_format)
+    x = torch.full((N, 9, size, size), 0.5, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
+    w = torch.full((8, 9, 3, 3), 0.5, device="cuda", dtype=dtype)
+    x[3, 5, 100, 17] = 2.5
+    dw = grad_weight(dy, x, w, ((1, 1), (0, 0), (1, 1), 1))
+    expected = torch.zeros(w.shape, device="cuda", dtype=torch.float64)
+    for r, s in itertools.product(range(3), repeat=2):
+        expected[:, 5, r, s] = 2 * dy[3, :, 100 - r, 17 - s].double()
+    terms = dy.double().sum((0, 2, 3))[:, None, None, None] + expected.abs()
+    assert_within(dw, expected, bound(expected, terms, N * (size - 2) ** 2, torch.float32))
+
+
+@dtypes
 @pytest.mark.parametrize("eta", [None, 0.3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weight_gradient_of_non_finite(value, eta, dtype):
+@pytest.mark.parametrize("case", [PLAIN, FEW[0]], ids=["convolution", "alone"])
+def test_weight_gradient_of_non_finite(case, value, eta, dtype):
     """A filter's dy spoils that filter, and by the norm everything: finite stays nothing that was not zero."""
-    x, w, _ = PLAIN.tensors(dtype, "cuda")
-    dy = grad_output(PLAIN, dtype)
+    x, w, _ = case.tensors(dtype, "cuda")
+    dy = grad_output(case, dtype)
     dy[1, 7, 3, 4] = value
-    raw, dw = (grad_weight(dy, x, w, PLAIN.geometry, e) for e in (None, eta))
+    raw, dw = (grad_weight(dy, x, w, case.geometry, e) for e in (None, eta))
     assert not raw[7].isfinite().any() and raw[:7].isfinite().all() and raw[8:].isfinite().all()
     if eta is None:
         return
@@ -617,19 +681,47 @@ def test_weight_gradient_of_non_finite(value, eta, dtype):
     assert torch.equal(dw.isnan(), expected.isnan()) and torch.equal(dw.isinf(), expected.isinf())
 
 
+@dtypes
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("case", [FEW[0], FEW[2]], ids=lambda case: case.name)
+def test_weight_gradient_of_non_finite_input(case, value, dtype):
+    """The input's corner spoils the taps that read it, and no others."""
+    x, w, _ = case.tensors(dtype, "cuda")
+    dy = grad_output(case, dtype)
+    x[1, 3, 0, 0] = value
+    raw = grad_weight(dy, x, w, case.geometry)
+    assert not raw[:, 3, :2, :2].isfinite().any() and int((~raw.isfinite()).sum()) == 4 * case.K
+    assert_grad_weight(raw, dy, x, w, case.geometry, None)
+
+
 @pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e17])
-def test_weight_gradient_of_any_magnitude(magnitude):
+@both_ways
+def test_weight_gradient_of_any_magnitude(case, magnitude):
     """Squares beyond float32 at both ends: no gradient is zero, one is below the norm's floor of 1e-12, one is large."""
-    x, w, _ = SUMS[0].tensors(device="cuda")
-    dy = magnitude * grad_output(SUMS[0], torch.float32)
-    dw = grad_weight(dy, x, w, SUMS[0].geometry, 0.3)
-    assert_grad_weight(dw, dy, x, w, SUMS[0].geometry, 0.3)
+    x, w, _ = case.tensors(device="cuda")
+    dy = magnitude * grad_output(case, torch.float32)
+    dw = grad_weight(dy, x, w, case.geometry, 0.3)
+    assert_grad_weight(dw, dy, x, w, case.geometry, 0.3)
     assert dw.isfinite().all() and bool(dw.any()) == (magnitude > 0)
 
 
-def test_weight_gradient_of_an_empty_batch():
-    x, w, _ = SUMS[0].tensors(device="cuda")
-    dw = grad_weight(grad_output(SUMS[0], torch.float32)[:0], x[:0], w, SUMS[0].geometry, 0.3)
+def test_weight_gradient_beyond_2_to_the_31_elements():
+    """2.3e9 elements each, all zero but the last pixels of the last image."""
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB of free GPU memory")
+    x, dy = (torch.zeros(9, 8, 5700, 5700, device="cuda", dtype=torch.float16) for _ in range(2))
+    w = torch.randn(8, 8, 3, 3, device="cuda").half()
+    corners = x[-1:, :, -66:, -66:], dy[-1:, :, -66:, -66:]
+    corners[0].normal_()
+    corners[1][..., 2:, 2:].normal_()
+    geometry = (1, 1), (1, 1), (1, 1), 1
+    assert_grad_weight(grad_weight(dy, x, w, geometry), corners[1], corners[0], w, geometry, None)
+
+
+@both_ways
+def test_weight_gradient_of_an_empty_batch(case):
+    x, w, _ = case.tensors(device="cuda")
+    dw = grad_weight(grad_output(case, torch.float32)[:0], x[:0], w, case.geometry, 0.3)
     assert dw.shape == w.shape and dw.dtype is torch.float32 and not dw.any()
 
 
@@ -648,8 +740,8 @@ def test_weight_gradient_of_a_wrong_size():
         grad_weight(grad_output(SUMS[0], torch.float32)[:, :, 1:], x, w, SUMS[0].geometry)
 
 
-def test_weight_gradient_in_a_cuda_graph():
-    case = SUMS[0]
+@both_ways
+def test_weight_gradient_in_a_cuda_graph(case):
     x, w, _ = case.tensors(device="cuda")
     dy = grad_output(case, torch.float32)
     stream = torch.cuda.Stream()
@@ -666,14 +758,24 @@ def test_weight_gradient_in_a_cuda_graph():
         assert_grad_weight(dw, dy, x, w, case.geometry, 0.3)
 
 
-def test_weight_gradient_on_another_device():
+@both_ways
+def test_weight_gradient_on_another_device(case):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    x, w, _ = SUMS[0].tensors(device="cuda:1")
-    dy = grad_output(SUMS[0], torch.float32).to("cuda:1")
-    dw = grad_weight(dy, x, w, SUMS[0].geometry, 0.3)
+    x, w, _ = case.tensors(device="cuda:1")
+    dy = grad_output(case, torch.float32).to("cuda:1")
+    dw = grad_weight(dy, x, w, case.geometry, 0.3)
     assert dw.device == x.device and torch.cuda.current_device() == 0
-    assert_grad_weight(dw, dy, x, w, SUMS[0].geometry, 0.3)
+    assert_grad_weight(dw, dy, x, w, case.geometry, 0.3)
+
+
+def test_weight_gradient_of_tensors_that_do_not_match():
+    x, w, _ = FEW[0].tensors(device="cuda")
+    dy = grad_output(FEW[0], torch.float32)
+    with pytest.raises(RuntimeError, match="adder2d_grad_weight: grad_output is on cpu and input on cuda:0"):
+        ops._grad_weight_cuda(dy.cpu(), x, w, *FEW[0].geometry)
+    with pytest.raises(TypeError, match="adder2d: weight is torch.float16 and input is torch.float32"):
+        grad_weight(dy, x, w.half(), FEW[0].geometry)
 
 
 @pytest.mark.parametrize("eta", [0.2, None])
@@ -681,16 +783,19 @@ def test_weight_gradient_in_few_launches(eta):
     """All of it but the convolution: three kernels, or two without the scaling."""
     x, w, _ = PLAIN.tensors(device="cuda")
     dy = grad_output(PLAIN, torch.float32)
-    grad_weight(dy, x, w, PLAIN.geometry, eta)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        grad_weight(dy, x, w, PLAIN.geometry, eta)
-        torch.cuda.synchronize()
-    names = [event.key for event in profile.key_averages()]
-    if not names:
-        pytest.skip("the profiler sees no kernels here")
+    names = kernel_names(lambda: grad_weight(dy, x, w, PLAIN.geometry, eta))
     ours = [name for name in names if "adder2d_wgrad" in name]
     assert len(ours) == (2 if eta is None else 3), names
     assert not [name for name in names if "at::native" in name], names
+
+
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+def test_weight_gradient_of_few_channels_without_a_convolution(case):
+    for dtype, memory_format, eta in itertools.product(DTYPES, FORMATS, (0.2, None)):
+        x, w, _ = case.tensors(dtype, "cuda", memory_format)
+        dy = grad_output(case, dtype, memory_format)
+        names = kernel_names(lambda: grad_weight(dy, x, w, case.geometry, eta))
+        assert len(names) == (2 if eta is None else 3) and all("adder2d_wgrad" in name for name in names), names
 
 
 @pytest.mark.skipif(not ops._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")

@@ -24,8 +24,8 @@ def test_struct_matches_header():
     assert library.Adder2dDgradParams.dx_type.offset == ctypes.sizeof(library.Adder2dParams)
     assert library.DGRAD.size + ctypes.sizeof(library.Adder2dParams) == ctypes.sizeof(library.Adder2dDgradParams)
     assert library.load().adder2d_wgrad_params_size() == ctypes.sizeof(library.Adder2dWgradParams)
-    assert library.WGRAD.size == library.Adder2dWgradParams.dy.offset
-    assert library.WGRAD.size + library.POINTERS.size == ctypes.sizeof(library.Adder2dWgradParams)
+    assert library.Adder2dWgradParams.channels_last.offset == ctypes.sizeof(library.Adder2dParams)
+    assert library.WGRAD.size + ctypes.sizeof(library.Adder2dParams) == ctypes.sizeof(library.Adder2dWgradParams)
 
 
 def test_packed_bytes_are_the_struct():
@@ -35,43 +35,61 @@ def test_packed_bytes_are_the_struct():
     assert (params.x_type, params.reserved, *params.x_stride, *params.y_stride) == (17, 20, *range(21, 29))
     assert (params.x, params.w, params.b, params.y, params.workspace, params.workspace_bytes) == tuple(range(31, 37))
 
-    problem = library.WGRAD.pack(*range(1, 19), 19.5)
-    params = library.Adder2dWgradParams.from_buffer_copy(problem + library.POINTERS.pack(31, 32, 33, 34, 35, 36))
-    assert (params.N, params.Q, params.C, params.S, params.channels_last, params.w_type) == (1, 4, 5, 7, 8, 10)
-    assert (*params.dy_stride, *params.convolved_stride, params.eta) == (*range(11, 19), 19.5)
-    assert (params.dy, params.convolved, params.w, params.dw, params.workspace) == tuple(range(31, 36))
+    layer = problem + library.POINTERS.pack(31, 32, 33, 34, 35, 36)
+    params = library.Adder2dWgradParams.from_buffer_copy(layer + library.WGRAD.pack(*range(1, 7), 7.5, 8, 9))
+    assert (params.layer.N, params.layer.workspace_bytes, params.channels_last, params.reserved) == (1, 36, 1, 2)
+    assert (*params.convolved_stride, params.eta, params.convolved, params.dw) == (3, 4, 5, 6, 7.5, 8, 9)
 
 
-WGRAD = {"N": 2, "K": 3, "P": 4, "Q": 5, "C": 6, "R": 3, "S": 3, "eta": 0.2}
+LAYER = {"N": 2, "C": 6, "H": 6, "W": 7, "K": 3, "R": 3, "S": 3, "P": 4, "Q": 5, "groups": 1, "w_type": 0}
+LAYER |= dict.fromkeys(("stride_h", "stride_w", "dil_h", "dil_w"), 1)
+WGRAD = {"channels_last": 0, "reserved": 0, "eta": 0.2}
+
+
+def wgrad_params(**changes):
+    layer, wgrad = ({name: changes.get(name, value) for name, value in part.items()} for part in (LAYER, WGRAD))
+    return library.Adder2dWgradParams(library.Adder2dParams(**layer), **wgrad)
 
 
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"N": -1}, r"dy must be \[N >= 0, K >= 1, P >= 1, Q >= 1\], got \[-1, 3, 4, 5\]"),
-        ({"S": 0}, "weight must have C, R, S >= 1, got C 6, R 3, S 0"),
+        ({"N": -1}, r"input must be \[N >= 0, C >= 1, H >= 1, W >= 1\], got \[-1, 6, 6, 7\]"),
+        ({"S": 0}, "weight must have K, R, S >= 1, got K 3, R 3, S 0"),
+        ({"Q": 6}, "the output must be 4x5, got 4x6"),
+        ({"w_type": 3}, "types must be .* got x 0, w 3, y 0"),
         ({"channels_last": 2}, "channels_last must be 0 or 1, got 2"),
-        ({"w_type": 3}, "types must be .* got dy 0, w 3"),
+        ({"reserved": 1}, "reserved must be 0, got 1"),
         ({"eta": -0.5}, "eta must be finite and not below 0, got -0.5"),
         ({"eta": float("nan")}, "eta must be finite and not below 0, got -?nan"),
         ({"eta": float("inf")}, "eta must be finite and not below 0, got inf"),
-        ({"P": 1 << 16, "Q": 1 << 15}, "one output map must be below 2\\^31 elements"),
+        ({"H": 1 << 16, "P": (1 << 16) - 2, "W": 1 << 16, "Q": (1 << 16) - 2}, "one output map must be below 2\\^31 elements"),
         ({"C": 1 << 30}, "one filter must be below 2\\^31 elements"),
     ],
 )
 def test_wgrad_check(change, reason):
     loaded = library.load()
-    assert loaded.adder2d_wgrad_check(ctypes.byref(library.Adder2dWgradParams(**WGRAD))) is None
-    bad = library.Adder2dWgradParams(**WGRAD | change)
-    assert re.search(reason, loaded.adder2d_wgrad_check(ctypes.byref(bad)).decode())
-    assert loaded.adder2d_wgrad_workspace(ctypes.byref(bad)) == 0
-    assert loaded.adder2d_wgrad_finish(ctypes.byref(bad), None) == 1
+    assert loaded.adder2d_wgrad_check(ctypes.byref(wgrad_params())) is None
+    bad = ctypes.byref(wgrad_params(**change))
+    assert re.search(reason, loaded.adder2d_wgrad_check(bad).decode())
+    assert loaded.adder2d_wgrad_takes(bad) == 0
+    assert loaded.adder2d_wgrad_workspace(bad) == 0
+    assert loaded.adder2d_wgrad(bad, None) == 1
 
 
 def test_wgrad_without_its_workspace():
-    params = library.Adder2dWgradParams(**WGRAD)
+    params = wgrad_params()
     assert library.load().adder2d_wgrad_workspace(ctypes.byref(params)) == 3 * (8 + 4)  # squares and a sum a filter
-    assert library.load().adder2d_wgrad_finish(ctypes.byref(params), None) == 1
+    params.convolved = 1  # not looked at
+    assert library.load().adder2d_wgrad(ctypes.byref(params), None) == 1
+
+
+def test_wgrad_without_a_convolution():
+    """Three filters are too few for a kernel of our own, which a caller must have asked before."""
+    params = wgrad_params()
+    assert library.load().adder2d_wgrad_takes(ctypes.byref(params)) == 0
+    params.layer.workspace_bytes = 1 << 20
+    assert library.load().adder2d_wgrad(ctypes.byref(params), None) == 1
 
 
 def test_missing(fresh_load, monkeypatch, tmp_path):

@@ -40,12 +40,13 @@ class Adder2dWgradParams(ctypes.Structure):
     """``Adder2dWgradParams`` of adder2d.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("N", "K", "P", "Q", "C", "R", "S", "channels_last", "dy_type", "w_type")),
-        ("dy_stride", ctypes.c_int64 * 4),
+        ("layer", Adder2dParams),
+        ("channels_last", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
         ("convolved_stride", ctypes.c_int64 * 4),
         ("eta", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("dy", "convolved", "w", "dw", "workspace")),
-        ("workspace_bytes", ctypes.c_size_t),
+        ("convolved", ctypes.c_void_p),
+        ("dw", ctypes.c_void_p),
     ]
 
 
@@ -54,7 +55,7 @@ class Adder2dWgradParams(ctypes.Structure):
 PROBLEM = struct.Struct("@20i8q")
 POINTERS = struct.Struct("@5PN")
 DGRAD = struct.Struct("@2i4qP")  # Adder2dDgradParams behind its Adder2dParams
-WGRAD = struct.Struct("@10i8qd")  # Adder2dWgradParams before its pointers, which are POINTERS
+WGRAD = struct.Struct("@2i4qd2P")  # Adder2dWgradParams behind its Adder2dParams
 
 
 def path() -> pathlib.Path:
@@ -92,8 +93,9 @@ def load() -> ctypes.CDLL:
             "adder2d_dgrad_cpu": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32]),
             "adder2d_wgrad_params_size": (ctypes.c_size_t, []),
             "adder2d_wgrad_check": (ctypes.c_char_p, [ctypes.c_void_p]),
+            "adder2d_wgrad_takes": (ctypes.c_int32, [ctypes.c_void_p]),
             "adder2d_wgrad_workspace": (ctypes.c_size_t, [ctypes.c_void_p]),
-            "adder2d_wgrad_finish": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
+            "adder2d_wgrad": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
             "adder2d_error_string": (ctypes.c_char_p, [ctypes.c_int32]),
         }
         for name, (result, arguments) in prototypes.items():

@@ -474,16 +474,16 @@ def _grad_input_kernel(grad_output, input, weight, channels_last, stride, paddin
     return grad_input
 
 
-def _check_grad_input(grad_output: Tensor, input: Tensor, weight: Tensor) -> None:
+def _check_grad_tensors(caller: str, grad_output: Tensor, input: Tensor, weight: Tensor) -> None:
     _check_tensors(input, weight, None)
     if grad_output.device != input.device:
         raise RuntimeError(
-            f"adder2d_grad_input: grad_output is on {grad_output.device} and input on {input.device}; move one of them."
+            f"{caller}: grad_output is on {grad_output.device} and input on {input.device}; move one of them."
         )
 
 
 def _grad_input_cuda(grad_output, input, weight, stride, padding, dilation, groups):
-    _check_grad_input(grad_output, input, weight)
+    _check_grad_tensors("adder2d_grad_input", grad_output, input, weight)
     device = input.get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
@@ -498,7 +498,7 @@ def _grad_input_cuda(grad_output, input, weight, stride, padding, dilation, grou
 
 
 def _grad_input_cpu(grad_output, input, weight, stride, padding, dilation, groups):
-    _check_grad_input(grad_output, input, weight)
+    _check_grad_tensors("adder2d_grad_input", grad_output, input, weight)
     if input.dtype is torch.float64:
         return _grad_input_torch(grad_output, input, weight, stride, padding, dilation, groups)
     channels_last = _is_channels_last(input)  # of what came in, not of its float32 copy
@@ -598,7 +598,9 @@ def _convolution_backward(x, dy, filters, stride, padding, dilation, groups, exa
 class _GradWeightPlan(NamedTuple):
     """What a launch needs beyond pointers."""
 
-    problem: bytes  # Adder2dWgradParams up to the pointers
+    stride: tuple[int, int, int, int]  # of the gradient, which is that of the weight
+    problem: bytes  # Adder2dParams up to the pointers
+    alone: bool  # adder2d_wgrad needs no convolution beforehand
     workspace_bytes: int
 
 
@@ -608,62 +610,83 @@ def _grad_weight_plan(
     grad_stride: tuple[int, ...],
     grad_dtype: torch.dtype,
     input_size: tuple[int, ...],
-    weight_size: tuple[int, ...],
-    weight_dtype: torch.dtype,
+    input_stride: tuple[int, ...],
     channels_last: bool,
-    convolved_stride: tuple[int, ...],
+    weight_size: tuple[int, ...],
+    dtype: torch.dtype,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
-    eta: float | None,
+    eta: float,
+    device: int,
 ) -> _GradWeightPlan:
+    """Checks the problem and packs it. `channels_last` is about the weight, `device` the current CUDA device."""
     size = _kernel_size("adder2d_grad_weight", input_size, weight_size, None, stride, padding, dilation, groups)
     _check_grad_size("adder2d_grad_weight", grad_size, size)
-    problem = library.WGRAD.pack(
-        *grad_size, *weight_size[1:], channels_last, _KERNEL_TYPES[grad_dtype], _KERNEL_TYPES[weight_dtype],
-        *grad_stride, *convolved_stride, 0 if eta is None else eta,
+    K, C, R, S = weight_size
+    kind = _KERNEL_TYPES[dtype]
+    problem = library.PROBLEM.pack(
+        *input_size, K, R, S, *size[2:], *stride, *padding, *dilation, groups, kind, kind, _KERNEL_TYPES[grad_dtype], 0,
+        *input_stride, *grad_stride,
     )  # fmt: skip
     params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0)
+    params += library.WGRAD.pack(channels_last, 0, 0, 0, 0, 0, eta, 0, 0)
     loaded = library.load()
     reason = loaded.adder2d_wgrad_check(params)
     if reason:
         raise ValueError(f"adder2d_grad_weight: {reason.decode()}.")
-    return _GradWeightPlan(problem, loaded.adder2d_wgrad_workspace(params))
+    return _GradWeightPlan(
+        (C * R * S, 1, C * S, C) if channels_last else (C * R * S, R * S, S, 1),
+        problem,
+        bool(loaded.adder2d_wgrad_takes(params)),
+        loaded.adder2d_wgrad_workspace(params),
+    )
 
 
 def _grad_weight_cuda(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
-    """dw = sum over n,p,q of dy * (x - w): a convolution's weight gradient, and adder2d_wgrad_finish for the rest."""
+    """dw = sum over n,p,q of dy * (x - w) by adder2d_wgrad, often after the weight gradient of a convolution."""
+    _check_grad_tensors("adder2d_grad_weight", grad_output, input, weight)
     device = input.get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return _grad_weight_cuda(grad_output, input, weight, stride, padding, dilation, groups, eta)
     if weight.dtype not in _KERNEL_TYPES or len(input) == 0:
         return _grad_weight_torch(grad_output, input, weight, stride, padding, dilation, groups, eta)
-    convolved = _convolved(grad_output, input, weight, stride, padding, dilation, groups)
     if grad_output.dtype not in _KERNEL_TYPES:
         grad_output = grad_output.float()
     channels_last = _is_channels_last(weight)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     weight = weight.contiguous(memory_format=layout)
-    dw = convolved
-    if not convolved.is_contiguous(memory_format=layout):
-        dw = torch.empty_like(weight, dtype=convolved.dtype, memory_format=layout)
+    eta = 0.0 if eta is None else eta
     plan = _grad_weight_plan(
-        grad_output.shape, grad_output.stride(), grad_output.dtype, input.shape, weight.shape, weight.dtype,
-        channels_last, convolved.stride(), tuple(stride), tuple(padding), tuple(dilation), groups, eta,
+        grad_output.shape, grad_output.stride(), grad_output.dtype, input.shape, input.stride(), channels_last,
+        weight.shape, input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, eta, device,
     )  # fmt: skip
+    dw = convolved = None
+    if not plan.alone:
+        convolved = _convolved(grad_output, input, weight, stride, padding, dilation, groups)
+        if convolved.is_contiguous(memory_format=layout):
+            dw = convolved
+    if dw is None:
+        dw = weight.new_empty_strided(weight.shape, plan.stride, dtype=torch.float32)
     workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=input.device)
-    params = plan.problem + library.POINTERS.pack(
-        grad_output.data_ptr(),
-        convolved.data_ptr(),
-        weight.data_ptr(),
-        dw.data_ptr(),
-        workspace.data_ptr(),
-        plan.workspace_bytes,
+    params = (
+        plan.problem
+        + library.POINTERS.pack(
+            input.data_ptr(), weight.data_ptr(), 0, grad_output.data_ptr(), workspace.data_ptr(), plan.workspace_bytes
+        )
+        + library.WGRAD.pack(
+            channels_last,
+            0,
+            *(plan.stride if convolved is None else convolved.stride()),
+            eta,
+            0 if convolved is None else convolved.data_ptr(),
+            dw.data_ptr(),
+        )
     )
     loaded = library.load()
-    error = loaded.adder2d_wgrad_finish(params, torch._C._cuda_getCurrentRawStream(device))
+    error = loaded.adder2d_wgrad(params, torch._C._cuda_getCurrentRawStream(device))
     if error:
         raise _launch_error("adder2d_grad_weight", device, error)
     return dw

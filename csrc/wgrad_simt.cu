@@ -1,0 +1,528 @@
+// The weight gradient of 3x3 layers with few channels: sum(dy * x) and sum(dy) over all pixels on float32 arithmetic.
+//
+// Few channels make a small matrix of sums, 144 by 16 in ResNet-20's first stage, over very many pixels. A block owns a tile
+// of kTileK filters by kTileC channels by all nine taps, and some of the pixels. Chunks of dy, with the patch of x that they
+// read, go through a ring in shared memory, channels side by side: no tap is copied twice, as im2col would. A thread keeps
+// the sums of 8 filters by 4 channels by the three taps of one row of the kernel, and walks along a row of dy with a window
+// of three pixels of x in registers: per pixel it reads one new pixel of x and one of dy, 3 x 16 bytes for 96 products. Groups
+// of threads take different rows of the chunk.
+//
+// Sums of groups meet in shared memory, those of blocks in the workspace, always in the same order: results repeat exactly.
+#include <algorithm>
+
+#include "wgrad.h"
+
+namespace adder2d {
+namespace {
+
+// ---- traits
+
+constexpr int kTaps = 3;    // along each axis
+constexpr int kStages = 3;  // chunks in the ring
+constexpr int kUnroll = 4;  // pixels of the inner loop; strips are multiples of it
+
+template <int kTileK_, int kTileC_>
+struct Tile {
+  static constexpr int kTileK = kTileK_, kTileC = kTileC_;  // sums of a block, for each tap
+  static constexpr int kThreadK = 8, kThreadC = 4;          // sums of a thread, for each tap of its row; filters as 2 x 4
+  static constexpr int kThreads = 384, kWarps = kThreads / 32;
+  static constexpr int kLanesK = kTileK / kThreadK, kLanesC = kTileC / kThreadC;
+  static constexpr int kGroups = kThreads / (kTaps * kLanesK * kLanesC);
+  // The four floats of padding send what a warp copies, 8 pixels of 4 channels, to 32 different banks.
+  static constexpr int kPitchK = kTileK + 4, kPitchC = kTileC + 4;
+  static constexpr int kSums = kTileK * kTileC;                   // of one tap
+  static constexpr int kTurnFloats = kGroups * kTaps * kSums;     // sums that meet in shared memory at a time
+
+  static_assert(32 % kLanesC == 0 && kThreads / kTaps % (kLanesK * kLanesC) == 0, "warps hold one row of the kernel");
+  static_assert(32 % (kTileK / 4) == 0 && 32 % (kTileC / 4) == 0, "warps copy whole pixels; threads add dy of four filters");
+  static_assert(kPitchK % 32 == 4 || kPitchK % 32 == 20, "banks");
+  static_assert(kPitchC % 32 == 4 || kPitchC % 32 == 20, "banks");
+  static_assert(kTurnFloats * sizeof(float) <= 48 << 10, "what every device has");
+};
+
+using Tile16x16 = Tile<16, 16>;
+using Tile32x16 = Tile<32, 16>;
+using Tile32x32 = Tile<32, 32>;
+
+struct TileSize {
+  int32_t k, c, groups;
+};
+template <class T>
+constexpr TileSize kSizeOf{T::kTileK, T::kTileC, T::kGroups};
+// In the order of launch_wgrad_simt.
+constexpr TileSize kTiles[] = {kSizeOf<Tile16x16>, kSizeOf<Tile32x16>, kSizeOf<Tile32x32>};
+constexpr int32_t kWarps = Tile16x16::kWarps;
+constexpr size_t kTurnBytes = Tile16x16::kTurnFloats * sizeof(float);
+static_assert(Tile32x16::kTurnFloats == Tile16x16::kTurnFloats && Tile32x32::kTurnFloats == Tile16x16::kTurnFloats, "kTurnBytes");
+
+constexpr int kReduceLanes = 32, kReduceParts = 8;  // of a block that adds splits: weights, threads that share a weight's splits
+
+// x or dy.
+struct Source {
+  void const* data;
+  int64_t stride[4];
+  int32_t type;
+  int32_t images, rows, columns;
+  bool vectors;  // four channels from a multiple of 4 on lie side by side on an aligned address
+};
+
+// The problem as kernels read it, passed by value.
+struct Args {
+  Adder2dWgradParams p;
+  Source x, dy;
+  int32_t Cg, Kg;  // channels and filters of one group
+  double* squares;  // [reduce_blocks], or null
+  float* partial;   // [splits][tiles][kTaps s][kTaps r][kTileK][kTileC]
+  float* sums;      // of dy: [splits][groups * tiles_k][kTileK]
+};
+
+// ---- fill
+
+__device__ __forceinline__ float convert(uint16_t bits, int32_t type) {
+  return type == ADDER2D_FLOAT16 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(uint32_t{bits} << 16);
+}
+
+__device__ __forceinline__ void copy1(float* dst, float const* src, bool valid, int32_t) { copy4_async(dst, src, valid); }
+__device__ __forceinline__ void copy1(float* dst, uint16_t const* src, bool valid, int32_t type) {
+  *dst = convert(valid ? __ldg(src) : uint16_t{0}, type);
+}
+__device__ __forceinline__ void copy4(float* dst, float const* src, bool valid, int32_t) { copy16_async(dst, src, valid); }
+__device__ __forceinline__ void copy4(float* dst, uint16_t const* src, bool valid, int32_t type) {
+  uint2 const v = valid ? __ldg(reinterpret_cast<uint2 const*>(src)) : uint2{};
+  *reinterpret_cast<float4*>(dst) = make_float4(convert(v.x & 0xffff, type), convert(v.x >> 16, type),
+                                                convert(v.y & 0xffff, type), convert(v.y >> 16, type));
+}
+
+// A warp copies a row of pixels with kTile channels each, of which `channels` exist. Zeros go where there is no element.
+template <int kTile, bool kVectors, typename Element>
+__device__ __forceinline__ void fill_row(Source const& source, Element const* src, int32_t channels, int32_t column,
+                                         int32_t columns, float* dst) {
+  // Neighbours in a warp take four channels at once (channels_last), else 8 pixels of one channel: whole sectors of NCHW.
+  constexpr int kLanes = kVectors ? kTile / 4 : 4, kPixels = 32 / kLanes, kPitch = kTile + 4;
+  int32_t const lane = threadIdx.x % 32;
+  int32_t const pixel = kVectors ? lane / kLanes : lane % kPixels, channel = kVectors ? lane % kLanes * 4 : lane / kPixels;
+  int64_t const step = source.stride[1] * 4;
+  src += channel * source.stride[1] + pixel * source.stride[3];
+  dst += pixel * kPitch + channel;
+  channels -= channel;
+#pragma unroll 1
+  for (int32_t i = pixel; i < columns; i += kPixels, src += kPixels * source.stride[3], dst += kPixels * kPitch) {
+    int32_t const left = static_cast<uint32_t>(column + i) < static_cast<uint32_t>(source.columns) ? channels : 0;
+    if constexpr (kVectors) {
+      copy4(dst, src, left > 0, source.type);
+    } else {
+      Element const* from = src;
+#pragma unroll
+      for (int c = 0; c < kTile; c += 4, from += step) copy1(dst + c, from, left > c, source.type);
+    }
+  }
+}
+
+template <int kTile>
+__device__ __forceinline__ void fill_row(Source const& source, int32_t n, int32_t row, int32_t column, int32_t columns,
+                                         int32_t first_channel, int32_t channels, float* dst) {
+  if (n >= source.images || static_cast<uint32_t>(row) >= static_cast<uint32_t>(source.rows)) channels = 0;
+  int64_t const offset =
+      n * source.stride[0] + first_channel * source.stride[1] + row * source.stride[2] + column * source.stride[3];
+  if (source.type == ADDER2D_FLOAT32) {
+    float const* const src = static_cast<float const*>(source.data) + offset;
+    if (source.vectors) {
+      fill_row<kTile, true>(source, src, channels, column, columns, dst);
+    } else {
+      fill_row<kTile, false>(source, src, channels, column, columns, dst);
+    }
+  } else {
+    uint16_t const* const src = static_cast<uint16_t const*>(source.data) + offset;
+    if (source.vectors) {
+      fill_row<kTile, true>(source, src, channels, column, columns, dst);
+    } else {
+      fill_row<kTile, false>(source, src, channels, column, columns, dst);
+    }
+  }
+}
+
+// ---- tile
+
+struct Place {
+  int32_t group, tile_k, tile_c;
+
+  __device__ __forceinline__ Place(WgradPlan const& plan, int32_t tile) {
+    tile_c = tile % plan.tiles_c;
+    int32_t const rest = tile / plan.tiles_c;
+    tile_k = rest % plan.tiles_k;
+    group = rest / plan.tiles_k;
+  }
+};
+
+// Starts the copies of a chunk: the patch of x, then dy, a row at a time and warp.
+template <class T>
+__device__ __forceinline__ void fill(Args const& a, WgradPlan const& plan, Place const& place, int32_t chunk, float* stage) {
+  int32_t block_q, block_p;
+  int32_t const rest = plan.div_chunks_q.divmod(chunk, &block_q);
+  int32_t const n = plan.div_chunks_p.divmod(rest, &block_p) * plan.images;
+  int32_t const p = block_p * plan.rows, q = block_q * plan.strip;
+  Adder2dParams const& layer = a.p.layer;
+  int32_t const x_rows = plan.images * plan.x_rows, dy_rows = plan.images * plan.rows;
+  int32_t i = threadIdx.x / 32;
+#pragma unroll 1
+  for (; i < x_rows; i += T::kWarps) {
+    int32_t row;
+    int32_t const image = plan.div_x_rows.divmod(i, &row), c = place.tile_c * T::kTileC;
+    fill_row<T::kTileC>(a.x, n + image, p * layer.stride_h - layer.pad_h + row, q * layer.stride_w - layer.pad_w, plan.x_columns,
+                        place.group * a.Cg + c, a.Cg - c, stage + i * plan.x_columns * T::kPitchC);
+  }
+  stage += x_rows * plan.x_columns * T::kPitchC;
+#pragma unroll 1
+  for (i -= x_rows; i < dy_rows; i += T::kWarps) {
+    int32_t row;
+    int32_t const image = plan.div_rows.divmod(i, &row), k = place.tile_k * T::kTileK;
+    fill_row<T::kTileK>(a.dy, n + image, p + row, q, plan.strip, place.group * a.Kg + k, a.Kg - k,
+                        stage + i * plan.strip * T::kPitchK);
+  }
+}
+
+// Adds a row of dy, `strip` pixels, to the sums of the taps along s.
+template <class T, int kStride>
+__device__ __forceinline__ void add_row(float const* x_smem, float const* dy_smem, int32_t strip,
+                                        float (&acc)[kTaps][T::kThreadK][T::kThreadC]) {
+  // What the next pixel needs is read while this one is added. Behind the last one lies something else of the ring.
+  constexpr int kRing = kUnroll * kStride;
+  static_assert(kRing >= kTaps + kStride, "a window, and what comes into it next");
+  float x[kRing][T::kThreadC], dy[2][T::kThreadK];
+  auto const load_x = [&](int column) {
+    *reinterpret_cast<float4*>(x[column % kRing]) = *reinterpret_cast<float4 const*>(x_smem + column * T::kPitchC);
+  };
+  auto const load_dy = [&](int pixel) {
+    *reinterpret_cast<float4*>(&dy[pixel % 2][0]) = *reinterpret_cast<float4 const*>(dy_smem + pixel * T::kPitchK);
+    *reinterpret_cast<float4*>(&dy[pixel % 2][4]) = *reinterpret_cast<float4 const*>(dy_smem + pixel * T::kPitchK + T::kTileK / 2);
+  };
+#pragma unroll
+  for (int s = 0; s < kTaps; ++s) load_x(s);
+  load_dy(0);
+#pragma unroll 1
+  for (; strip > 0; strip -= kUnroll, x_smem += kRing * T::kPitchC, dy_smem += kUnroll * T::kPitchK) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      load_dy(u + 1);
+#pragma unroll
+      for (int j = 0; j < kStride; ++j) load_x(u * kStride + kTaps + j);
+#pragma unroll
+      for (int s = 0; s < kTaps; ++s)
+#pragma unroll
+        for (int k = 0; k < T::kThreadK; ++k)
+#pragma unroll
+          for (int c = 0; c < T::kThreadC; ++c)
+            acc[s][k][c] = fmaf(dy[u % 2][k], x[(u * kStride + s) % kRing][c], acc[s][k][c]);
+    }
+  }
+}
+
+__device__ __forceinline__ void add(float4* sum, float4 const& v) {
+  sum->x += v.x;
+  sum->y += v.y;
+  sum->z += v.z;
+  sum->w += v.w;
+}
+
+// ---- kernels
+
+template <class T, int kStride>
+__global__ void __launch_bounds__(T::kThreads, 1)
+    adder2d_wgrad_simt_kernel(__grid_constant__ Args const a, __grid_constant__ WgradPlan const plan) {
+  extern __shared__ __align__(16) float smem[];
+  launch_dependents();
+  int32_t const tile = blockIdx.x % plan.tiles, split = blockIdx.x / plan.tiles;
+  Place const place(plan, tile);
+  int32_t const first = static_cast<int32_t>(int64_t{plan.chunks} * split / plan.splits);
+  int32_t const last = static_cast<int32_t>(int64_t{plan.chunks} * (split + 1) / plan.splits);
+  int32_t const warp = threadIdx.x / 32, r = warp % kTaps, slot = warp / kTaps * 32 + threadIdx.x % 32;
+  int32_t const thread_c = slot % T::kLanesC * 4, thread_k = slot / T::kLanesC % T::kLanesK * 4;
+  int32_t const group = slot / (T::kLanesC * T::kLanesK);
+  int32_t const x_floats = plan.images * plan.x_rows * plan.x_columns * T::kPitchC, cells = plan.images * plan.rows;
+  constexpr int kQuads = T::kTileK / 4;  // of filters
+
+  float acc[kTaps][T::kThreadK][T::kThreadC] = {};
+  float4 dy_sum = {};  // of four filters, over the thread's share of the pixels
+  int32_t stage = 0, fill_stage = 0;
+#pragma unroll 1
+  for (int32_t chunk = first - (kStages - 1); chunk < last; ++chunk) {
+    if (chunk >= first) {
+      copy_wait<kStages - 2>();
+      __syncthreads();
+    }
+    if (chunk + kStages - 1 < last) fill<T>(a, plan, place, chunk + kStages - 1, smem + fill_stage * plan.stage_floats);
+    fill_stage = fill_stage + 1 == kStages ? 0 : fill_stage + 1;
+    copy_commit();  // an empty group keeps the count that copy_wait relies on
+    if (chunk < first) continue;
+    float const* const x_smem = smem + stage * plan.stage_floats + thread_c;
+    float const* const dy_smem = smem + stage * plan.stage_floats + x_floats;
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    if (place.tile_c == 0) {
+      float const* share = dy_smem + threadIdx.x / kQuads * T::kPitchK + threadIdx.x % kQuads * 4;
+      constexpr int kStep = T::kThreads / kQuads * T::kPitchK;
+      for (int32_t i = threadIdx.x; i < cells * plan.strip * kQuads; i += T::kThreads, share += kStep)
+        add(&dy_sum, *reinterpret_cast<float4 const*>(share));
+    }
+#pragma unroll 1
+    for (int32_t cell = group; cell < cells; cell += T::kGroups) {
+      int32_t row;
+      int32_t const image = plan.div_rows.divmod(cell, &row);
+      int32_t const x_row = image * plan.x_rows + row * a.p.layer.stride_h + r * a.p.layer.dil_h;
+      add_row<T, kStride>(x_smem + x_row * plan.x_columns * T::kPitchC, dy_smem + cell * plan.strip * T::kPitchK + thread_k,
+                          plan.strip, acc);
+    }
+  }
+
+  // The groups' sums meet, for one tap along s after the other.
+  constexpr int kTurnQuads = kTaps * T::kSums / 4;
+  float4* const partial = reinterpret_cast<float4*>(a.partial) + (int64_t{split} * plan.tiles + tile) * kTaps * kTurnQuads;
+#pragma unroll
+  for (int s = 0; s < kTaps; ++s) {
+    __syncthreads();
+    float* const own = smem + (group * kTaps + r) * T::kSums + thread_c;
+#pragma unroll
+    for (int k = 0; k < T::kThreadK; ++k)
+      *reinterpret_cast<float4*>(own + (k / 4 * (T::kTileK / 2) + thread_k + k % 4) * T::kTileC) =
+          make_float4(acc[s][k][0], acc[s][k][1], acc[s][k][2], acc[s][k][3]);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kTurnQuads; i += T::kThreads) {
+      int32_t const quad = i + threadIdx.x;
+      if (quad >= kTurnQuads) break;
+      float4 sum = reinterpret_cast<float4 const*>(smem)[quad];
+#pragma unroll
+      for (int g = 1; g < T::kGroups; ++g) add(&sum, reinterpret_cast<float4 const*>(smem)[g * kTurnQuads + quad]);
+      partial[s * kTurnQuads + quad] = sum;
+    }
+  }
+  if (place.tile_c != 0) return;
+  // So do the threads' sums of dy.
+#pragma unroll
+  for (int lanes = kQuads; lanes < 32; lanes *= 2) {
+    dy_sum.x += __shfl_xor_sync(0xffffffff, dy_sum.x, lanes);
+    dy_sum.y += __shfl_xor_sync(0xffffffff, dy_sum.y, lanes);
+    dy_sum.z += __shfl_xor_sync(0xffffffff, dy_sum.z, lanes);
+    dy_sum.w += __shfl_xor_sync(0xffffffff, dy_sum.w, lanes);
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 < kQuads) reinterpret_cast<float4*>(smem)[warp * kQuads + threadIdx.x % 32] = dy_sum;
+  __syncthreads();
+  if (threadIdx.x >= T::kTileK) return;
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < T::kWarps; ++i) sum += smem[i * T::kTileK + threadIdx.x];
+  int64_t const row = (int64_t{split} * a.p.layer.groups + place.group) * plan.tiles_k + place.tile_k;
+  a.sums[row * T::kTileK + threadIdx.x] = sum;
+}
+
+// Adds the splits in order, subtracts w * sum(dy), and sums the squares of a block's weights.
+template <class T>
+__global__ void __launch_bounds__(kReduceLanes* kReduceParts)
+    adder2d_wgrad_reduce_kernel(__grid_constant__ Args const a, __grid_constant__ WgradPlan const plan) {
+  __shared__ float2 smem[kReduceParts][kReduceLanes];
+  static_assert(T::kSums % kReduceLanes == 0, "a block has one tap of one tile");
+  launch_dependents();
+  int32_t const lane = threadIdx.x % kReduceLanes, part = threadIdx.x / kReduceLanes;
+  int32_t const index = blockIdx.x * kReduceLanes + lane, sum_index = index % T::kSums, turn = index / T::kSums;
+  int32_t const r = turn % kTaps, s = turn / kTaps % kTaps;
+  Place const place(plan, turn / (kTaps * kTaps));
+  int32_t const tile_sum_k = sum_index / T::kTileC;
+  int32_t const k = place.tile_k * T::kTileK + tile_sum_k, c = place.tile_c * T::kTileC + sum_index % T::kTileC;
+  int64_t const splits_step = int64_t{plan.tiles} * kTaps * kTaps * T::kSums;
+  int32_t const sums_step = a.p.layer.groups * plan.tiles_k * T::kTileK;
+  float const* partial = a.partial + index;
+  float const* sums = a.sums + (place.group * plan.tiles_k + place.tile_k) * T::kTileK + tile_sum_k;
+  wait_for_primary();
+  float convolved = 0.f, total = 0.f;
+#pragma unroll 4
+  for (int32_t split = part; split < plan.splits; split += kReduceParts) {
+    convolved += partial[split * splits_step];
+    total += sums[int64_t{split} * sums_step];
+  }
+  smem[part][lane] = make_float2(convolved, total);
+  __syncthreads();
+  if (part != 0) return;
+#pragma unroll
+  for (int i = 1; i < kReduceParts; ++i) {
+    convolved += smem[i][lane].x;
+    total += smem[i][lane].y;
+  }
+  double square = 0;
+  if (k < a.Kg && c < a.Cg) {
+    int64_t const filter = int64_t{place.group} * a.Kg + k;
+    int64_t const at = a.p.channels_last ? ((filter * kTaps + r) * kTaps + s) * a.Cg + c
+                                         : ((filter * a.Cg + c) * kTaps + r) * kTaps + s;
+    float const dw = fmaf(-load_as_float(a.p.layer.w, at, a.p.layer.w_type), total, convolved);
+    a.p.dw[at] = dw;
+    square = static_cast<double>(dw) * dw;
+  }
+  if (a.squares == nullptr) return;
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) square += __shfl_xor_sync(0xffffffff, square, half);
+  if (lane == 0) a.squares[blockIdx.x] = square;
+}
+
+// ---- plan
+
+constexpr int32_t kMaxStrip = 64, kMaxCells = 64, kMaxWaves = 3;
+constexpr int64_t kMaxChain = 4096;  // products that a thread adds up: with more of them rounding errors grow
+constexpr size_t kMaxSmem = 160 << 10;  // the rest is first-level cache, where copies of 4 bytes find the rest of their sectors
+constexpr size_t kMaxPartialBytes = 64 << 20;
+
+Source make_source(void const* data, int32_t type, int64_t const* stride, int32_t channels, int32_t N, int32_t H, int32_t W) {
+  Source source{data, {stride[0], stride[1], stride[2], stride[3]}, type, N, H, W, false};
+  bool const steps = (N == 1 || stride[0] % 4 == 0) && (H == 1 || stride[2] % 4 == 0) && (W == 1 || stride[3] % 4 == 0);
+  source.vectors = stride[1] == 1 && steps && channels % 4 == 0 && reinterpret_cast<uintptr_t>(data) % (4 * type_size(type)) == 0;
+  return source;
+}
+
+Args make_args(Adder2dWgradParams const& params) {
+  Adder2dParams const& p = params.layer;
+  Args args{};
+  args.p = params;
+  args.Cg = p.C / p.groups;
+  args.Kg = p.K / p.groups;
+  args.x = make_source(p.x, p.x_type, p.x_stride, args.Cg, p.N, p.H, p.W);
+  args.dy = make_source(p.y, p.y_type, p.y_stride, args.Kg, p.N, p.P, p.Q);
+  return args;
+}
+
+// Where this kernel is faster than a convolution (docs/performance.md): 3x3 and at most 64 channels and filters a group.
+bool wants_simt(Args const& args) {
+  Adder2dParams const& p = args.p.layer;
+  return p.N > 0 && p.R == kTaps && p.S == kTaps && p.dil_w == 1 && p.stride_w <= 2 && args.Cg >= 8 && args.Cg <= 64 &&
+         args.Kg >= 8 && args.Kg <= 64;
+}
+
+// Predicted cycles of the fill of a row, of one warp. The constants here and below only have to rank.
+double predict_row(Source const& source, int32_t columns, int32_t tile) {
+  int32_t const copies = source.vectors ? ceil_div(columns, 128 / tile) : ceil_div(columns, 8) * (tile / 4);
+  return 25 + copies * (source.vectors ? 8 : 4) * (source.type == ADDER2D_FLOAT32 ? 1 : 2);
+}
+
+WgradPlan choose(Args const& args) {
+  Adder2dParams const& p = args.p.layer;
+  int device = 0, available = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  size_t const smem_bytes = std::min<size_t>(available, kMaxSmem);
+  int32_t const multiprocessors = multiprocessor_count();
+  WgradPlan best{};
+  double best_cycles = 0;
+
+  auto const consider = [&](WgradPlan plan, TileSize const& size, int64_t chunks_n, int32_t chunks_p, int32_t chunks_q) {
+    int64_t const x_rows = int64_t{plan.rows - 1} * p.stride_h + int64_t{kTaps - 1} * p.dil_h + 1;
+    int64_t const x_columns = int64_t{plan.strip - 1} * p.stride_w + kTaps;
+    int64_t const cells = int64_t{plan.images} * plan.rows, turns = ceil_div<int64_t>(cells, size.groups);
+    int64_t const floats = plan.images * x_rows * x_columns * (size.c + 4) + cells * plan.strip * (size.k + 4);
+    size_t const ring_bytes = (kStages * floats + size.k + 4) * sizeof(float);  // the end is read ahead of the last pixel
+    int64_t const chunks = chunks_n * chunks_p * chunks_q;
+    if (ring_bytes > smem_bytes || chunks > INT32_MAX - kStages) return;
+    plan.x_rows = static_cast<int32_t>(x_rows);
+    plan.x_columns = static_cast<int32_t>(x_columns);
+    plan.chunks = static_cast<int32_t>(chunks);
+    plan.stage_floats = static_cast<int32_t>(floats);
+    plan.smem_bytes = std::max(ring_bytes, kTurnBytes);
+    // A scheduler has a quarter of the warps. It adds 96 products a pixel, with 8 other instructions.
+    double const rows = plan.images * (x_rows * predict_row(args.x, plan.x_columns, size.c) +
+                                       plan.rows * predict_row(args.dy, plan.strip, size.k));
+    double const chunk = kWarps / 4 * turns * (plan.strip * 104 + 40) + rows / 4 + 300;
+    for (int32_t waves = 1; waves <= kMaxWaves; ++waves) {
+      int64_t const full = int64_t{waves} * multiprocessors / plan.tiles, least = ceil_div(chunks * turns * plan.strip, kMaxChain);
+      int64_t const splits = std::clamp<int64_t>(std::max(full, least), 1, chunks);
+      int64_t const blocks = splits * plan.tiles, block_chunks = ceil_div(chunks, splits);
+      int64_t const weights = int64_t{plan.tiles} * kTaps * kTaps * size.k * size.c;
+      int64_t const sums = int64_t{p.groups} * plan.tiles_k * size.k;
+      int64_t const partial_bytes = splits * weights * sizeof(float);
+      if (weights > INT32_MAX || blocks > INT32_MAX || partial_bytes > static_cast<int64_t>(kMaxPartialBytes)) continue;
+      double const bytes = 2.0 * partial_bytes;  // written, then read
+      double const block = block_chunks * chunk + 6000 + floats / 5.;
+      double const cycles = ceil_div(blocks, int64_t{multiprocessors}) * block + bytes / (multiprocessors * 12.);
+      if (best.taken && cycles >= best_cycles) continue;
+      best_cycles = cycles;
+      best = plan;
+      best.taken = true;
+      best.splits = static_cast<int32_t>(splits);
+      best.div_chunks_q = FastDiv(chunks_q);
+      best.div_chunks_p = FastDiv(chunks_p);
+      best.div_rows = FastDiv(plan.rows);
+      best.div_x_rows = FastDiv(plan.x_rows);
+      best.reduce_blocks = static_cast<int32_t>(weights / kReduceLanes);
+      best.squares_bytes = best.reduce_blocks * sizeof(double);
+      best.partial_bytes = partial_bytes;
+      best.workspace_bytes = best.squares_bytes + partial_bytes + splits * sums * sizeof(float);
+    }
+  };
+
+  for (TileSize const& size : kTiles) {
+    WgradPlan plan{};
+    plan.tile = static_cast<int32_t>(&size - kTiles);
+    plan.tiles_k = ceil_div(args.Kg, size.k);
+    plan.tiles_c = ceil_div(args.Cg, size.c);
+    if (int64_t{plan.tiles_k} * plan.tiles_c * p.groups > INT32_MAX) continue;
+    plan.tiles = plan.tiles_k * plan.tiles_c * p.groups;
+    for (plan.strip = kUnroll; plan.strip <= kMaxStrip; plan.strip += kUnroll) {
+      int32_t const chunks_q = ceil_div(p.Q, plan.strip);
+      if (ceil_div(ceil_div(p.Q, chunks_q), kUnroll) * kUnroll != plan.strip) continue;  // a shorter one does as well
+      for (plan.rows = 1; plan.rows <= std::min(p.P, kMaxCells); ++plan.rows) {
+        int32_t const chunks_p = ceil_div(p.P, plan.rows);
+        if (ceil_div(p.P, chunks_p) != plan.rows) continue;
+        int32_t const images = chunks_p == 1 ? std::min(p.N, kMaxCells / plan.rows) : 1;
+        for (plan.images = 1; plan.images <= images; ++plan.images)
+          consider(plan, size, ceil_div(p.N, plan.images), chunks_p, chunks_q);
+      }
+    }
+  }
+  return best;
+}
+
+// ---- launcher
+
+template <class T, int kStride>
+cudaError_t launch_tile(Args const& args, WgradPlan const& plan, cudaStream_t stream) {
+  auto const kernel = adder2d_wgrad_simt_kernel<T, kStride>;
+  if (plan.smem_bytes > 48 * 1024) {
+    cudaError_t const error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.smem_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaError_t const error = launch(kernel, dim3(plan.tiles * plan.splits), dim3(T::kThreads), plan.smem_bytes, stream, args, plan);
+  if (error != cudaSuccess) return error;
+  dim3 const blocks(plan.reduce_blocks), threads(kReduceLanes * kReduceParts);
+  return launch_dependent(adder2d_wgrad_reduce_kernel<T>, blocks, threads, 0, stream, args, plan);
+}
+
+template <class T>
+cudaError_t launch_any_stride(Args const& args, WgradPlan const& plan, cudaStream_t stream) {
+  return args.p.layer.stride_w == 1 ? launch_tile<T, 1>(args, plan, stream) : launch_tile<T, 2>(args, plan, stream);
+}
+
+}  // namespace
+
+WgradPlan plan_wgrad_simt(Adder2dWgradParams const& params) {
+  Adder2dParams key = params.layer;  // what a plan depends on
+  key.x = key.w = key.b = key.y = key.workspace = nullptr;
+  key.workspace_bytes = 0;
+  return cached_plan<WgradPlan>(key, [&] {
+    Adder2dWgradParams problem = params;
+    problem.layer = key;
+    Args const args = make_args(problem);
+    return wants_simt(args) ? choose(args) : WgradPlan{};
+  });
+}
+
+cudaError_t launch_wgrad_simt(Adder2dWgradParams const& params, WgradPlan const& plan, cudaStream_t stream) {
+  Args args = make_args(params);
+  char* const workspace = static_cast<char*>(params.layer.workspace);
+  args.squares = params.eta > 0 ? reinterpret_cast<double*>(workspace) : nullptr;
+  args.partial = reinterpret_cast<float*>(workspace + plan.squares_bytes);
+  args.sums = reinterpret_cast<float*>(workspace + plan.squares_bytes + plan.partial_bytes);
+  switch (plan.tile) {
+    case 0: return launch_any_stride<Tile16x16>(args, plan, stream);
+    case 1: return launch_any_stride<Tile32x16>(args, plan, stream);
+    case 2: return launch_any_stride<Tile32x32>(args, plan, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace adder2d
