@@ -53,16 +53,17 @@ bool wants_direct(Adder2dParams const& p) {
   return p.K / p.groups < 8 || (reduction <= 32 && p.K / p.groups <= 32) || terms <= int64_t{multiprocessor_count()} * 32768;
 }
 
-// A plan and the family that it is for.
+// A plan, and what launches it.
 struct Choice {
-  bool half;
+  cudaError_t (*launch)(FpropArgs const&, FpropPlan const&, cudaStream_t);
   FpropPlan plan;
 };
 
 Choice choose(FpropArgs const& args) {
   size_t const bytes = args.p.workspace_bytes;
-  bool const half = takes_fprop_half(args, bytes);
-  return {half, half ? plan_fprop_half(args, bytes) : plan_fprop_simt(args, bytes)};
+  if (takes_fprop_half(args, bytes)) return {launch_fprop_half, plan_fprop_half(args, bytes)};
+  if (takes_fprop_window(args)) return {launch_fprop_window, plan_fprop_window(args, bytes)};
+  return {launch_fprop_simt, plan_fprop_simt(args, bytes)};
 }
 
 Choice choose_cached(FpropArgs const& args) {
@@ -101,7 +102,7 @@ int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
       error = launch_fprop_direct(args, stream);
     } else {
       Choice const choice = choose_cached(args);
-      error = choice.half ? launch_fprop_half(args, choice.plan, stream) : launch_fprop_simt(args, choice.plan, stream);
+      error = choice.launch(args, choice.plan, stream);
     }
     if (error != cudaSuccess) return error;
   }

@@ -77,6 +77,11 @@ cudaError_t launch_fprop_depthwise(FpropArgs const& args, cudaStream_t stream);
 FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes);
 cudaError_t launch_fprop_simt(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream);
 
+// ---- fprop_window.cu: 3 x 3 kernels at stride 1, float32
+bool takes_fprop_window(FpropArgs const& args);
+FpropPlan plan_fprop_window(FpropArgs const& args, size_t workspace_bytes);
+cudaError_t launch_fprop_window(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream);
+
 // ---- fprop_half.cu: implicit GEMM with half pairs
 // How many of `images` images to launch at a time, so that their packed copies find room in p's workspace.
 int32_t images_of_fprop_half(Adder2dParams const& p, int32_t images);

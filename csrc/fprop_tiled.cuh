@@ -172,13 +172,22 @@ __device__ __forceinline__ void finish_turned(FpropArgs const& a, FpropPlan cons
     }
     return;
   }
-  constexpr int kStep = View::kThreads / (Turned::kColumns / 4);  // between the filters of a thread, whose pixels are the same
-  static_assert(View::kThreads % (Turned::kColumns / 4) == 0, "threads must divide the rows of pixels evenly");
-  Turned::place(a, 0, threadIdx.x, &k, &pq);
-  int32_t const m = view.first_pixel + pq;
-  int64_t const offset = output_offset(a, m);
+  // Where threads divide the rows of pixels evenly, a thread's pixels are the same in all its filters.
+  constexpr bool kEven = View::kThreads % (Turned::kColumns / 4) == 0;
+  constexpr int kStep = View::kThreads / (Turned::kColumns / 4);
+  int32_t m = 0;
+  int64_t offset = 0;
 #pragma unroll
-  for (int item = 0; item < View::kItems; ++item, k += kStep) store4<false>(a, view.first_k + k, view.end_k, m, offset, sum());
+  for (int item = 0; item < View::kItems; ++item) {
+    if (!kEven || item == 0) {
+      Turned::place(a, item, threadIdx.x, &k, &pq);
+      m = view.first_pixel + pq;
+      offset = output_offset(a, m);
+    } else {
+      k += kStep;
+    }
+    store4<false>(a, view.first_k + k, view.end_k, m, offset, sum());
+  }
 }
 
 // Adds the splits of item blockIdx.y of a tile, always in the same order, so that results repeat exactly. Where
@@ -209,18 +218,18 @@ __global__ void __launch_bounds__(View::kThreads* kGroups)
 // Launches the kernel of one tile and, where it splits reductions, the kernel that adds the splits. `after_pack` says
 // that the kernel before it on the stream packs its weights, and that it waits for them by itself. Args is FpropArgs or more.
 template <class View, class Args>
-cudaError_t launch_tiled(void (*kernel)(Args, FpropPlan), size_t smem_bytes, bool after_pack, Args const& args,
+cudaError_t launch_tiled(void (*kernel)(Args, FpropPlan), size_t smem_bytes, int32_t threads, bool after_pack, Args const& args,
                          FpropPlan const& plan, cudaStream_t stream) {
   cudaError_t error = allow_smem(kernel, smem_bytes);
   if (error != cudaSuccess) return error;
   int32_t const rest = plan.tiles - plan.whole;
-  dim3 const grid(plan.whole + rest * plan.splits), block(View::kThreads);
-  error = launch_kernel(after_pack, kernel, grid, block, smem_bytes, stream, args, plan);
+  dim3 const grid(plan.whole + rest * plan.splits);
+  error = launch_kernel(after_pack, kernel, grid, dim3(threads), smem_bytes, stream, args, plan);
   if (error != cudaSuccess || rest == 0) return error;
   dim3 const items(rest, View::kItems);
   constexpr int kGroups = 512 / View::kThreads;
   return plan.splits >= 8 ? launch_dependent(adder2d_fprop_reduce_kernel<View, kGroups>, items, dim3(512), 0, stream, args, plan)
-                          : launch_dependent(adder2d_fprop_reduce_kernel<View, 1>, items, block, 0, stream, args, plan);
+                          : launch_dependent(adder2d_fprop_reduce_kernel<View, 1>, items, dim3(View::kThreads), 0, stream, args, plan);
 }
 
 // ---- plan

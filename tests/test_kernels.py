@@ -36,6 +36,16 @@ LARGE = [
     Case("image", 1, 3, 301, 299, 5, 3, 3),
     Case("large_kernel", 1, 2, 43, 41, 3, 17, 19),
     Case("one_pixel", 1, 515, 1, 1, 131, 1, 1),
+    # Runs of 8, 7, 4 and 2 pixels of fprop_window.cu, tiles that begin in the middle of a row or span images, few filters.
+    Case("runs_of_eight", 3, 24, 17, 40, 70, 3, 3, padding=(1, 1)),
+    Case("runs_of_seven", 5, 16, 9, 21, 37, 3, 3, padding=(1, 1)),
+    Case("runs_of_four", 7, 48, 11, 28, 66, 3, 3, padding=(1, 1), groups=2),
+    Case("runs_of_two", 9, 16, 14, 14, 130, 3, 3, padding=(1, 1)),
+    Case("runs_of_rows", 70, 8, 7, 7, 16, 3, 3, padding=(1, 1)),
+    Case("runs_of_narrow_rows", 131, 8, 3, 4, 12, 3, 3, padding=(0, 0)),
+    Case("runs_of_wide_rows", 2, 8, 5, 222, 19, 3, 3, padding=(1, 2)),
+    Case("runs_in_wide_padding", 3, 8, 4, 6, 33, 3, 3, padding=(3, 5)),
+    Case("runs_and_few_filters", 6, 16, 32, 32, 16, 3, 3, padding=(1, 1)),
 ]
 # Both kinds of strips of fprop_depthwise.cu (W, or C, even) with any rest, its neighbours that go elsewhere, and direct kernels.
 DIRECT = [

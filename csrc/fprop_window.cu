@@ -1,0 +1,431 @@
+// 3 x 3 kernels at stride 1 on float32 arithmetic: windows that slide along rows of the output.
+//
+// A block owns kTileK filters by kTilePQ output pixels, and steps through the channels, kTileC at a time. Of these, shared memory
+// holds the rows of the image that the tile's windows touch, once and not once for each tap as in fprop_simt.cu. A thread has runs of
+// kRun pixels side by side in a row of the output: it reads kRun + 2 pixels of the image and adds up three taps of them. So fewer
+// instructions copy and read, and more of them add. Neither weights nor image are packed.
+#include <algorithm>
+#include <numeric>
+
+#include "fprop_tiled.cuh"
+
+namespace adder2d {
+namespace {
+
+// ---- traits
+
+constexpr int32_t kR = 3, kS = 3;
+constexpr int32_t kStages = 2;  // slices in flight
+constexpr int32_t kTileC = 8, kTerms = kTileC * kR * kS;  // channels and terms of a slice
+constexpr int32_t kAbsent = INT32_MIN;
+constexpr int32_t kMaxPatch = 1024;  // elements of a channel of the image in shared memory
+
+template <int kTileK_, int kTilePQ_, int kRun_, int kThreadK_, int kThreadPQ_, int kLanesK_, int kParts_, int kBlocks>
+struct Tile {
+  static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;  // outputs of a block: filters, pixels
+  static constexpr int kRun = kRun_, kWindow = kRun + kS - 1;
+  static constexpr int kThreadK = kThreadK_, kThreadPQ = kThreadPQ_;  // outputs of a thread: filters in groups of 4, runs of pixels
+  static constexpr int kGroupsK = kThreadK / 4, kRuns = kThreadPQ / kRun;
+  static constexpr int kParts = kParts_;  // parts of the block that share out a slice's channels
+  static constexpr int kPartThreads = kTileK / kThreadK * (kTilePQ / kThreadPQ), kThreads = kParts * kPartThreads;
+  static constexpr int kLanesK = kLanesK_, kLanesPQ = 32 / kLanesK;  // a warp's threads
+  static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
+  static constexpr int kBlocksPerSM = kBlocks;
+  static constexpr int kRowsK = kThreads / 8;      // filters copied at once: 8 threads side by side along the reduction
+  static constexpr int kPartC = kTileC / kParts;
+  static constexpr int kPitchK = kTileK + 4;       // 8 threads that store 8 terms of a filter find different banks
+
+  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
+  static_assert(kThreadK % 4 == 0 && kThreadPQ % kRun == 0, "threads hold groups of filters and runs of pixels");
+  static_assert(kTileK % kRowsK == 0 && kTerms % 8 == 0, "8 lanes copy along the reduction");
+  static_assert(kTileC == 8 && kThreads % 8 == 0, "8 lanes copy the channels of a pixel");
+  static_assert(kPartC % 2 == 0, "windows alternate between two buffers");
+};
+
+// The problem, and the image's rows in shared memory. Rows are counted over the batch as if each image had its padding around
+// it: output row p of image n has its windows in rows n * rows .. n * rows + 2 from p on.
+struct WindowArgs : FpropArgs {
+  int32_t rows;       // of an image with its padding
+  int32_t row_pitch;  // elements of a row in shared memory
+  int32_t patch;      // elements of a channel in shared memory, all rows of a tile
+  FastDiv div_rows, div_row_pitch;
+  bool channels;  // channels lie side by side in x
+};
+
+
+// Weights, then image.
+__host__ __device__ constexpr int32_t stage_floats(int32_t tile_k, int32_t patch) {
+  return kTerms * (tile_k + 4) + kTileC * patch;
+}
+// The stages, and a table no longer than a channel.
+constexpr size_t smem_size(int32_t tile_k, int32_t patch) {
+  return sizeof(float) * (kStages * stage_floats(tile_k, patch) + patch);
+}
+
+// The tile's place in the output; sums change hands among kPartThreads of its threads.
+template <int kTileK, int kTilePQ, int kPartThreads>
+struct Outputs : TilePlace {
+  using Turned = Turn<kTileK, kTilePQ, kPartThreads, 4, 4>;
+  static constexpr int kThreads = kPartThreads, kItems = Turned::kItems;
+  int32_t thread;
+
+  __device__ __forceinline__ Outputs(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread_index)
+      : TilePlace(a, plan, tile, kTileK, kTilePQ), thread(thread_index) {}
+  __device__ __forceinline__ void store(FpropArgs const& a, FpropPlan const&, int32_t item, float4 const& sum) const {
+    Turned::store(a, *this, item, thread, sum);
+  }
+};
+template <class T>
+using View = Outputs<T::kTileK, T::kTilePQ, T::kPartThreads>;
+
+// A thread's outputs in the tile.
+template <class T>
+struct Place {
+  int32_t thread_k, thread_pq;  // the first ones; groups are kTileK / kGroupsK and kTilePQ / kRuns apart
+
+  __device__ __forceinline__ explicit Place(int32_t thread) {
+    int32_t const warp = thread / 32, lane = thread % 32;
+    thread_k = (warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ) * 4;
+    thread_pq = (warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ) * T::kRun;
+  }
+  __device__ __forceinline__ int32_t k(int32_t i) const { return thread_k + i / 4 * (T::kTileK / T::kGroupsK) + i % 4; }
+  __device__ __forceinline__ int32_t pq(int32_t j) const { return thread_pq + j / T::kRun * (T::kTilePQ / T::kRuns) + j % T::kRun; }
+};
+
+// Row of the batch, padding included, of pixel m's window.
+__device__ __forceinline__ int32_t window_row(WindowArgs const& a, int32_t m, int32_t* q) {
+  int32_t pq;
+  int32_t const n = a.div_PQ.divmod(m, &pq);
+  return n * a.rows + a.div_Q.divmod(pq, q);
+}
+
+// ---- fill
+
+// The fills of one tile, slice after slice: weights [kTerms][kPitchK], then the image [kTileC][patch].
+template <class T>
+struct Filler {
+  WindowArgs const& a;
+  int32_t const* table;  // where the pixels of the patch lie in x, or kAbsent
+  int32_t positions;     // of the table
+  int32_t slice, group, first_k;
+
+  // Its table is ready behind the next barrier.
+  __device__ __forceinline__ Filler(WindowArgs const& args, View<T> const& view, int32_t first_row, int32_t last_row, int32_t first_slice,
+                                    int32_t* places)
+      : a(args), table(places), positions((last_row - first_row + 1) * args.row_pitch), slice(first_slice), group(view.group), first_k(view.first_k) {
+    for (int32_t i = threadIdx.x; i < positions; i += T::kThreads) {
+      int32_t column, h;
+      int32_t const n = a.div_rows.divmod(first_row + a.div_row_pitch.divmod(i, &column), &h);
+      h -= a.p.pad_h;
+      int32_t const w = column - a.p.pad_w;
+      bool const there = n < a.p.N && static_cast<uint32_t>(h) < static_cast<uint32_t>(a.p.H) &&
+                         static_cast<uint32_t>(w) < static_cast<uint32_t>(a.p.W);
+      places[i] = there ? static_cast<int32_t>(n * a.p.x_stride[0] + h * a.p.x_stride[2] + w * a.p.x_stride[3]) : kAbsent;
+    }
+  }
+
+  // Starts the copies of the next slice. A barrier lies between two calls.
+  __device__ __forceinline__ void fill(float* stage) {
+    {
+      int32_t const term = threadIdx.x % 8, row = threadIdx.x / 8;
+      float* dst = stage + term * T::kPitchK + row;
+#pragma unroll
+      for (int k = 0; k < T::kTileK; k += T::kRowsK) {
+        int32_t const filter = min(first_k + k + row, (group + 1) * a.Kg - 1);  // those behind the last one are not stored
+        float const* const src = static_cast<float const*>(a.p.w) + (int64_t{filter} * a.CRS + slice * kTerms + term);
+#pragma unroll
+        for (int j = 0; j < kTerms; j += 8) copy4_async(dst + j * T::kPitchK + k, src + j, 1);
+      }
+    }
+    float* const x_smem = stage + kTerms * T::kPitchK;
+    float const* const x = static_cast<float const*>(a.p.x) + (int64_t{group} * a.Cg + slice * kTileC) * a.p.x_stride[1];
+    if (a.channels) {
+      int32_t const c = threadIdx.x % 8;
+#pragma unroll 4
+      for (int32_t i = threadIdx.x / 8; i < positions; i += T::kThreads / 8) {
+        int32_t const place = table[i];
+        copy4_async(x_smem + c * a.patch + i, x + (place == kAbsent ? 0 : place) + c, place != kAbsent);
+      }
+    } else {
+#pragma unroll 1
+      for (int32_t i = threadIdx.x; i < positions; i += T::kThreads) {
+        int32_t const place = table[i];
+        float const* src = x + (place == kAbsent ? 0 : place);
+        float* dst = x_smem + i;
+#pragma unroll
+        for (int c = 0; c < kTileC; ++c, src += a.p.x_stride[1], dst += a.patch) copy4_async(dst, src, place != kAbsent);
+      }
+    }
+    ++slice;
+  }
+};
+
+// ---- tile
+
+// The kCount pixels of a window.
+template <int kCount>
+__device__ __forceinline__ void load_window(float const* from, float* to) {
+  // Runs and rows of an even length start at multiples of two elements; those of 4 and 8, of four.
+  constexpr int kVectors = kCount % 4 == 2 ? kCount - 2 : 0, kPairs = kCount % 2 == 0 ? kCount : 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; i += 4) {
+    float4 const four = *reinterpret_cast<float4 const*>(from + i);
+    to[i] = four.x;
+    to[i + 1] = four.y;
+    to[i + 2] = four.z;
+    to[i + 3] = four.w;
+  }
+#pragma unroll
+  for (int i = kVectors; i < kPairs; i += 2) {
+    float2 const two = *reinterpret_cast<float2 const*>(from + i);
+    to[i] = two.x;
+    to[i + 1] = two.y;
+  }
+#pragma unroll
+  for (int i = kPairs; i < kCount; ++i) to[i] = from[i];
+}
+
+// Adds one slice's terms, of the part's channels, to acc[filter][pixel]. `w` is the thread's first filter, `x` its windows.
+template <class T>
+__device__ __forceinline__ void accumulate(WindowArgs const& a, float const* w, float const* const (&windows)[T::kRuns],
+                                           float (&acc)[T::kThreadK][T::kThreadPQ]) {
+  // What comes next is on its way while a tap is added: the windows of the next row, and each tap's weights of that.
+  alignas(16) float w_frag[kS][T::kThreadK];
+  float x_frag[kR][T::kRuns][T::kWindow];
+  auto const load_w = [&](int r, int s) {
+#pragma unroll
+    for (int i = 0; i < T::kGroupsK; ++i)
+      *reinterpret_cast<float4*>(&w_frag[s][4 * i]) =
+          *reinterpret_cast<float4 const*>(w + (r * kS + s) * T::kPitchK + i * (T::kTileK / T::kGroupsK));
+  };
+  float const* x[T::kRuns];
+  auto const load_x = [&](int r) {
+#pragma unroll
+    for (int i = 0; i < T::kRuns; ++i) load_window<T::kWindow>(x[i] + r * a.row_pitch, x_frag[r][i]);
+  };
+#pragma unroll
+  for (int i = 0; i < T::kRuns; ++i) x[i] = windows[i];
+  load_x(0);
+#pragma unroll
+  for (int s = 0; s < kS; ++s) load_w(0, s);
+#pragma unroll 1
+  for (int32_t c = 0; c < T::kPartC; ++c) {
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      if (r + 1 < kR) {
+        load_x(r + 1);
+      } else if (c + 1 < T::kPartC) {  // the last channel is read twice: what lies behind it is being filled
+        w += kR * kS * T::kPitchK;
+#pragma unroll
+        for (int i = 0; i < T::kRuns; ++i) x[i] += a.patch;
+      }
+      if (r + 1 == kR) load_x(0);
+#pragma unroll
+      for (int s = 0; s < kS; ++s) {
+#pragma unroll
+        for (int i = 0; i < T::kThreadK; ++i)
+#pragma unroll
+          for (int j = 0; j < T::kThreadPQ; ++j) acc[i][j] += fabsf(x_frag[r][j / T::kRun][j % T::kRun + s] - w_frag[s][i]);
+        load_w((r + 1) % kR, s);
+      }
+    }
+  }
+}
+
+// Brings the sums to where they change hands, or adds them to what is there.
+template <class T>
+__device__ __forceinline__ void turn(FpropArgs const& a, Place<T> const& place, float const (&acc)[T::kThreadK][T::kThreadPQ], bool first,
+                                     float* sums) {
+  using Turned = typename View<T>::Turned;
+  auto const put4 = [&](int i, int j, float4 v) {
+    float4* const to = reinterpret_cast<float4*>(&sums[Turned::index(a, place.k(i), place.pq(j))]);
+    if (!first) add(&v, *to);
+    *to = v;
+  };
+  if (a.y_filters) {
+#pragma unroll
+    for (int i = 0; i < T::kThreadK; i += 4)
+#pragma unroll
+      for (int j = 0; j < T::kThreadPQ; ++j) put4(i, j, make_float4(acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j]));
+  } else if constexpr (T::kRun % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < T::kThreadK; ++i)
+#pragma unroll
+      for (int j = 0; j < T::kThreadPQ; j += 4) put4(i, j, make_float4(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < T::kThreadK; ++i)
+#pragma unroll
+      for (int j = 0; j < T::kThreadPQ; ++j) {
+        float* const to = &sums[Turned::index(a, place.k(i), place.pq(j))];
+        *to = first ? acc[i][j] : *to + acc[i][j];
+      }
+  }
+}
+
+// ---- kernel
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
+    adder2d_fprop_window_kernel(__grid_constant__ WindowArgs const a, __grid_constant__ FpropPlan const plan) {
+  extern __shared__ __align__(16) float smem[];
+  launch_dependents();
+  Work const work(plan);
+  int32_t const part = threadIdx.x / T::kPartThreads, stage_size = stage_floats(T::kTileK, a.patch);
+  View<T> const view(a, plan, work.tile, threadIdx.x);
+  Place<T> const place(threadIdx.x % T::kPartThreads);
+
+  int32_t q;
+  int32_t const last_pixel = min(view.first_pixel + T::kTilePQ, a.NPQ) - 1;
+  int32_t const first_row = window_row(a, view.first_pixel, &q), last_row = window_row(a, last_pixel, &q) + kR - 1;
+  Filler<T> filler(a, view, first_row, last_row, work.first, reinterpret_cast<int32_t*>(smem + kStages * stage_size));
+  int32_t const first_w = part * T::kPartC * kR * kS * T::kPitchK + place.thread_k;
+  int32_t first_x[T::kRuns];
+#pragma unroll
+  for (int i = 0; i < T::kRuns; ++i) {
+    // Runs behind the last one add up the last one's windows, and are not stored.
+    int32_t const row = window_row(a, min(view.first_pixel + place.pq(i * T::kRun), a.NPQ - T::kRun), &q) - first_row;
+    first_x[i] = kTerms * T::kPitchK + part * T::kPartC * a.patch + row * a.row_pitch + q;
+  }
+
+  __syncthreads();
+  filler.fill(smem);
+  copy_commit();
+  float acc[T::kThreadK][T::kThreadPQ] = {};
+  int32_t stage = 0;
+  for (int32_t slice = work.first; slice < work.last; ++slice) {
+    copy_wait<0>();
+    __syncthreads();
+    float const* const current = smem + stage;
+    stage = stage_size - stage;
+    if (filler.slice < work.last) filler.fill(smem + stage);
+    copy_commit();
+    float const* windows[T::kRuns];
+#pragma unroll
+    for (int i = 0; i < T::kRuns; ++i) windows[i] = current + first_x[i];
+    accumulate<T>(a, current + first_w, windows, acc);
+  }
+  static_assert(kStages == 2, "a slice is filled while the other one is read");
+
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < T::kParts; ++i) {
+    if (part == i) turn<T>(a, place, acc, i == 0, smem);
+    __syncthreads();
+  }
+  if (part == 0) finish_turned(a, plan, work, view, smem);
+}
+
+// ---- launcher
+
+template <class T>
+cudaError_t launch_tile(WindowArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
+  size_t const bytes = std::max<size_t>(smem_size(T::kTileK, args.patch), View<T>::Turned::kBytes);
+  return launch_tiled<View<T>>(adder2d_fprop_window_kernel<T>, bytes, T::kThreads, false, args, plan, stream);
+}
+
+// kWide pixels of a thread: 8, or one run of 7.
+template <int kRun, int kWide = kRun == 7 ? 7 : 8>
+using Tile64x128 = Tile<64, 16 * kWide, kRun, 8, kWide, 4, 1, 3>;
+template <int kRun, int kWide = kRun == 7 ? 7 : 8>
+using Tile32x128 = Tile<32, 16 * kWide, kRun, 4, kWide, 4, 1, 5>;
+template <int kRun, int kWide = kRun == 7 ? 7 : 8>
+using Tile32x64 = Tile<32, 8 * kWide, kRun, 4, kWide, 4, 2, 5>;  // small problems: two parts of a block, and four times as many blocks
+template <int kRun, int kWide = kRun == 7 ? 7 : 8>
+using Tile16x512 = Tile<16, 64 * kWide, kRun, 8, kWide, 2, 1, 4>;
+
+template <class T>
+constexpr TileSize size_of(double rate) {
+  return {T::kTileK, T::kTilePQ, kTerms, T::kBlocksPerSM, rate};
+}
+// In the order of launch_run. Rates: accumulated terms a cycle and multiprocessor, of 64.
+template <int kRun>
+constexpr TileSize kTiles[] = {size_of<Tile64x128<kRun>>(57), size_of<Tile32x128<kRun>>(52), size_of<Tile32x64<kRun>>(50),
+                               size_of<Tile16x512<kRun>>(55)};
+
+template <int kRun>
+cudaError_t launch_run(WindowArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
+  switch (plan.tile) {
+    case 0: return launch_tile<Tile64x128<kRun>>(args, plan, stream);
+    case 1: return launch_tile<Tile32x128<kRun>>(args, plan, stream);
+    case 2: return launch_tile<Tile32x64<kRun>>(args, plan, stream);
+    case 3: return launch_tile<Tile16x512<kRun>>(args, plan, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Pixels of a run: rows of the output hold a whole number of them. 0 where there is no such run.
+int32_t run_of(FpropArgs const& a) {
+  for (int32_t run : {8, 4, 2, 7})
+    if (a.p.Q % run == 0) return run;
+  return 0;
+}
+TileSize const* tiles_of(FpropArgs const& a) { return run_of(a) == 7 ? kTiles<7> : kTiles<8>; }
+
+int32_t row_pitch_of(FpropArgs const& a) {
+  int32_t const width = a.p.Q + kS - 1, run = run_of(a);
+  // Windows that a warp reads at once lie in different banks as far as possible: an odd number of vectors, of 4, 2 or 1.
+  int32_t const vector = run == 7 ? 1 : run == 2 ? 2 : 4;
+  return (ceil_div(width, vector) | 1) * vector;
+}
+
+// Elements of a channel in shared memory, for tiles of `pixels`.
+int32_t patch_of(FpropArgs const& a, int32_t pixels) {
+  int32_t const Q = a.p.Q, P = a.p.P;
+  int32_t const lines = (Q - std::gcd(Q, pixels) + pixels - 1) / Q + 1;  // of the output that a tile touches
+  bool const even = pixels % Q == 0;                                     // tiles start at the start of a line
+  // Borders between images in a tile.
+  int32_t const borders = lines == 1 || (even && P % lines == 0) ? 0 : even && lines % P == 0 ? lines / P - 1 : (lines - 2) / P + 1;
+  return ceil_div((lines + (kR - 1) * (1 + borders)) * row_pitch_of(a), 8) * 8 + 4;
+}
+
+// How many of the tiles find room in shared memory: all, all but the one of long patches, or none.
+int32_t tile_count(FpropArgs const& a) {
+  int device = 0, limit = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  TileSize const* const tiles = tiles_of(a);
+  auto const fits = [&](int32_t i) {
+    int32_t const patch = patch_of(a, tiles[i].pq);
+    return patch <= kMaxPatch && smem_size(tiles[i].k, patch) <= static_cast<size_t>(limit);
+  };
+  return !(fits(0) && fits(1) && fits(2)) ? 0 : fits(3) ? 4 : 3;
+}
+
+}  // namespace
+
+bool takes_fprop_window(FpropArgs const& a) {
+  Adder2dParams const& p = a.p;
+  if (p.x_type != ADDER2D_FLOAT32 || p.w_type != ADDER2D_FLOAT32 || p.R != kR || p.S != kS || p.stride_h != 1 || p.stride_w != 1 ||
+      p.dil_h != 1 || p.dil_w != 1 || a.Cg % 8 != 0 || run_of(a) == 0)
+    return false;
+  int64_t const reach = (p.N - 1) * p.x_stride[0] + (p.H - 1) * p.x_stride[2] + (p.W - 1) * p.x_stride[3];
+  return reach <= INT32_MAX && int64_t{p.N} * (p.P + kR - 1) <= INT32_MAX && tile_count(a) > 0;
+}
+
+FpropPlan plan_fprop_window(FpropArgs const& args, size_t workspace_bytes) {
+  auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return a.CRS / size.c; };
+  double cycles;
+  FpropPlan plan = choose_tile(args, tiles_of(args), tile_count(args), slices_of, workspace_bytes, &cycles, true);
+  plan.turned = true;
+  return plan;
+}
+
+cudaError_t launch_fprop_window(FpropArgs const& problem, FpropPlan const& plan, cudaStream_t stream) {
+  WindowArgs args{problem};
+  args.rows = problem.p.P + kR - 1;
+  args.row_pitch = row_pitch_of(problem);
+  args.patch = patch_of(problem, tiles_of(problem)[plan.tile].pq);
+  args.div_rows = FastDiv(args.rows);
+  args.div_row_pitch = FastDiv(args.row_pitch);
+  args.channels = problem.p.x_stride[1] == 1 && problem.p.x_stride[3] != 1;
+  switch (run_of(problem)) {
+    case 8: return launch_run<8>(args, plan, stream);
+    case 7: return launch_run<7>(args, plan, stream);
+    case 4: return launch_run<4>(args, plan, stream);
+    case 2: return launch_run<2>(args, plan, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace adder2d
