@@ -62,8 +62,11 @@ struct Choice {
 Choice choose(FpropArgs const& args) {
   size_t const bytes = args.p.workspace_bytes;
   if (takes_fprop_half(args, bytes)) return {launch_fprop_half, plan_fprop_half(args, bytes)};
-  if (takes_fprop_window(args)) return {launch_fprop_window, plan_fprop_window(args, bytes)};
-  return {launch_fprop_simt, plan_fprop_simt(args, bytes)};
+  double cycles, window_cycles;
+  FpropPlan const simt = plan_fprop_simt(args, bytes, &cycles);
+  FpropPlan window;
+  if (plan_fprop_window(args, bytes, &window, &window_cycles) && window_cycles < cycles) return {launch_fprop_window, window};
+  return {launch_fprop_simt, simt};
 }
 
 Choice choose_cached(FpropArgs const& args) {

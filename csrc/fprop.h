@@ -74,12 +74,12 @@ bool takes_fprop_depthwise(FpropArgs const& args);
 cudaError_t launch_fprop_depthwise(FpropArgs const& args, cudaStream_t stream);
 
 // ---- fprop_simt.cu: implicit GEMM with float32 arithmetic
-FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes);
+FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes, double* cycles);
 cudaError_t launch_fprop_simt(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream);
 
 // ---- fprop_window.cu: 3 x 3 kernels at stride 1, float32
-bool takes_fprop_window(FpropArgs const& args);
-FpropPlan plan_fprop_window(FpropArgs const& args, size_t workspace_bytes);
+// False for what it does not take. *cycles, here and below, is the predicted time of the plan.
+bool plan_fprop_window(FpropArgs const& args, size_t workspace_bytes, FpropPlan* plan, double* cycles);
 cudaError_t launch_fprop_window(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream);
 
 // ---- fprop_half.cu: implicit GEMM with half pairs

@@ -496,13 +496,12 @@ cudaError_t launch_any_fill(FpropArgs const& args, FpropPlan const& plan, cudaSt
 
 }  // namespace
 
-FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes) {
+FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes, double* cycles) {
   auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return ceil_div(a.CRS, size.c); };
-  double cycles;
-  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, workspace_bytes, &cycles, true);
+  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, workspace_bytes, cycles, true);
   size_t const packed_bytes = size_t{4} * args.p.groups * args.CRS * plan.tiles_k * kTiles[plan.tile].k;
   if (args.Cg % kTiles[plan.tile].c == 0 && args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 &&
-      (is_channels_last(args) || cycles > kPackCycles) && plan.workspace_bytes + packed_bytes <= workspace_bytes) {
+      (is_channels_last(args) || *cycles > kPackCycles) && plan.workspace_bytes + packed_bytes <= workspace_bytes) {
     plan.packed_bytes = packed_bytes;
     plan.workspace_bytes += packed_bytes;
   }

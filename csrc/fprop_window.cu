@@ -334,18 +334,19 @@ using Tile32x64 = Tile<32, 8 * kWide, kRun, 4, kWide, 4, 2, 5>;  // small proble
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
 using Tile16x512 = Tile<16, 64 * kWide, kRun, 8, kWide, 2, 1, 4>;
 
-template <class T>
-constexpr TileSize size_of(double rate) {
-  return {T::kTileK, T::kTilePQ, kTerms, T::kBlocksPerSM, rate};
-}
-// In the order of launch_run. Rates: accumulated terms a cycle and multiprocessor, of 64.
-template <int kRun>
-constexpr TileSize kTiles[] = {size_of<Tile64x128<kRun>>(57), size_of<Tile32x128<kRun>>(52), size_of<Tile32x64<kRun>>(50),
-                               size_of<Tile16x512<kRun>>(55)};
+constexpr int32_t kTileCount = 4;
+// In the order of launch_run. The wide tile's rate differs with the run; rates are accumulated terms a cycle and multiprocessor, of 64.
+template <int kRun, int kRate>
+constexpr TileSize kTiles[kTileCount] = {
+    {64, Tile64x128<kRun>::kTilePQ, kTerms, Tile64x128<kRun>::kBlocksPerSM, kRate},
+    {32, Tile32x128<kRun>::kTilePQ, kTerms, Tile32x128<kRun>::kBlocksPerSM, 52},
+    {32, Tile32x64<kRun>::kTilePQ, kTerms, Tile32x64<kRun>::kBlocksPerSM, 50},
+    {16, Tile16x512<kRun>::kTilePQ, kTerms, Tile16x512<kRun>::kBlocksPerSM, 55},
+};
 
 template <int kRun>
 cudaError_t launch_run(WindowArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  switch (plan.tile) {
+  switch (plan.tile % kTileCount) {
     case 0: return launch_tile<Tile64x128<kRun>>(args, plan, stream);
     case 1: return launch_tile<Tile32x128<kRun>>(args, plan, stream);
     case 2: return launch_tile<Tile32x64<kRun>>(args, plan, stream);
@@ -354,78 +355,85 @@ cudaError_t launch_run(WindowArgs const& args, FpropPlan const& plan, cudaStream
   return cudaErrorInvalidValue;
 }
 
-// Pixels of a run: rows of the output hold a whole number of them. 0 where there is no such run.
-int32_t run_of(FpropArgs const& a) {
-  for (int32_t run : {8, 4, 2, 7})
-    if (a.p.Q % run == 0) return run;
-  return 0;
-}
-TileSize const* tiles_of(FpropArgs const& a) { return run_of(a) == 7 ? kTiles<7> : kTiles<8>; }
+// Rows of the output hold a whole number of runs.
+struct Run {
+  int32_t pixels;
+  TileSize const* tiles;
+  cudaError_t (*launch)(WindowArgs const&, FpropPlan const&, cudaStream_t);
+};
+// FpropPlan::tile is an index of these times kTileCount, and a tile's.
+constexpr Run kRuns[] = {
+    {8, kTiles<8, 55>, launch_run<8>}, {4, kTiles<4, 57>, launch_run<4>}, {7, kTiles<7, 54>, launch_run<7>}, {2, kTiles<2, 53>, launch_run<2>}};
 
-int32_t row_pitch_of(FpropArgs const& a) {
-  int32_t const width = a.p.Q + kS - 1, run = run_of(a);
+// Elements of an image row in shared memory.
+int32_t row_pitch_of(FpropArgs const& a, int32_t run) {
   // Windows that a warp reads at once lie in different banks as far as possible: an odd number of vectors, of 4, 2 or 1.
-  int32_t const vector = run == 7 ? 1 : run == 2 ? 2 : 4;
-  return (ceil_div(width, vector) | 1) * vector;
+  int32_t const vector = run % 4 == 0 ? 4 : run % 2 == 0 ? 2 : 1;
+  return (ceil_div(a.p.Q + kS - 1, vector) | 1) * vector;
 }
 
 // Elements of a channel in shared memory, for tiles of `pixels`.
-int32_t patch_of(FpropArgs const& a, int32_t pixels) {
+int32_t patch_of(FpropArgs const& a, int32_t run, int32_t pixels) {
   int32_t const Q = a.p.Q, P = a.p.P;
   int32_t const lines = (Q - std::gcd(Q, pixels) + pixels - 1) / Q + 1;  // of the output that a tile touches
   bool const even = pixels % Q == 0;                                     // tiles start at the start of a line
   // Borders between images in a tile.
   int32_t const borders = lines == 1 || (even && P % lines == 0) ? 0 : even && lines % P == 0 ? lines / P - 1 : (lines - 2) / P + 1;
-  return ceil_div((lines + (kR - 1) * (1 + borders)) * row_pitch_of(a), 8) * 8 + 4;
+  return ceil_div((lines + (kR - 1) * (1 + borders)) * row_pitch_of(a, run), 8) * 8 + 4;
 }
 
-// How many of the tiles find room in shared memory: all, all but the one of long patches, or none.
-int32_t tile_count(FpropArgs const& a) {
+// How many of a run's tiles find room in shared memory: all, all but the last one, whose patches are long, or none.
+int32_t tile_count(FpropArgs const& a, Run const& run) {
+  if (a.p.Q % run.pixels != 0) return 0;
   int device = 0, limit = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  TileSize const* const tiles = tiles_of(a);
-  auto const fits = [&](int32_t i) {
-    int32_t const patch = patch_of(a, tiles[i].pq);
-    return patch <= kMaxPatch && smem_size(tiles[i].k, patch) <= static_cast<size_t>(limit);
-  };
-  return !(fits(0) && fits(1) && fits(2)) ? 0 : fits(3) ? 4 : 3;
+  int32_t count = 0;
+  for (; count < kTileCount; ++count) {
+    int32_t const patch = patch_of(a, run.pixels, run.tiles[count].pq);
+    if (patch > kMaxPatch || smem_size(run.tiles[count].k, patch) > static_cast<size_t>(limit)) break;
+  }
+  return count >= kTileCount - 1 ? count : 0;
 }
 
 }  // namespace
 
-bool takes_fprop_window(FpropArgs const& a) {
-  Adder2dParams const& p = a.p;
+bool plan_fprop_window(FpropArgs const& args, size_t workspace_bytes, FpropPlan* plan, double* cycles) {
+  Adder2dParams const& p = args.p;
   if (p.x_type != ADDER2D_FLOAT32 || p.w_type != ADDER2D_FLOAT32 || p.R != kR || p.S != kS || p.stride_h != 1 || p.stride_w != 1 ||
-      p.dil_h != 1 || p.dil_w != 1 || a.Cg % 8 != 0 || run_of(a) == 0)
+      p.dil_h != 1 || p.dil_w != 1 || args.Cg % kTileC != 0)
     return false;
   int64_t const reach = (p.N - 1) * p.x_stride[0] + (p.H - 1) * p.x_stride[2] + (p.W - 1) * p.x_stride[3];
-  return reach <= INT32_MAX && int64_t{p.N} * (p.P + kR - 1) <= INT32_MAX && tile_count(a) > 0;
-}
-
-FpropPlan plan_fprop_window(FpropArgs const& args, size_t workspace_bytes) {
+  if (reach > INT32_MAX || int64_t{p.N} * (p.P + kR - 1) > INT32_MAX) return false;
   auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return a.CRS / size.c; };
-  double cycles;
-  FpropPlan plan = choose_tile(args, tiles_of(args), tile_count(args), slices_of, workspace_bytes, &cycles, true);
-  plan.turned = true;
-  return plan;
+  bool found = false;
+  int32_t first_tile = 0;
+  for (Run const& run : kRuns) {
+    int32_t const count = tile_count(args, run);
+    double predicted;
+    FpropPlan const candidate = choose_tile(args, run.tiles, count, slices_of, workspace_bytes, &predicted, true);
+    if (count > 0 && (!found || predicted < *cycles)) {
+      *plan = candidate;
+      plan->tile += first_tile;
+      plan->turned = true;
+      *cycles = predicted;
+      found = true;
+    }
+    first_tile += kTileCount;
+  }
+  return found;
 }
 
 cudaError_t launch_fprop_window(FpropArgs const& problem, FpropPlan const& plan, cudaStream_t stream) {
+  Run const& run = kRuns[plan.tile / kTileCount];
   WindowArgs args{problem};
   args.rows = problem.p.P + kR - 1;
-  args.row_pitch = row_pitch_of(problem);
-  args.patch = patch_of(problem, tiles_of(problem)[plan.tile].pq);
+  args.row_pitch = row_pitch_of(problem, run.pixels);
+  args.patch = patch_of(problem, run.pixels, run.tiles[plan.tile % kTileCount].pq);
   args.div_rows = FastDiv(args.rows);
   args.div_row_pitch = FastDiv(args.row_pitch);
   args.channels = problem.p.x_stride[1] == 1 && problem.p.x_stride[3] != 1;
-  switch (run_of(problem)) {
-    case 8: return launch_run<8>(args, plan, stream);
-    case 7: return launch_run<7>(args, plan, stream);
-    case 4: return launch_run<4>(args, plan, stream);
-    case 2: return launch_run<2>(args, plan, stream);
-  }
-  return cudaErrorInvalidValue;
+  return run.launch(args, plan, stream);
 }
 
 }  // namespace adder2d
