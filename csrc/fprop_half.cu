@@ -482,7 +482,7 @@ cudaError_t launch_tile(HalfArgs const& args, FpropPlan const& plan, cudaStream_
                                    static_cast<int32_t>(weight_blocks));
   if (error != cudaSuccess) return error;
   static_assert(View<T>::Turned::kBytes <= sizeof(Smem<T>), "sums change hands where the slices were");
-  return launch_tiled<View<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), T::kThreads, true, args, plan, stream);
+  return launch_tiled<View<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), sizeof(Smem<T>), T::kThreads, true, args, plan, stream);
 }
 
 }  // namespace

@@ -440,7 +440,7 @@ cudaError_t launch_tile(FpropArgs const& args, FpropPlan const& plan, cudaStream
   with_turn.turned = kIsTurned<kFill>;
   // No more than it needs: the rest is first-level cache.
   constexpr size_t kSmemBytes = std::max<size_t>(sizeof(Smem<T, kFill>), kIsTurned<kFill> ? View<T>::Turned::kBytes : 0);
-  return launch_tiled<View<T>>(adder2d_fprop_simt_kernel<T, kFill>, kSmemBytes, T::kThreads, kIsPacked<kFill>, args, with_turn, stream);
+  return launch_tiled<View<T>>(adder2d_fprop_simt_kernel<T, kFill>, kSmemBytes, kSmemBytes, T::kThreads, kIsPacked<kFill>, args, with_turn, stream);
 }
 
 using Tile64x128 = Tile<64, 128, 32, 2>;

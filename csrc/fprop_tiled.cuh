@@ -216,11 +216,12 @@ __global__ void __launch_bounds__(View::kThreads* kGroups)
 }
 
 // Launches the kernel of one tile and, where it splits reductions, the kernel that adds the splits. `after_pack` says
-// that the kernel before it on the stream packs its weights, and that it waits for them by itself. Args is FpropArgs or more.
+// that the kernel before it on the stream packs its weights, and that it waits for them by itself. `most_smem_bytes` is the same for all
+// plans: another thread may be about to launch. Args is FpropArgs or more.
 template <class View, class Args>
-cudaError_t launch_tiled(void (*kernel)(Args, FpropPlan), size_t smem_bytes, int32_t threads, bool after_pack, Args const& args,
-                         FpropPlan const& plan, cudaStream_t stream) {
-  cudaError_t error = allow_smem(kernel, smem_bytes);
+cudaError_t launch_tiled(void (*kernel)(Args, FpropPlan), size_t smem_bytes, size_t most_smem_bytes, int32_t threads, bool after_pack,
+                         Args const& args, FpropPlan const& plan, cudaStream_t stream) {
+  cudaError_t error = allow_smem(kernel, most_smem_bytes);
   if (error != cudaSuccess) return error;
   int32_t const rest = plan.tiles - plan.whole;
   dim3 const grid(plan.whole + rest * plan.splits);

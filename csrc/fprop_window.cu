@@ -32,14 +32,14 @@ struct Tile {
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
   static constexpr int kBlocksPerSM = kBlocks;
   static constexpr int kRowsK = kThreads / 8;      // filters copied at once: 8 threads side by side along the reduction
-  static constexpr int kPartC = kTileC / kParts;
+  static constexpr int kPartC = kTileC / kParts, kHead = kPartC / 4;  // channels of a part, and those before the next fill
   static constexpr int kPitchK = kTileK + 4;       // 8 threads that store 8 terms of a filter find different banks
 
   static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
   static_assert(kThreadK % 4 == 0 && kThreadPQ % kRun == 0, "threads hold groups of filters and runs of pixels");
   static_assert(kTileK % kRowsK == 0 && kTerms % 8 == 0, "8 lanes copy along the reduction");
   static_assert(kTileC == 8 && kThreads % 8 == 0, "8 lanes copy the channels of a pixel");
-  static_assert(kPartC % 2 == 0, "windows alternate between two buffers");
+  static_assert(kHead > 0, "a slice is filled while the one before it is added");
 };
 
 // The problem, and the image's rows in shared memory. Rows are counted over the batch as if each image had its padding around
@@ -57,9 +57,9 @@ struct WindowArgs : FpropArgs {
 __host__ __device__ constexpr int32_t stage_floats(int32_t tile_k, int32_t patch) {
   return kTerms * (tile_k + 4) + kTileC * patch;
 }
-// The stages, and a table no longer than a channel.
+// The stages, a table no longer than a channel, and barriers.
 constexpr size_t smem_size(int32_t tile_k, int32_t patch) {
-  return sizeof(float) * (kStages * stage_floats(tile_k, patch) + patch);
+  return sizeof(float) * (kStages * stage_floats(tile_k, patch) + patch) + sizeof(uint64_t) * 2 * kStages;
 }
 
 // The tile's place in the output; sums change hands among kPartThreads of its threads.
@@ -97,6 +97,48 @@ __device__ __forceinline__ int32_t window_row(WindowArgs const& a, int32_t m, in
   int32_t pq;
   int32_t const n = a.div_PQ.divmod(m, &pq);
   return n * a.rows + a.div_Q.divmod(pq, q);
+}
+
+// ---- barriers
+
+// Threads that arrive do not wait, so that a warp may be ahead of others by the better part of a slice. Before sm_80, where copies
+// are not asynchronous, all threads wait for each other instead.
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(smem_address(barrier)), "r"(arrivals));
+#endif
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("{\n  .reg .b64 state;\n  mbarrier.arrive.shared.b64 state, [%0];\n}\n" ::"r"(smem_address(barrier)) : "memory");
+#endif
+}
+// The thread arrives when its copies have.
+__device__ __forceinline__ void barrier_arrive_copies(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\n" ::"r"(smem_address(barrier)) : "memory");
+#endif
+}
+// Waits for the end of a phase; `phase` counts them.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n  .reg .pred done;\n"
+#if __CUDA_ARCH__ >= 900
+        "  mbarrier.try_wait.parity.shared.b64 done, [%1], %2;\n"
+#else
+        "  mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
+#endif
+        "  selp.u32 %0, 1, 0, done;\n}\n"
+        : "=r"(done)
+        : "r"(smem_address(barrier)), "r"(phase % 2)
+        : "memory");
+  } while (!done);
+#else
+  __syncthreads();
+#endif
 }
 
 // ---- fill
@@ -165,7 +207,7 @@ struct Filler {
 // The kCount pixels of a window.
 template <int kCount>
 __device__ __forceinline__ void load_window(float const* from, float* to) {
-  // Runs and rows of an even length start at multiples of two elements; those of 4 and 8, of four.
+  // Rows and runs of an even length start at multiples of two elements, and those of 4 at multiples of four.
   constexpr int kVectors = kCount % 4 == 2 ? kCount - 2 : 0, kPairs = kCount % 2 == 0 ? kCount : 0;
 #pragma unroll
   for (int i = 0; i < kVectors; i += 4) {
@@ -185,9 +227,9 @@ __device__ __forceinline__ void load_window(float const* from, float* to) {
   for (int i = kPairs; i < kCount; ++i) to[i] = from[i];
 }
 
-// Adds one slice's terms, of the part's channels, to acc[filter][pixel]. `w` is the thread's first filter, `x` its windows.
+// Adds the terms of some channels of a slice to acc[filter][pixel]. `w` is the thread's first filter, `windows` its windows.
 template <class T>
-__device__ __forceinline__ void accumulate(WindowArgs const& a, float const* w, float const* const (&windows)[T::kRuns],
+__device__ __forceinline__ void accumulate(WindowArgs const& a, int32_t channels, float const* w, float const* const (&windows)[T::kRuns],
                                            float (&acc)[T::kThreadK][T::kThreadPQ]) {
   // What comes next is on its way while a tap is added: the windows of the next row, and each tap's weights of that.
   alignas(16) float w_frag[kS][T::kThreadK];
@@ -209,12 +251,12 @@ __device__ __forceinline__ void accumulate(WindowArgs const& a, float const* w, 
 #pragma unroll
   for (int s = 0; s < kS; ++s) load_w(0, s);
 #pragma unroll 1
-  for (int32_t c = 0; c < T::kPartC; ++c) {
+  for (int32_t c = 0; c < channels; ++c) {
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
       if (r + 1 < kR) {
         load_x(r + 1);
-      } else if (c + 1 < T::kPartC) {  // the last channel is read twice: what lies behind it is being filled
+      } else if (c + 1 < channels) {  // the last channel is read twice: what lies behind it is being filled
         w += kR * kS * T::kPitchK;
 #pragma unroll
         for (int i = 0; i < T::kRuns; ++i) x[i] += a.patch;
@@ -288,27 +330,44 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     first_x[i] = kTerms * T::kPitchK + part * T::kPartC * a.patch + row * a.row_pitch + q;
   }
 
-  __syncthreads();
-  filler.fill(smem);
-  copy_commit();
-  float acc[T::kThreadK][T::kThreadPQ] = {};
-  int32_t stage = 0;
-  for (int32_t slice = work.first; slice < work.last; ++slice) {
-    copy_wait<0>();
-    __syncthreads();
-    float const* const current = smem + stage;
-    stage = stage_size - stage;
-    if (filler.slice < work.last) filler.fill(smem + stage);
-    copy_commit();
-    float const* windows[T::kRuns];
-#pragma unroll
-    for (int i = 0; i < T::kRuns; ++i) windows[i] = current + first_x[i];
-    accumulate<T>(a, current + first_w, windows, acc);
+  // Of each stage: that its copies have arrived, and that all warps have read them.
+  uint64_t* const full = reinterpret_cast<uint64_t*>(smem + kStages * stage_size + a.patch);
+  uint64_t* const empty = full + kStages;
+  if (threadIdx.x < kStages) {
+    barrier_init(full + threadIdx.x, T::kThreads);
+    barrier_init(empty + threadIdx.x, T::kThreads / 32);
   }
-  static_assert(kStages == 2, "a slice is filled while the other one is read");
+  __syncthreads();
+
+  float acc[T::kThreadK][T::kThreadPQ] = {};
+  int32_t const slices = work.last - work.first;
+  // The first turn fills alone.
+#pragma unroll 1
+  for (int32_t i = -1; i < slices; ++i) {
+    float const* const stage = smem + (i & 1) * stage_size;
+    if (i >= 0) barrier_wait(full + (i & 1), i >> 1);
+#pragma unroll 1
+    for (int32_t c = 0; c < T::kPartC; c = c == 0 ? T::kHead : T::kPartC) {
+      if (i >= 0) {
+        float const* windows[T::kRuns];
+#pragma unroll
+        for (int run = 0; run < T::kRuns; ++run) windows[run] = stage + first_x[run] + c * a.patch;
+        accumulate<T>(a, c == 0 ? T::kHead : T::kPartC - T::kHead, stage + first_w + c * (kR * kS * T::kPitchK), windows, acc);
+      }
+      if (c == 0 && i + 1 < slices) {
+        int32_t const next = (i + 1) & 1;
+        if (i > 0) barrier_wait(empty + next, (i - 1) >> 1);
+        filler.fill(smem + next * stage_size);
+        barrier_arrive_copies(full + next);
+      }
+    }
+    __syncwarp();
+    if (i >= 0 && threadIdx.x % 32 == 0) barrier_arrive(empty + (i & 1));
+  }
+  static_assert(kStages == 2, "a slice is filled while the one before it is added");
 
   __syncthreads();
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < T::kParts; ++i) {
     if (part == i) turn<T>(a, place, acc, i == 0, smem);
     __syncthreads();
@@ -318,13 +377,22 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
 
 // ---- launcher
 
+// What a block can have of the current device's shared memory.
+size_t smem_limit() {
+  int device = 0, limit = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return static_cast<size_t>(limit);
+}
+
 template <class T>
 cudaError_t launch_tile(WindowArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
   size_t const bytes = std::max<size_t>(smem_size(T::kTileK, args.patch), View<T>::Turned::kBytes);
-  return launch_tiled<View<T>>(adder2d_fprop_window_kernel<T>, bytes, T::kThreads, false, args, plan, stream);
+  size_t const most = std::max(bytes, std::min(smem_size(T::kTileK, kMaxPatch), smem_limit()));
+  return launch_tiled<View<T>>(adder2d_fprop_window_kernel<T>, bytes, most, T::kThreads, false, args, plan, stream);
 }
 
-// kWide pixels of a thread: 8, or one run of 7.
+// kWide pixels of a thread: 8 in runs of 4 or 2, or one run of 7.
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
 using Tile64x128 = Tile<64, 16 * kWide, kRun, 8, kWide, 4, 1, 3>;
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
@@ -335,12 +403,12 @@ template <int kRun, int kWide = kRun == 7 ? 7 : 8>
 using Tile16x512 = Tile<16, 64 * kWide, kRun, 8, kWide, 2, 1, 4>;
 
 constexpr int32_t kTileCount = 4;
-// In the order of launch_run. The wide tile's rate differs with the run; rates are accumulated terms a cycle and multiprocessor, of 64.
+// In the order of launch_run. Rates are accumulated terms a cycle and multiprocessor, of 64.
 template <int kRun, int kRate>
 constexpr TileSize kTiles[kTileCount] = {
     {64, Tile64x128<kRun>::kTilePQ, kTerms, Tile64x128<kRun>::kBlocksPerSM, kRate},
     {32, Tile32x128<kRun>::kTilePQ, kTerms, Tile32x128<kRun>::kBlocksPerSM, 52},
-    {32, Tile32x64<kRun>::kTilePQ, kTerms, Tile32x64<kRun>::kBlocksPerSM, 50},
+    {32, Tile32x64<kRun>::kTilePQ, kTerms, Tile32x64<kRun>::kBlocksPerSM, kRate - 5},
     {16, Tile16x512<kRun>::kTilePQ, kTerms, Tile16x512<kRun>::kBlocksPerSM, 55},
 };
 
@@ -362,8 +430,7 @@ struct Run {
   cudaError_t (*launch)(WindowArgs const&, FpropPlan const&, cudaStream_t);
 };
 // FpropPlan::tile is an index of these times kTileCount, and a tile's.
-constexpr Run kRuns[] = {
-    {8, kTiles<8, 55>, launch_run<8>}, {4, kTiles<4, 57>, launch_run<4>}, {7, kTiles<7, 54>, launch_run<7>}, {2, kTiles<2, 53>, launch_run<2>}};
+constexpr Run kRuns[] = {{4, kTiles<4, 57>, launch_run<4>}, {7, kTiles<7, 54>, launch_run<7>}, {2, kTiles<2, 53>, launch_run<2>}};
 
 // Elements of an image row in shared memory.
 int32_t row_pitch_of(FpropArgs const& a, int32_t run) {
@@ -385,13 +452,11 @@ int32_t patch_of(FpropArgs const& a, int32_t run, int32_t pixels) {
 // How many of a run's tiles find room in shared memory: all, all but the last one, whose patches are long, or none.
 int32_t tile_count(FpropArgs const& a, Run const& run) {
   if (a.p.Q % run.pixels != 0) return 0;
-  int device = 0, limit = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  size_t const limit = smem_limit();
   int32_t count = 0;
   for (; count < kTileCount; ++count) {
     int32_t const patch = patch_of(a, run.pixels, run.tiles[count].pq);
-    if (patch > kMaxPatch || smem_size(run.tiles[count].k, patch) > static_cast<size_t>(limit)) break;
+    if (patch > kMaxPatch || smem_size(run.tiles[count].k, patch) > limit) break;
   }
   return count >= kTileCount - 1 ? count : 0;
 }
