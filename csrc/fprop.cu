@@ -35,6 +35,13 @@ int32_t multiprocessor_count() {
   return count;
 }
 
+size_t smem_limit() {
+  int device = 0, limit = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return static_cast<size_t>(limit);
+}
+
 namespace {
 
 constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, and a tile may overhang the end

@@ -65,6 +65,7 @@ __device__ __forceinline__ float load_bias(FpropArgs const& a, int32_t k) {
 
 FpropArgs make_fprop_args(Adder2dParams const& p);
 int32_t multiprocessor_count();
+size_t smem_limit();  // that a block can have on the current device
 
 // ---- fprop_direct.cu: any problem; the path of few filters a group and of very small layers
 cudaError_t launch_fprop_direct(FpropArgs const& args, cudaStream_t stream);

@@ -32,14 +32,13 @@ struct Tile {
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
   static constexpr int kBlocksPerSM = kBlocks;
   static constexpr int kRowsK = kThreads / 8;      // filters copied at once: 8 threads side by side along the reduction
-  static constexpr int kPartC = kTileC / kParts, kHead = kPartC / 4;  // channels of a part, and those before the next fill
+  static constexpr int kPartC = kTileC / kParts;
   static constexpr int kPitchK = kTileK + 4;       // 8 threads that store 8 terms of a filter find different banks
 
   static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
   static_assert(kThreadK % 4 == 0 && kThreadPQ % kRun == 0, "threads hold groups of filters and runs of pixels");
   static_assert(kTileK % kRowsK == 0 && kTerms % 8 == 0, "8 lanes copy along the reduction");
   static_assert(kTileC == 8 && kThreads % 8 == 0, "8 lanes copy the channels of a pixel");
-  static_assert(kHead > 0, "a slice is filled while the one before it is added");
 };
 
 // The problem, and the image's rows in shared memory. Rows are counted over the batch as if each image had its padding around
@@ -57,9 +56,9 @@ struct WindowArgs : FpropArgs {
 __host__ __device__ constexpr int32_t stage_floats(int32_t tile_k, int32_t patch) {
   return kTerms * (tile_k + 4) + kTileC * patch;
 }
-// The stages, a table no longer than a channel, and barriers.
+// The stages, and a table no longer than a channel.
 constexpr size_t smem_size(int32_t tile_k, int32_t patch) {
-  return sizeof(float) * (kStages * stage_floats(tile_k, patch) + patch) + sizeof(uint64_t) * 2 * kStages;
+  return sizeof(float) * (kStages * stage_floats(tile_k, patch) + patch);
 }
 
 // The tile's place in the output; sums change hands among kPartThreads of its threads.
@@ -97,48 +96,6 @@ __device__ __forceinline__ int32_t window_row(WindowArgs const& a, int32_t m, in
   int32_t pq;
   int32_t const n = a.div_PQ.divmod(m, &pq);
   return n * a.rows + a.div_Q.divmod(pq, q);
-}
-
-// ---- barriers
-
-// Threads that arrive do not wait, so that a warp may be ahead of others by the better part of a slice. Before sm_80, where copies
-// are not asynchronous, all threads wait for each other instead.
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(smem_address(barrier)), "r"(arrivals));
-#endif
-}
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("{\n  .reg .b64 state;\n  mbarrier.arrive.shared.b64 state, [%0];\n}\n" ::"r"(smem_address(barrier)) : "memory");
-#endif
-}
-// The thread arrives when its copies have.
-__device__ __forceinline__ void barrier_arrive_copies(uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\n" ::"r"(smem_address(barrier)) : "memory");
-#endif
-}
-// Waits for the end of a phase; `phase` counts them.
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) {
-#if __CUDA_ARCH__ >= 800
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n  .reg .pred done;\n"
-#if __CUDA_ARCH__ >= 900
-        "  mbarrier.try_wait.parity.shared.b64 done, [%1], %2;\n"
-#else
-        "  mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
-#endif
-        "  selp.u32 %0, 1, 0, done;\n}\n"
-        : "=r"(done)
-        : "r"(smem_address(barrier)), "r"(phase % 2)
-        : "memory");
-  } while (!done);
-#else
-  __syncthreads();
-#endif
 }
 
 // ---- fill
@@ -227,9 +184,9 @@ __device__ __forceinline__ void load_window(float const* from, float* to) {
   for (int i = kPairs; i < kCount; ++i) to[i] = from[i];
 }
 
-// Adds the terms of some channels of a slice to acc[filter][pixel]. `w` is the thread's first filter, `windows` its windows.
+// Adds one slice's terms, of the part's channels, to acc[filter][pixel]. `w` is the thread's first filter, `x` its windows.
 template <class T>
-__device__ __forceinline__ void accumulate(WindowArgs const& a, int32_t channels, float const* w, float const* const (&windows)[T::kRuns],
+__device__ __forceinline__ void accumulate(WindowArgs const& a, float const* w, float const* const (&windows)[T::kRuns],
                                            float (&acc)[T::kThreadK][T::kThreadPQ]) {
   // What comes next is on its way while a tap is added: the windows of the next row, and each tap's weights of that.
   alignas(16) float w_frag[kS][T::kThreadK];
@@ -251,12 +208,12 @@ __device__ __forceinline__ void accumulate(WindowArgs const& a, int32_t channels
 #pragma unroll
   for (int s = 0; s < kS; ++s) load_w(0, s);
 #pragma unroll 1
-  for (int32_t c = 0; c < channels; ++c) {
+  for (int32_t c = 0; c < T::kPartC; ++c) {
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
       if (r + 1 < kR) {
         load_x(r + 1);
-      } else if (c + 1 < channels) {  // the last channel is read twice: what lies behind it is being filled
+      } else if (c + 1 < T::kPartC) {  // the last channel is read twice: what lies behind it is being filled
         w += kR * kS * T::kPitchK;
 #pragma unroll
         for (int i = 0; i < T::kRuns; ++i) x[i] += a.patch;
@@ -330,44 +287,27 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     first_x[i] = kTerms * T::kPitchK + part * T::kPartC * a.patch + row * a.row_pitch + q;
   }
 
-  // Of each stage: that its copies have arrived, and that all warps have read them.
-  uint64_t* const full = reinterpret_cast<uint64_t*>(smem + kStages * stage_size + a.patch);
-  uint64_t* const empty = full + kStages;
-  if (threadIdx.x < kStages) {
-    barrier_init(full + threadIdx.x, T::kThreads);
-    barrier_init(empty + threadIdx.x, T::kThreads / 32);
-  }
   __syncthreads();
-
+  filler.fill(smem);
+  copy_commit();
   float acc[T::kThreadK][T::kThreadPQ] = {};
-  int32_t const slices = work.last - work.first;
-  // The first turn fills alone.
-#pragma unroll 1
-  for (int32_t i = -1; i < slices; ++i) {
-    float const* const stage = smem + (i & 1) * stage_size;
-    if (i >= 0) barrier_wait(full + (i & 1), i >> 1);
-#pragma unroll 1
-    for (int32_t c = 0; c < T::kPartC; c = c == 0 ? T::kHead : T::kPartC) {
-      if (i >= 0) {
-        float const* windows[T::kRuns];
+  int32_t stage = 0;
+  for (int32_t slice = work.first; slice < work.last; ++slice) {
+    copy_wait<0>();
+    __syncthreads();
+    float const* const current = smem + stage;
+    stage = stage_size - stage;
+    if (filler.slice < work.last) filler.fill(smem + stage);
+    copy_commit();
+    float const* windows[T::kRuns];
 #pragma unroll
-        for (int run = 0; run < T::kRuns; ++run) windows[run] = stage + first_x[run] + c * a.patch;
-        accumulate<T>(a, c == 0 ? T::kHead : T::kPartC - T::kHead, stage + first_w + c * (kR * kS * T::kPitchK), windows, acc);
-      }
-      if (c == 0 && i + 1 < slices) {
-        int32_t const next = (i + 1) & 1;
-        if (i > 0) barrier_wait(empty + next, (i - 1) >> 1);
-        filler.fill(smem + next * stage_size);
-        barrier_arrive_copies(full + next);
-      }
-    }
-    __syncwarp();
-    if (i >= 0 && threadIdx.x % 32 == 0) barrier_arrive(empty + (i & 1));
+    for (int i = 0; i < T::kRuns; ++i) windows[i] = current + first_x[i];
+    accumulate<T>(a, current + first_w, windows, acc);
   }
-  static_assert(kStages == 2, "a slice is filled while the one before it is added");
+  static_assert(kStages == 2, "a slice is filled while the other one is read");
 
   __syncthreads();
-#pragma unroll 1
+#pragma unroll
   for (int i = 0; i < T::kParts; ++i) {
     if (part == i) turn<T>(a, place, acc, i == 0, smem);
     __syncthreads();
@@ -376,14 +316,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
 }
 
 // ---- launcher
-
-// What a block can have of the current device's shared memory.
-size_t smem_limit() {
-  int device = 0, limit = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return static_cast<size_t>(limit);
-}
 
 template <class T>
 cudaError_t launch_tile(WindowArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
@@ -400,16 +332,16 @@ using Tile32x128 = Tile<32, 16 * kWide, kRun, 4, kWide, 4, 1, 5>;
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
 using Tile32x64 = Tile<32, 8 * kWide, kRun, 4, kWide, 4, 2, 5>;  // small problems: two parts of a block, and four times as many blocks
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
-using Tile16x512 = Tile<16, 64 * kWide, kRun, 8, kWide, 2, 1, 4>;
+using Tile16x256 = Tile<16, 32 * kWide, kRun, 8, kWide, 2, 2, 4>;
 
 constexpr int32_t kTileCount = 4;
 // In the order of launch_run. Rates are accumulated terms a cycle and multiprocessor, of 64.
 template <int kRun, int kRate>
 constexpr TileSize kTiles[kTileCount] = {
     {64, Tile64x128<kRun>::kTilePQ, kTerms, Tile64x128<kRun>::kBlocksPerSM, kRate},
-    {32, Tile32x128<kRun>::kTilePQ, kTerms, Tile32x128<kRun>::kBlocksPerSM, 52},
+    {32, Tile32x128<kRun>::kTilePQ, kTerms, Tile32x128<kRun>::kBlocksPerSM, 53},
     {32, Tile32x64<kRun>::kTilePQ, kTerms, Tile32x64<kRun>::kBlocksPerSM, kRate - 5},
-    {16, Tile16x512<kRun>::kTilePQ, kTerms, Tile16x512<kRun>::kBlocksPerSM, 55},
+    {16, Tile16x256<kRun>::kTilePQ, kTerms, Tile16x256<kRun>::kBlocksPerSM, 55},
 };
 
 template <int kRun>
@@ -418,7 +350,7 @@ cudaError_t launch_run(WindowArgs const& args, FpropPlan const& plan, cudaStream
     case 0: return launch_tile<Tile64x128<kRun>>(args, plan, stream);
     case 1: return launch_tile<Tile32x128<kRun>>(args, plan, stream);
     case 2: return launch_tile<Tile32x64<kRun>>(args, plan, stream);
-    case 3: return launch_tile<Tile16x512<kRun>>(args, plan, stream);
+    case 3: return launch_tile<Tile16x256<kRun>>(args, plan, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -449,16 +381,13 @@ int32_t patch_of(FpropArgs const& a, int32_t run, int32_t pixels) {
   return ceil_div((lines + (kR - 1) * (1 + borders)) * row_pitch_of(a, run), 8) * 8 + 4;
 }
 
-// How many of a run's tiles find room in shared memory: all, all but the last one, whose patches are long, or none.
-int32_t tile_count(FpropArgs const& a, Run const& run) {
-  if (a.p.Q % run.pixels != 0) return 0;
+// Whether rows hold a whole number of runs, and shared memory all tiles.
+bool suits(FpropArgs const& a, Run const& run) {
   size_t const limit = smem_limit();
-  int32_t count = 0;
-  for (; count < kTileCount; ++count) {
-    int32_t const patch = patch_of(a, run.pixels, run.tiles[count].pq);
-    if (patch > kMaxPatch || smem_size(run.tiles[count].k, patch) > limit) break;
-  }
-  return count >= kTileCount - 1 ? count : 0;
+  return a.p.Q % run.pixels == 0 && std::all_of(run.tiles, run.tiles + kTileCount, [&](TileSize const& size) {
+    int32_t const patch = patch_of(a, run.pixels, size.pq);
+    return patch <= kMaxPatch && smem_size(size.k, patch) <= limit;
+  });
 }
 
 }  // namespace
@@ -474,10 +403,10 @@ bool plan_fprop_window(FpropArgs const& args, size_t workspace_bytes, FpropPlan*
   bool found = false;
   int32_t first_tile = 0;
   for (Run const& run : kRuns) {
-    int32_t const count = tile_count(args, run);
-    double predicted;
-    FpropPlan const candidate = choose_tile(args, run.tiles, count, slices_of, workspace_bytes, &predicted, true);
-    if (count > 0 && (!found || predicted < *cycles)) {
+    double predicted = 0;
+    FpropPlan candidate{};
+    if (suits(args, run)) candidate = choose_tile(args, run.tiles, kTileCount, slices_of, workspace_bytes, &predicted, true);
+    if (predicted > 0 && (!found || predicted < *cycles)) {
       *plan = candidate;
       plan->tile += first_tile;
       plan->turned = true;

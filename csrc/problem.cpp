@@ -50,10 +50,13 @@ char const* adder2d_check(Adder2dParams const* p) {
   if (P < 1 || Q < 1)
     return sentence("the %dx%d kernel with dilation (%d, %d) does not fit the %dx%d input with padding (%d, %d)", p->R, p->S,
                     p->dil_h, p->dil_w, p->H, p->W, p->pad_h, p->pad_w);
+  if (int64_t{p->R} * p->dil_h > kInt32Max || int64_t{p->S} * p->dil_w > kInt32Max)
+    return sentence("kernel size times dilation must be below 2^31 on each axis, got kernel %dx%d and dilation (%d, %d)", p->R, p->S,
+                    p->dil_h, p->dil_w);
   if (p->P != P || p->Q != Q)
     return sentence("the output must be %lldx%lld, got %dx%d", static_cast<long long>(P), static_cast<long long>(Q), p->P, p->Q);
   if (P * Q > kInt32Max) return sentence("one output map must be below 2^31 elements, got %dx%d", p->P, p->Q);
-  if (int64_t{p->C} / p->groups * p->R * p->S > kInt32Max)
+  if (int64_t{p->R} * p->S > kInt32Max || int64_t{p->C} / p->groups * (int64_t{p->R} * p->S) > kInt32Max)
     return sentence("one filter must be below 2^31 elements, got %dx%dx%d", p->C / p->groups, p->R, p->S);
   return nullptr;
 }

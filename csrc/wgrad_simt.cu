@@ -387,9 +387,11 @@ Args make_args(Adder2dWgradParams const& params) {
   return args;
 }
 
-// Where this kernel is faster than a convolution (docs/performance.md): 3x3 and at most 64 channels and filters a group.
+// Where this kernel is faster than a convolution (docs/performance.md): 3x3 and at most 64 channels and filters a group; with halves,
+// which a convolution multiplies on tensor cores, not the largest of these.
 bool wants_simt(Args const& args) {
   Adder2dParams const& p = args.p.layer;
+  if (p.x_type != ADDER2D_FLOAT32 && args.Cg * args.Kg > 2048 && int64_t{p.N} * p.P * p.Q > 65536) return false;
   return p.N > 0 && p.R == kTaps && p.S == kTaps && p.dil_w == 1 && p.stride_w <= 2 && args.Cg >= 8 && args.Cg <= 64 &&
          args.Kg >= 8 && args.Kg <= 64;
 }
@@ -400,12 +402,12 @@ double predict_row(Source const& source, int32_t columns, int32_t tile) {
   return 25 + copies * (source.vectors ? 8 : 4) * (source.type == ADDER2D_FLOAT32 ? 1 : 2);
 }
 
+// Of a block, whatever the plan.
+size_t most_smem() { return std::min(smem_limit(), kMaxSmem); }
+
 WgradPlan choose(Args const& args) {
   Adder2dParams const& p = args.p.layer;
-  int device = 0, available = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  size_t const smem_bytes = std::min<size_t>(available, kMaxSmem);
+  size_t const smem_bytes = most_smem();
   int32_t const multiprocessors = multiprocessor_count();
   WgradPlan best{};
   double best_cycles = 0;
@@ -481,12 +483,9 @@ WgradPlan choose(Args const& args) {
 template <class T, int kStride>
 cudaError_t launch_tile(Args const& args, WgradPlan const& plan, cudaStream_t stream) {
   auto const kernel = adder2d_wgrad_simt_kernel<T, kStride>;
-  if (plan.smem_bytes > 48 * 1024) {
-    cudaError_t const error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.smem_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  cudaError_t const error = launch(kernel, dim3(plan.tiles * plan.splits), dim3(T::kThreads), plan.smem_bytes, stream, args, plan);
+  cudaError_t error = allow_smem(kernel, most_smem());
+  if (error != cudaSuccess) return error;
+  error = launch(kernel, dim3(plan.tiles * plan.splits), dim3(T::kThreads), plan.smem_bytes, stream, args, plan);
   if (error != cudaSuccess) return error;
   dim3 const blocks(plan.reduce_blocks), threads(kReduceLanes * kReduceParts);
   return launch_dependent(adder2d_wgrad_reduce_kernel<T>, blocks, threads, 0, stream, args, plan);

@@ -555,7 +555,7 @@ def kernel_names(function):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
         torch.cuda.synchronize()
-    names = [event.key for event in profile.key_averages()]
+    names = [event.key for event in profile.key_averages() if event.device_time_total > 0]
     if not names:
         pytest.skip("the profiler sees no kernels here")
     return names
@@ -594,7 +594,7 @@ def test_weight_gradient_of_strided_tensors(case, dtype):
         draws[: math.prod(size)].view(size[1], size[0], *size[2:]).transpose(0, 1),
     ]
     for dy in views:
-        for weight in (w, w.flip(0).permute(0, 1, 3, 2), w.repeat(2, 1, 1, 1)[::2]):
+        for weight in (w, w.mT.contiguous().mT, w.repeat(2, 1, 1, 1)[::2]):
             for eta in (None, 0.3):
                 assert_grad_weight(grad_weight(dy, x, weight, case.geometry, eta), dy, x, weight, case.geometry, eta)
     dy = grad_output(case, dtype)
