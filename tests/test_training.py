@@ -213,6 +213,43 @@ def test_distributed_data_parallel(backend, tmp_path):
 # ---- the twin and the accuracy
 
 
+@pytest.mark.gpu
+def test_step_in_a_cuda_graph():
+    """A captured step, replayed, leaves the parameters that the same steps launched one by one leave."""
+
+    def trained(steps: int, captured: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        layers = Adder2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), Adder2d(16, 10, 3, padding=1)
+        model = nn.Sequential(*layers).cuda().to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        x = torch.randn(32, 8, 16, 16, device="cuda").to(memory_format=torch.channels_last)
+        labels = torch.randint(0, 10, (32,), device="cuda")
+
+        def step() -> None:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x).mean((2, 3)), labels).backward()
+            optimizer.step()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            step = graph.replay
+        for _ in range(steps):
+            step()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    start, expected, replayed = trained(0, False), trained(4, False), trained(4, True)
+    assert not any(torch.equal(a, b) for a, b in zip(start, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(replayed, expected, strict=True))
+
+
 def test_cnn_twin():
     model = addernet_mnist().double()
     twin = cnn_twin(model)
