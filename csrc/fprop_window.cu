@@ -37,7 +37,7 @@ struct Tile {
 
   static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
   static_assert(kThreadK % 4 == 0 && kThreadPQ % kRun == 0, "threads hold groups of filters and runs of pixels");
-  static_assert(kTileK % kRowsK == 0 && kTerms % 8 == 0, "8 lanes copy along the reduction");
+  static_assert((kTileK % kRowsK == 0 || kRowsK % kTileK == 0) && kTerms % 8 == 0, "8 lanes copy along the reduction");
   static_assert(kTileC == 8 && kThreads % 8 == 0, "8 lanes copy the channels of a pixel");
 };
 
@@ -130,6 +130,7 @@ struct Filler {
       float* dst = stage + term * T::kPitchK + row;
 #pragma unroll
       for (int k = 0; k < T::kTileK; k += T::kRowsK) {
+        if (T::kRowsK > T::kTileK && row >= T::kTileK) break;
         int32_t const filter = min(first_k + k + row, (group + 1) * a.Kg - 1);  // those behind the last one are not stored
         float const* const src = static_cast<float const*>(a.p.w) + (int64_t{filter} * a.CRS + slice * kTerms + term);
 #pragma unroll
@@ -332,16 +333,16 @@ using Tile32x128 = Tile<32, 16 * kWide, kRun, 4, kWide, 4, 1, 5>;
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
 using Tile32x64 = Tile<32, 8 * kWide, kRun, 4, kWide, 4, 2, 5>;  // small problems: two parts of a block, and four times as many blocks
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
-using Tile16x256 = Tile<16, 32 * kWide, kRun, 8, kWide, 2, 2, 4>;
+using Tile16x512 = Tile<16, 64 * kWide, kRun, 4, kWide, 4, 1, 2>;
 
 constexpr int32_t kTileCount = 4;
 // In the order of launch_run. Rates are accumulated terms a cycle and multiprocessor, of 64.
 template <int kRun, int kRate>
 constexpr TileSize kTiles[kTileCount] = {
     {64, Tile64x128<kRun>::kTilePQ, kTerms, Tile64x128<kRun>::kBlocksPerSM, kRate},
-    {32, Tile32x128<kRun>::kTilePQ, kTerms, Tile32x128<kRun>::kBlocksPerSM, 53},
-    {32, Tile32x64<kRun>::kTilePQ, kTerms, Tile32x64<kRun>::kBlocksPerSM, kRate - 5},
-    {16, Tile16x256<kRun>::kTilePQ, kTerms, Tile16x256<kRun>::kBlocksPerSM, 55},
+    {32, Tile32x128<kRun>::kTilePQ, kTerms, Tile32x128<kRun>::kBlocksPerSM, 54},
+    {32, Tile32x64<kRun>::kTilePQ, kTerms, Tile32x64<kRun>::kBlocksPerSM, kRate - 7},
+    {16, Tile16x512<kRun>::kTilePQ, kTerms, Tile16x512<kRun>::kBlocksPerSM, 46},
 };
 
 template <int kRun>
@@ -350,7 +351,7 @@ cudaError_t launch_run(WindowArgs const& args, FpropPlan const& plan, cudaStream
     case 0: return launch_tile<Tile64x128<kRun>>(args, plan, stream);
     case 1: return launch_tile<Tile32x128<kRun>>(args, plan, stream);
     case 2: return launch_tile<Tile32x64<kRun>>(args, plan, stream);
-    case 3: return launch_tile<Tile16x256<kRun>>(args, plan, stream);
+    case 3: return launch_tile<Tile16x512<kRun>>(args, plan, stream);
   }
   return cudaErrorInvalidValue;
 }
