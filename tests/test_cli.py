@@ -375,7 +375,8 @@ def test_check_goes_by_names_and_to_the_ends(
     two_inputs: pathlib.Path, stand_in: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     runner = stand_in(StandIn())
-    assert check(two_inputs)["relative_difference"] == 0
+    result = check(two_inputs)
+    assert result["relative_difference"] == 0 and result["constant_outputs"] == []
     assert runner.batches == [2, 2, 2, 1, 4]  # 5 samples of the usual shapes, and both ends
     runner.batches.clear()
     check(two_inputs, [(3, 2), (3, 3)])
@@ -416,6 +417,17 @@ def test_check_of_nothing_is_no_success(tmp_path: pathlib.Path, stand_in: Callab
     stand_in(StandIn())
     with pytest.raises(RuntimeError, match="nothing to compare: every output of .*nan.onnx is empty, infinite or NaN"):
         check(tmp_path / "nan.onnx")
+
+
+def test_check_says_what_it_cannot_see(tmp_path: pathlib.Path, stand_in: Callable, capsys: pytest.CaptureFixture) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[n, 3] a, float[n, 2] b) => (float[n, 3] y, float[n, 2] z)
+    { low = Constant <value = float {-9.0}> () high = Constant <value = float {-8.0}> () y = Clip (a, low, high) z = Add (b, b) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "dead.onnx")
+    stand_in(StandIn(lambda a, y: torch.full_like(a, -8)))
+    assert check(tmp_path / "dead.onnx")["constant_outputs"] == [1]
+    assert "Output 1 is the same for every input" in capsys.readouterr().out
 
 
 def test_convert_of_a_file_leaves_no_wrong_engine(

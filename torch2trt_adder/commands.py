@@ -285,6 +285,8 @@ def check(
         ends = ([runner._profile[name][i] for name in runner.input_names] for i in (0, 2))
         batches += [end for end in ends if end != usual and all(map(all, end))]
     worst, allowed, beyond, same, total, infinite, compared = 0.0, 0.0, False, 0, 0, 0, 0
+    first: dict[int, Tensor] = {}  # of each output, for the first sample
+    changes: set[int] = set()  # outputs that are another for another input
     with torch.no_grad(), engine.elapsed(f"Comparing {len(batches)} batches"):
         for step, batch in enumerate(batches):
             inputs = random_inputs(batch, dtypes, "cuda", seed=step)
@@ -304,6 +306,10 @@ def check(
                 if y.shape != y0.shape:
                     raise RuntimeError(f"output {i} is {list(y0.shape)} in {source} and {list(y.shape)} in {plan}.")
                 y, y0 = y.double().cpu(), y0.double().cpu()
+                if y0.dim() > 0 and y0.numel() > 0:
+                    start = first.setdefault(i, y0[:1])
+                    if start.shape[1:] != y0.shape[1:] or not (start == y0).all():
+                        changes.add(i)
                 finite = y0.isfinite()
                 compared += int(finite.sum())
                 infinite += int((finite & ~y.isfinite()).sum())
@@ -322,7 +328,14 @@ def check(
     print(f"Largest difference, relative to the largest value: {worst:.2e}, allowed {allowed:.2e}.")
     if total:
         print(f"Predictions agree on {same} of {total}.")
+    constant = sorted(first.keys() - changes) if len(batches) > 1 or batches[0][0][:1] > (1,) else []
+    for i in constant:
+        print(
+            f"Output {i} is the same for every input, and an engine of other weights might give it too: are BatchNorm's "
+            "statistics trained?"
+        )
     result = {"relative_difference": worst, "allowed": allowed, "agree": same, "predictions": total}
+    result["constant_outputs"] = constant
     if infinite or beyond:
         lost = f"; {infinite} values are infinite or NaN in the engine alone" if infinite else ""
         raise Failed(f"the engine differs from {source} by {worst:.2e}, more than the {allowed:.2e} allowed{lost}.", result)
