@@ -185,7 +185,7 @@ __device__ __forceinline__ void fill(Args const& a, WgradPlan const& plan, Place
 template <class T, int kStride>
 __device__ __forceinline__ void add_row(float const* x_smem, float const* dy_smem, int32_t strip,
                                         float (&acc)[kTaps][T::kThreadK][T::kThreadC]) {
-  // What the next pixel needs is read while this one is added. Behind the last one lies something else of the ring.
+  // What the next pixel needs is read while this one is added. Nothing is read behind the last one: it may be being filled.
   constexpr int kRing = kUnroll * kStride;
   static_assert(kRing >= kTaps + kStride, "a window, and what comes into it next");
   float x[kRing][T::kThreadC], dy[2][T::kThreadK];
@@ -203,9 +203,11 @@ __device__ __forceinline__ void add_row(float const* x_smem, float const* dy_sme
   for (; strip > 0; strip -= kUnroll, x_smem += kRing * T::kPitchC, dy_smem += kUnroll * T::kPitchK) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      load_dy(u + 1);
+      if (u + 1 < kUnroll || strip > kUnroll) {
+        load_dy(u + 1);
 #pragma unroll
-      for (int j = 0; j < kStride; ++j) load_x(u * kStride + kTaps + j);
+        for (int j = 0; j < kStride; ++j) load_x(u * kStride + kTaps + j);
+      }
 #pragma unroll
       for (int s = 0; s < kTaps; ++s)
 #pragma unroll
@@ -417,7 +419,7 @@ WgradPlan choose(Args const& args) {
     int64_t const x_columns = int64_t{plan.strip - 1} * p.stride_w + kTaps;
     int64_t const cells = int64_t{plan.images} * plan.rows, turns = ceil_div<int64_t>(cells, size.groups);
     int64_t const floats = plan.images * x_rows * x_columns * (size.c + 4) + cells * plan.strip * (size.k + 4);
-    size_t const ring_bytes = (kStages * floats + size.k + 4) * sizeof(float);  // the end is read ahead of the last pixel
+    size_t const ring_bytes = kStages * floats * sizeof(float);
     int64_t const chunks = chunks_n * chunks_p * chunks_q;
     if (ring_bytes > smem_bytes || chunks > INT32_MAX - kStages) return;
     plan.x_rows = static_cast<int32_t>(x_rows);
