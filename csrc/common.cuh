@@ -72,6 +72,15 @@ __device__ __forceinline__ void copy16_async(void* dst_smem, void const* src, bo
 #endif
 }
 
+// Stores at a 16-byte address of global memory. Left to itself, the compiler makes four stores of it behind some conditions.
+__device__ __forceinline__ void store16(float* to, float4 const& v) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+#else
+  *reinterpret_cast<float4*>(to) = v;
+#endif
+}
+
 __device__ __forceinline__ void copy_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;\n" ::);

@@ -69,17 +69,19 @@ struct Choice {
 Choice choose(FpropArgs const& args) {
   size_t const bytes = args.p.workspace_bytes;
   if (takes_fprop_half(args, bytes)) return {launch_fprop_half, plan_fprop_half(args, bytes)};
-  double cycles, window_cycles;
+  double cycles, other_cycles;
   FpropPlan const simt = plan_fprop_simt(args, bytes, &cycles);
-  FpropPlan window;
-  if (plan_fprop_window(args, bytes, &window, &window_cycles) && window_cycles < cycles) return {launch_fprop_window, window};
+  FpropPlan other;
+  if (plan_fprop_window(args, bytes, &other, &other_cycles) && other_cycles < cycles) return {launch_fprop_window, other};
+  if (plan_fprop_pointwise(args, &other, &other_cycles) && other_cycles < cycles) return {launch_fprop_pointwise, other};
   return {launch_fprop_simt, simt};
 }
 
 Choice choose_cached(FpropArgs const& args) {
   Adder2dParams key = args.p;
   key.x = reinterpret_cast<void const*>(reinterpret_cast<uintptr_t>(key.x) % 16);  // plans do not depend on other addresses
-  key.w = key.b = key.y = key.workspace = nullptr;
+  key.y = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(key.y) % 16);
+  key.w = key.b = key.workspace = nullptr;
   return cached_plan<Choice>(key, [&] { return choose(args); });
 }
 

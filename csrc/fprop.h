@@ -83,6 +83,10 @@ cudaError_t launch_fprop_simt(FpropArgs const& args, FpropPlan const& plan, cuda
 bool plan_fprop_window(FpropArgs const& args, size_t workspace_bytes, FpropPlan* plan, double* cycles);
 cudaError_t launch_fprop_window(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream);
 
+// ---- fprop_pointwise.cu: 1 x 1 kernels at stride 1, float32, few channels
+bool plan_fprop_pointwise(FpropArgs const& args, FpropPlan* plan, double* cycles);
+cudaError_t launch_fprop_pointwise(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream);
+
 // ---- fprop_half.cu: implicit GEMM with half pairs
 // How many of `images` images to launch at a time, so that their packed copies find room in p's workspace.
 int32_t images_of_fprop_half(Adder2dParams const& p, int32_t images);

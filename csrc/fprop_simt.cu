@@ -74,27 +74,20 @@ struct Smem {
 
 // The tile's place in the output, and the place of a thread in the tile.
 template <class T>
-struct View : TilePlace {
+struct View : TilePlace, ThreadPlace<T> {
   using Turned = Turn<T::kTileK, T::kTilePQ, T::kThreads, T::kLanesK, T::kLanesPQ>;
   static constexpr int kThreads = T::kThreads, kItems = Turned::kItems;
   int32_t thread;
-  int32_t thread_k, thread_pq;  // first output of the thread; its groups are kTileK / kGroupsK, kTilePQ / kGroupsPQ apart
 
   __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread_index)
-      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ), thread(thread_index) {
-    int32_t const warp = thread / 32, lane = thread % 32;
-    thread_k = (warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ) * 4;
-    thread_pq = (warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ) * 4;
-  }
-  __device__ __forceinline__ int32_t k(int32_t i) const { return thread_k + i / 4 * (T::kTileK / T::kGroupsK) + i % 4; }
-  __device__ __forceinline__ int32_t pq(int32_t j) const { return thread_pq + j / 4 * (T::kTilePQ / T::kGroupsPQ) + j % 4; }
+      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ), ThreadPlace<T>(thread_index), thread(thread_index) {}
   // Item: one of the thread's filters and four of its pixels, or, where sums have changed hands, Turned's.
   __device__ __forceinline__ void store(FpropArgs const& a, FpropPlan const& plan, int32_t item, float4 const& sum) const {
     if (plan.turned) {
       Turned::store(a, *this, item, thread, sum);
     } else {
-      int32_t const m = first_pixel + pq(item % T::kGroupsPQ * 4);
-      store4<false>(a, first_k + k(item / T::kGroupsPQ), end_k, m, output_offset(a, m), sum);
+      int32_t const m = first_pixel + this->pq(item % T::kGroupsPQ * 4);
+      store4<false>(a, first_k + this->k(item / T::kGroupsPQ), end_k, m, output_offset(a, m), sum);
     }
   }
 };
@@ -320,41 +313,14 @@ __device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& 
     fill();
   }
 
-  float w_frag[2][T::kThreadK], x_frag[2][T::kThreadPQ];
-  auto load = [&](float const* w_smem, float const* x_smem, int buffer) {
-#pragma unroll
-    for (int i = 0; i < T::kGroupsK; ++i)
-      *reinterpret_cast<float4*>(&w_frag[buffer][4 * i]) = *reinterpret_cast<float4 const*>(w_smem + i * (T::kTileK / T::kGroupsK));
-#pragma unroll
-    for (int i = 0; i < T::kGroupsPQ; ++i)
-      *reinterpret_cast<float4*>(&x_frag[buffer][4 * i]) = *reinterpret_cast<float4 const*>(x_smem + i * (T::kTilePQ / T::kGroupsPQ));
-  };
-
   int32_t stage = 0;
   for (int32_t slice = first; slice < last; ++slice) {
     copy_wait<T::kStages - 2>();
     __syncthreads();
-    float const* w_smem = smem.stage[stage] + view.thread_k;
-    float const* x_smem = smem.stage[stage] + T::kTileC * T::kPitchK + view.thread_pq;
+    float const* const w_smem = smem.stage[stage] + view.thread_k;
+    float const* const x_smem = smem.stage[stage] + T::kTileC * T::kPitchK + view.thread_pq;
     stage = stage + 1 == T::kStages ? 0 : stage + 1;
-    load(w_smem, x_smem, 0);
-    fill();
-#pragma unroll 1
-    for (int c = 0; c < T::kTileC; c += T::kUnroll) {
-#pragma unroll
-      for (int u = 0; u < T::kUnroll; ++u) {
-        // The fragments of the next term are on their way while this one is added. The slice's last term is read twice:
-        // what lies behind it is being filled.
-        int32_t const next = u + 1 < T::kUnroll || c + T::kUnroll < T::kTileC ? u + 1 : u;
-        load(w_smem + next * T::kPitchK, x_smem + next * T::kPitchPQ, (u + 1) % 2);
-#pragma unroll
-        for (int i = 0; i < T::kThreadK; ++i)
-#pragma unroll
-          for (int j = 0; j < T::kThreadPQ; ++j) acc[i][j] += fabsf(x_frag[u % 2][j] - w_frag[u % 2][i]);
-      }
-      w_smem += T::kUnroll * T::kPitchK;
-      x_smem += T::kUnroll * T::kPitchPQ;
-    }
+    add_terms<T>(w_smem, x_smem, T::kTileC, fill, acc);
   }
 }
 
@@ -465,13 +431,6 @@ bool is_channels_last(FpropArgs const& a) {
   int64_t const* const stride = a.p.x_stride;
   return stride[1] == 1 && stride[3] != 1 &&
          (a.p.N - 1) * stride[0] + a.p.C + (a.p.H - 1) * stride[2] + (a.p.W - 1) * stride[3] <= INT32_MAX / 2;
-}
-
-bool is_plane(FpropArgs const& a) {
-  Adder2dParams const& p = a.p;
-  return p.R == 1 && p.S == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0 && p.x_stride[3] == 1 && p.x_stride[2] == p.W &&
-         int64_t{p.H} * p.W % 4 == 0 && p.x_stride[1] % 4 == 0 && p.x_stride[0] % 4 == 0 &&
-         reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
 }
 
 Fill choose_fill(FpropArgs const& a, bool packed) {

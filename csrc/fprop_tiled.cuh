@@ -46,6 +46,57 @@ __device__ __forceinline__ bool inside(FpropArgs const& a, Pixel const& pixel, i
          static_cast<uint32_t>(pixel.w0 + dw) < static_cast<uint32_t>(a.p.W);
 }
 
+// ---- terms
+
+// A thread's outputs in a tile of T: groups of four filters and four pixels, kTileK / kGroupsK and kTilePQ / kGroupsPQ apart.
+template <class T>
+struct ThreadPlace {
+  int32_t thread_k, thread_pq;  // the first ones
+
+  __device__ __forceinline__ explicit ThreadPlace(int32_t thread) {
+    int32_t const warp = thread / 32, lane = thread % 32;
+    thread_k = (warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ) * 4;
+    thread_pq = (warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ) * 4;
+  }
+  __device__ __forceinline__ int32_t k(int32_t i) const { return thread_k + i / 4 * (T::kTileK / T::kGroupsK) + i % 4; }
+  __device__ __forceinline__ int32_t pq(int32_t j) const { return thread_pq + j / 4 * (T::kTilePQ / T::kGroupsPQ) + j % 4; }
+};
+
+// Adds a slice's `terms`, a multiple of kUnroll, to acc[filter][pixel]. `w` and `x` are the thread's first filter and pixel in the
+// slice's rows. fill() runs as soon as the first term is on its way.
+template <class T, class Fill>
+__device__ __forceinline__ void add_terms(float const* w, float const* x, int32_t terms, Fill const& fill,
+                                          float (&acc)[T::kThreadK][T::kThreadPQ]) {
+  float w_frag[2][T::kThreadK], x_frag[2][T::kThreadPQ];
+  auto const load = [&](int32_t term, int buffer) {
+#pragma unroll
+    for (int i = 0; i < T::kGroupsK; ++i)
+      *reinterpret_cast<float4*>(&w_frag[buffer][4 * i]) =
+          *reinterpret_cast<float4 const*>(w + term * T::kPitchK + i * (T::kTileK / T::kGroupsK));
+#pragma unroll
+    for (int i = 0; i < T::kGroupsPQ; ++i)
+      *reinterpret_cast<float4*>(&x_frag[buffer][4 * i]) =
+          *reinterpret_cast<float4 const*>(x + term * T::kPitchPQ + i * (T::kTilePQ / T::kGroupsPQ));
+  };
+  load(0, 0);
+  fill();
+#pragma unroll 1
+  for (int c = 0; c < terms; c += T::kUnroll) {
+#pragma unroll
+    for (int u = 0; u < T::kUnroll; ++u) {
+      // The fragments of the next term are on their way while this one is added. The slice's last term is read twice:
+      // what lies behind it is being filled.
+      load(u + 1 < T::kUnroll || c + T::kUnroll < terms ? u + 1 : u, (u + 1) % 2);
+#pragma unroll
+      for (int i = 0; i < T::kThreadK; ++i)
+#pragma unroll
+        for (int j = 0; j < T::kThreadPQ; ++j) acc[i][j] += fabsf(x_frag[u % 2][j] - w_frag[u % 2][i]);
+    }
+    w += T::kUnroll * T::kPitchK;
+    x += T::kUnroll * T::kPitchPQ;
+  }
+}
+
 // ---- store
 
 // Elements from y to pixel m of filter 0.
@@ -234,6 +285,14 @@ cudaError_t launch_tiled(void (*kernel)(Args, FpropPlan), size_t smem_bytes, siz
 }
 
 // ---- plan
+
+// 1x1 kernels whose pixels lie in y as in x, four of them at an aligned address.
+inline bool is_plane(FpropArgs const& a) {
+  Adder2dParams const& p = a.p;
+  return p.R == 1 && p.S == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0 && p.x_stride[3] == 1 && p.x_stride[2] == p.W &&
+         int64_t{p.H} * p.W % 4 == 0 && p.x_stride[1] % 4 == 0 && p.x_stride[0] % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+}
 
 struct TileSize {
   int32_t k, pq, c;   // filters, pixels, terms of a slice

@@ -46,6 +46,13 @@ LARGE = [
     Case("runs_of_wide_rows", 2, 8, 5, 222, 19, 3, 3, padding=(1, 2)),
     Case("runs_in_wide_padding", 3, 8, 4, 6, 33, 3, 3, padding=(3, 5)),
     Case("runs_and_few_filters", 6, 16, 32, 32, 16, 3, 3, padding=(1, 1)),
+    # fprop_pointwise.cu, on an H200: blocks with one, two and different numbers of tiles of both kinds, of one to four slices
+    # that are not alike, with ends of filters and pixels inside.
+    Case("pointwise_rows_of_tiles", 5, 40, 50, 52, 260, 1, 1),
+    Case("pointwise_single_tiles", 33, 24, 14, 14, 333, 1, 1),
+    Case("pointwise_narrow_tiles", 3, 16, 112, 110, 92, 1, 1),
+    Case("pointwise_groups", 29, 80, 14, 22, 296, 1, 1, groups=2),
+    Case("pointwise_slices", 7, 120, 28, 44, 252, 1, 1),
 ]
 # Both kinds of strips of fprop_depthwise.cu (W, or C, even) with any rest, its neighbours that go elsewhere, and direct kernels.
 DIRECT = [
@@ -72,6 +79,7 @@ DIRECT = [
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 PLAIN = LARGE[0]
+POINTWISE = next(case for case in LARGE if case.name == "pointwise_rows_of_tiles")
 
 cases = pytest.mark.parametrize("case", CASES + LARGE + DIRECT, ids=lambda case: case.name)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -124,6 +132,21 @@ def test_strided_tensors(dtype):
         assert_forward(adder2d(x, weight, bias, 1, 1), x, weight, bias, PLAIN.geometry)
 
 
+def test_strided_pointwise():
+    """Planes that lie apart, and those off any vector's alignment, which other kernels take."""
+    case = POINTWISE
+    x, w, b = case.tensors(device="cuda")
+    base = torch.randn(2 * case.N, case.C + 5, case.H, case.W, device="cuda")
+    views = [
+        base[::2, 3 : 3 + case.C],
+        x[:1].expand(case.N, -1, -1, -1),
+        x[:, :1].expand(-1, case.C, -1, -1),
+        torch.randn(x.numel() + 1, device="cuda")[1:].view_as(x),
+    ]
+    for view in views:
+        assert_forward(adder2d(view, w, b), view, w, b, case.geometry)
+
+
 @dtypes
 @formats
 def test_empty_batch(dtype, memory_format):
@@ -136,18 +159,19 @@ def test_empty_batch(dtype, memory_format):
     assert x.grad.shape == x.shape and w.grad.eq(0).all()
 
 
+@pytest.mark.parametrize("case", [PLAIN, POINTWISE], ids=lambda case: case.name)
 @dtypes
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite(dtype, value):
+def test_non_finite(case, dtype, value):
     """Exactly the windows that touch the value carry it; infinity minus infinity is NaN."""
-    x, w, _ = PLAIN.tensors(dtype, "cuda")
+    x, w, _ = case.tensors(dtype, "cuda")
     x[1, 3, 5, 4] = value
-    y = adder2d(x, w, None, 1, 1)
-    assert_forward(y, x, w, None, PLAIN.geometry)
-    assert int((~y.isfinite()).sum()) == 9 * PLAIN.K
-    w[2, 3, 1, 1] = value
-    y = adder2d(x, w, None, 1, 1)
-    assert_forward(y, x, w, None, PLAIN.geometry)
+    y = adder2d(x, w, None, *case.geometry)
+    assert_forward(y, x, w, None, case.geometry)
+    assert int((~y.isfinite()).sum()) == case.R * case.S * case.K
+    w[2, 3, case.R // 2, case.S // 2] = value
+    y = adder2d(x, w, None, *case.geometry)
+    assert_forward(y, x, w, None, case.geometry)
     assert not y[:, 2].isfinite().any() and y[1, 2, 5, 4].isnan()
 
 

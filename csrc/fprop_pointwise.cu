@@ -1,0 +1,286 @@
+// 1 x 1 kernels at stride 1 of few channels, on float32 arithmetic: blocks that go through many tiles.
+//
+// A tile of so few channels is short work: in fprop_simt.cu its first copies, its stores and its start cost a seventh of the time. Here
+// a block keeps the weights of kTileK filters in shared memory and goes through a range of pixels, tile after tile. The ring of image
+// slices runs across their borders: the next tile's first slice is on its way while this tile is added up and stored. Neither weights
+// nor image are packed, and sums are stored as the threads hold them, four pixels or four filters at once.
+#include <algorithm>
+
+#include "fprop_tiled.cuh"
+
+namespace adder2d {
+namespace {
+
+// ---- traits
+
+constexpr int32_t kMaxChannels = 128;  // whose weights let three blocks into 227 KiB; with many more, tiles are long work anyway
+
+template <int kTileK_, int kTilePQ_, int kTileC_>
+struct Tile {
+  static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;  // outputs of a block at a time: filters, pixels
+  static constexpr int kTileC = kTileC_;                      // channels of a slice, at most
+  static constexpr int kUnroll = 4;                           // channels of the inner loop
+  static constexpr int kThreadK = 8, kThreadPQ = 8;           // outputs of a thread, in groups of 4 by 4
+  static constexpr int kGroupsK = kThreadK / 4, kGroupsPQ = kThreadPQ / 4;
+  static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
+  static constexpr int kLanesK = 4, kLanesPQ = 8;  // a warp's threads
+  static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
+  static constexpr int kBlocksPerSM = 3;
+  static constexpr int kRows = kThreads / 8;  // filters, or pixels, copied at once: 8 threads side by side along the channels
+  static constexpr int kLanes = kTilePQ / 4;  // where pixels lie side by side: threads along them
+  // 8 threads that store 8 channels of a filter, or a pixel, find different banks.
+  static constexpr int kPitchK = kTileK + 4, kPitchPQ = kTilePQ + 4;
+  static constexpr int kStageFloats = kTileC * kPitchPQ;
+
+  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
+  static_assert(kTileC % 8 == 0 && kTileK % kRows == 0 && kTilePQ % kRows == 0, "8 lanes copy along the channels");
+  static_assert(kThreads % kLanes == 0 && 8 % (kThreads / kLanes) == 0, "threads copy whole rows of pixels");
+};
+
+constexpr int32_t kStages = 2;  // slices in flight
+
+// The stages, the bias, the weights.
+template <class T>
+constexpr size_t smem_size(int32_t channels) {
+  return sizeof(float) * (kStages * T::kStageFloats + T::kTileK + channels * T::kPitchK);
+}
+
+// How the output is shared out. Blocks of a range of pixels lie side by side, so that they read the same image at the same time; the
+// ranges with one tile more than others come first, so that multiprocessors get the same number of tiles.
+struct Ranges {
+  int32_t tiles_k;
+  int32_t count, tiles, longer;  // the first `longer` ranges have a tile more than `tiles`
+  int32_t slice;                 // channels of a slice: of all slices of a tile but the last
+};
+template <class T>
+Ranges share_out(FpropArgs const& a) {
+  Ranges ranges;
+  int32_t const tiles_pq = ceil_div(a.NPQ, T::kTilePQ);
+  ranges.tiles_k = ceil_div(a.Kg, T::kTileK);
+  ranges.count = std::clamp(multiprocessor_count() * T::kBlocksPerSM / (ranges.tiles_k * a.p.groups), 1, tiles_pq);
+  ranges.tiles = tiles_pq / ranges.count;
+  ranges.longer = tiles_pq % ranges.count;
+  ranges.slice = ceil_div(ceil_div(a.Cg, ceil_div(a.Cg, T::kTileC)), 8) * 8;
+  return ranges;
+}
+
+// Pixel m of channels_last: `pitch` bytes, of 32 bits, for one multiplication and addition at once.
+__device__ __forceinline__ float const* at(float const* first, int32_t m, int32_t pitch) {
+  return reinterpret_cast<float const*>(reinterpret_cast<char const*>(first) + int64_t{m} * pitch);
+}
+__device__ __forceinline__ float* at(float* first, int32_t m, int32_t pitch) {
+  return reinterpret_cast<float*>(reinterpret_cast<char*>(first) + int64_t{m} * pitch);
+}
+
+// ---- fill
+
+// The fills of a block, slice after slice and tile after tile: the image [kTileC][kPitchPQ]. Pixels behind the last one are copied
+// from it, and not stored.
+template <class T, bool kChannels>
+struct Filler {
+  FpropArgs const& a;
+  int32_t pixel, tiles;    // of the tile being filled: the thread's first pixel; tiles from this one on
+  int32_t channel, slice;  // the next slice's first channel; channels of a slice
+  int32_t dst;             // where the thread's first copy goes in the stage
+  float const* x;          // where it comes from, in the first channel of pixel 0 (kChannels), or of the thread's pixels
+  float const* group;
+
+  __device__ __forceinline__ Filler(FpropArgs const& args, Ranges const& ranges, int32_t g, int32_t first_pixel, int32_t count)
+      : a(args), tiles(count), channel(0), slice(ranges.slice) {
+    int32_t const lanes = kChannels ? 8 : T::kLanes, lane = threadIdx.x % lanes, row = threadIdx.x / lanes;
+    pixel = first_pixel + (kChannels ? row : 4 * lane);
+    dst = kChannels ? lane * T::kPitchPQ + row : row * T::kPitchPQ + 4 * lane;
+    x = group = static_cast<float const*>(a.p.x) + (int64_t{g} * a.Cg + (kChannels ? lane : row)) * a.p.x_stride[1];
+    if constexpr (!kChannels) find_pixels();
+  }
+
+  __device__ __forceinline__ void find_pixels() {
+    int32_t pq;
+    int32_t const n = a.div_PQ.divmod(min(pixel, a.NPQ - 4), &pq);
+    x = group + (n * a.p.x_stride[0] + pq);
+  }
+
+  // Starts the copies of the next slice, if there is one. A barrier lies between two calls.
+  __device__ __forceinline__ void fill(float* stage) {
+    if (tiles == 0) return;
+    int32_t const channels = min(slice, a.Cg - channel);
+    float* const to = stage + dst;
+    if constexpr (kChannels) {
+      int32_t const pitch = 4 * static_cast<int32_t>(a.p.x_stride[3]);
+#pragma unroll
+      for (int i = 0; i < T::kTilePQ; i += T::kRows) {
+        float const* const src = at(x + channel, min(pixel + i, a.NPQ - 1), pitch);
+#pragma unroll
+        for (int c = 0; c < T::kTileC; c += 8)
+          if (c == 0 || c < channels) copy4_async(to + c * T::kPitchPQ + i, src + c, 1);
+      }
+    } else {
+      constexpr int kRows = T::kThreads / T::kLanes;
+      float const* src = x + channel * a.p.x_stride[1];
+#pragma unroll
+      for (int c = 0; c < T::kTileC; c += kRows, src += kRows * a.p.x_stride[1])
+        if (c == 0 || c < channels) copy16_async(to + c * T::kPitchPQ, src);
+    }
+    channel += slice;
+    if (channel >= a.Cg) {
+      channel = 0;
+      pixel += T::kTilePQ;
+      --tiles;
+      if constexpr (!kChannels) find_pixels();
+    }
+  }
+};
+
+// ---- kernel
+
+// kChannels: channels lie side by side in x, and filters in y; else pixels do.
+template <class T, bool kChannels>
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
+    adder2d_fprop_pointwise_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ Ranges const ranges) {
+  extern __shared__ __align__(16) float smem[];
+  float* const b_smem = smem + kStages * T::kStageFloats;
+  float* const w_smem = b_smem + T::kTileK;
+  int32_t const k_tile = blockIdx.x % ranges.tiles_k, rest = blockIdx.x / ranges.tiles_k;
+  int32_t const group = rest % a.p.groups, range = rest / a.p.groups;
+  int32_t const first_k = group * a.Kg + k_tile * T::kTileK, end_k = (group + 1) * a.Kg;
+  int32_t const first_tile = range * ranges.tiles + min(range, ranges.longer);
+  int32_t tiles = ranges.tiles + (range < ranges.longer);
+  int32_t first_pixel = first_tile * T::kTilePQ;
+  ThreadPlace<T> const place(threadIdx.x);
+
+  Filler<T, kChannels> filler(a, ranges, group, first_pixel, tiles);
+  int32_t stage = 0;
+  auto const fill = [&] {
+    filler.fill(smem + stage);
+    copy_commit();
+    stage = T::kStageFloats - stage;
+  };
+  fill();
+  int32_t const lane = threadIdx.x % 8, row = threadIdx.x / 8;
+  for (int32_t c = lane; c < a.Cg; c += 8) {
+#pragma unroll
+    for (int k = row; k < row + T::kTileK; k += T::kRows) {
+      int32_t const filter = min(first_k + k, end_k - 1);  // those behind the last one are not stored
+      copy4_async(w_smem + c * T::kPitchK + k, static_cast<float const*>(a.p.w) + (int64_t{filter} * a.Cg + c), 1);
+    }
+  }
+  copy_commit();
+  if (threadIdx.x < T::kTileK) b_smem[threadIdx.x] = load_bias(a, min(first_k + static_cast<int32_t>(threadIdx.x), end_k - 1));
+
+#pragma unroll 1
+  for (; tiles > 0; --tiles, first_pixel += T::kTilePQ) {
+    float acc[T::kThreadK][T::kThreadPQ] = {};
+    int32_t channel = 0, terms = ranges.slice;
+#pragma unroll 1
+    do {
+      copy_wait<0>();
+      __syncthreads();
+      add_terms<T>(w_smem + channel * T::kPitchK + place.thread_k, smem + (T::kStageFloats - stage) + place.thread_pq, terms, fill, acc);
+      channel += terms;
+      terms = min(terms, a.Cg - channel);
+    } while (terms > 0);
+
+    int32_t const filters = end_k - first_k - place.thread_k;  // from the thread's first one on
+    alignas(16) float b[T::kThreadK];
+#pragma unroll
+    for (int i = 0; i < T::kThreadK; i += 4) *reinterpret_cast<float4*>(&b[i]) = *reinterpret_cast<float4 const*>(b_smem + place.k(i));
+    if constexpr (kChannels) {
+      int32_t const pitch = 4 * static_cast<int32_t>(a.p.y_stride[3]);
+#pragma unroll
+      for (int j = 0; j < T::kThreadPQ; ++j) {
+        int32_t const m = first_pixel + place.pq(j);
+        float* const y = at(static_cast<float*>(a.p.y) + (first_k + place.thread_k), m, pitch);
+#pragma unroll
+        for (int i = 0; i < T::kThreadK; i += 4) {
+          int32_t const k = place.k(i) - place.thread_k;
+          if (m < a.NPQ && k < filters)
+            *reinterpret_cast<float4*>(y + k) =
+                make_float4(b[i] - acc[i][j], b[i + 1] - acc[i + 1][j], b[i + 2] - acc[i + 2][j], b[i + 3] - acc[i + 3][j]);
+        }
+      }
+    } else {
+      float* y[T::kGroupsPQ];
+      int32_t ends[T::kGroupsPQ];
+#pragma unroll
+      for (int j = 0; j < T::kGroupsPQ; ++j) {
+        int32_t const m = first_pixel + place.pq(4 * j);
+        int32_t pq;
+        int32_t const n = a.div_PQ.divmod(m, &pq);
+        y[j] = static_cast<float*>(a.p.y) + (n * a.p.y_stride[0] + pq + (first_k + place.thread_k) * a.p.y_stride[1]);
+        ends[j] = m < a.NPQ ? filters : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < T::kThreadK; ++i) {
+        int32_t const k = place.k(i) - place.thread_k;
+#pragma unroll
+        for (int j = 0; j < T::kGroupsPQ; ++j) {
+          float const* const sums = &acc[i][4 * j];
+          if (k < ends[j]) store16(y[j], make_float4(b[i] - sums[0], b[i] - sums[1], b[i] - sums[2], b[i] - sums[3]));
+          y[j] += (i % 4 == 3 ? T::kTileK / T::kGroupsK - 3 : 1) * a.p.y_stride[1];
+        }
+      }
+    }
+  }
+  static_assert(kStages == 2, "a slice is filled while the other one is read");
+}
+
+// ---- launcher
+
+template <class T, bool kChannels>
+cudaError_t launch_layout(FpropArgs const& args, cudaStream_t stream) {
+  auto const kernel = adder2d_fprop_pointwise_kernel<T, kChannels>;
+  // The same for all plans: see launch_tiled.
+  cudaError_t const error = allow_smem(kernel, std::min(smem_size<T>(kMaxChannels), smem_limit()));
+  if (error != cudaSuccess) return error;
+  Ranges const ranges = share_out<T>(args);
+  return launch(kernel, dim3(ranges.tiles_k * args.p.groups * ranges.count), dim3(T::kThreads), smem_size<T>(args.Cg), stream, args, ranges);
+}
+
+template <class T>
+cudaError_t launch_tile(FpropArgs const& args, cudaStream_t stream) {
+  return args.y_filters ? launch_layout<T, true>(args, stream) : launch_layout<T, false>(args, stream);
+}
+
+using Tile64x128 = Tile<64, 128, 32>;
+using Tile32x256 = Tile<32, 256, 16>;
+
+// Predicted cycles, to rank beside those of fprop_plan.cu; 0 where not all blocks run at once, or find no room.
+template <class T>
+double predict(FpropArgs const& args) {
+  int32_t const multiprocessors = multiprocessor_count();
+  Ranges const ranges = share_out<T>(args);
+  int64_t const heads = int64_t{ranges.tiles_k} * args.p.groups;
+  if (heads > multiprocessors * T::kBlocksPerSM || smem_size<T>(args.Cg) > smem_limit()) return 0;
+  // Blocks of the busiest multiprocessor, in turns of which they hide each other's waits: of all ranges, then of the longer ones.
+  auto const turns = [&](int64_t blocks) {
+    int64_t const sharing = ceil_div(blocks, int64_t{multiprocessors});
+    return blocks > 0 ? sharing + 0.4 * (T::kBlocksPerSM - sharing) : 0.0;
+  };
+  double const tiles = ranges.tiles * turns(heads * ranges.count) + turns(heads * ranges.longer);
+  return tiles * (args.Cg * (T::kTileK * T::kTilePQ / 56.0) + 100 * ceil_div(args.Cg, ranges.slice) + 200) + 4000;
+}
+
+}  // namespace
+
+bool plan_fprop_pointwise(FpropArgs const& args, FpropPlan* plan, double* cycles) {
+  Adder2dParams const& p = args.p;
+  bool const pointwise = p.R == 1 && p.S == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0;
+  bool const singles = p.x_type == ADDER2D_FLOAT32 && p.w_type == ADDER2D_FLOAT32 && p.y_type == ADDER2D_FLOAT32;
+  if (!pointwise || !singles || args.Cg % 8 != 0 || args.Cg > kMaxChannels || !args.y_vectors) return false;
+  // x lies as y does: channels side by side, pixels one after the other; or four pixels of a channel at an aligned address.
+  int64_t const* const stride = p.x_stride;
+  bool const channels = stride[1] == 1 && stride[2] == p.W * stride[3] && stride[0] == p.H * stride[2];
+  bool const reach = std::max(stride[3], p.y_stride[3]) <= INT32_MAX / 4;  // of at()
+  if (args.y_filters ? !channels || !args.y_linear || !reach : !is_plane(args)) return false;
+  double const wide = predict<Tile64x128>(args), narrow = predict<Tile32x256>(args);
+  *plan = {};
+  plan->tile = wide == 0 || (narrow != 0 && narrow < wide);
+  *cycles = plan->tile == 0 ? wide : narrow;
+  return *cycles != 0;
+}
+
+cudaError_t launch_fprop_pointwise(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
+  return plan.tile == 0 ? launch_tile<Tile64x128>(args, stream) : launch_tile<Tile32x256>(args, stream);
+}
+
+}  // namespace adder2d
