@@ -25,7 +25,8 @@ struct FpropArgs {
 };
 
 // How a tiled kernel cuts the work: one block for each of the first `whole` tiles of the output, then one for each split of
-// the reduction of each other tile. Sums of splits go through the workspace, and a second, small kernel adds them in order.
+// the reduction of each other tile. Sums of splits go through the workspace: the block that comes last adds
+// a few, a second, small kernel many, both in order.
 struct FpropPlan {
   int32_t tile;              // index into the family's table of tiles
   int32_t tiles_k, tiles_pq;
@@ -33,9 +34,9 @@ struct FpropPlan {
   int32_t whole;             // all of them where splits is 1
   int32_t slices;            // reduction steps of one tile
   int32_t splits;
-  bool turned;               // sums change hands before they are stored (Turn in fprop_tiled.cuh); set by the launcher
   size_t packed_bytes;       // of packed weights and image at the start of the workspace, 0 for none
   size_t workspace_bytes;    // all of it
+  uint64_t launch;           // of launch_number(): set by the launcher
 };
 
 // make(), or what it gave when it was last called with the same key on this device and thread: choosing a plan takes
@@ -66,6 +67,9 @@ __device__ __forceinline__ float load_bias(FpropArgs const& a, int32_t k) {
 FpropArgs make_fprop_args(Adder2dParams const& p);
 int32_t multiprocessor_count();
 size_t smem_limit();  // that a block can have on the current device
+// A number that no other launch has, of 58 random bits, a multiple of kMaxSplits: memory that this launch has not written holds it
+// by chance once in 2^58 times.
+uint64_t launch_number();
 
 // ---- fprop_direct.cu: any problem; the path of few filters a group and of very small layers
 cudaError_t launch_fprop_direct(FpropArgs const& args, cudaStream_t stream);

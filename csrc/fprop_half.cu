@@ -67,21 +67,21 @@ struct Smem {
 
 template <class T>
 struct View : TilePlace {
-  using Turned = Turn<T::kTileK, T::kTilePQ, T::kThreads, T::kLanesK, T::kLanesPQ>;
-  static constexpr int kThreads = T::kThreads, kItems = Turned::kItems;
-  int32_t thread;
+  using Turned = Turn<T::kTileK, T::kTilePQ, T::kLanesK, T::kLanesPQ>;
+  static constexpr int kThreads = T::kThreads, kItems = ceil_div(Turned::kBytes, 16 * kThreads);
+  static constexpr int kSplitFloats = split_floats(T::kTileK, T::kTilePQ);
   int32_t thread_k, thread_pq;  // first output that the thread sums; the others lie kStepK, kStepPQ apart
 
-  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread_index)
-      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ), thread(thread_index) {
+  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread)
+      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ) {
     int32_t const warp = thread / 32, lane = thread % 32;
     thread_k = warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ;
     thread_pq = warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ;
   }
   __device__ __forceinline__ int32_t k(int32_t i) const { return thread_k + i * T::kStepK; }
   __device__ __forceinline__ int32_t pq(int32_t j) const { return thread_pq + j * T::kStepPQ; }
-  __device__ __forceinline__ void store(FpropArgs const& a, FpropPlan const&, int32_t item, float4 const& sum) const {
-    Turned::store(a, *this, item, thread, sum);
+  __device__ __forceinline__ void store(FpropArgs const& a, int32_t item, int32_t thread, float4 const& sum) const {
+    Turned::store(a, *this, 4 * (item * kThreads + thread), sum);
   }
 };
 
@@ -481,7 +481,7 @@ cudaError_t launch_tile(HalfArgs const& args, FpropPlan const& plan, cudaStream_
   cudaError_t const error = launch(adder2d_pack_half_kernel<T::kTileC>, pack_grid, dim3(kPackThreads), 0, stream, args, plan.slices,
                                    static_cast<int32_t>(weight_blocks));
   if (error != cudaSuccess) return error;
-  static_assert(View<T>::Turned::kBytes <= sizeof(Smem<T>), "sums change hands where the slices were");
+  static_assert(16 * View<T>::kItems * T::kThreads <= sizeof(Smem<T>), "sums change hands where the slices were");
   return launch_tiled<View<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), sizeof(Smem<T>), T::kThreads, true, args, plan, stream);
 }
 

@@ -1,5 +1,7 @@
 // Choice of tile and splits for the tiled forward kernels.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 
 #include "fprop_tiled.cuh"
 
@@ -23,8 +25,8 @@ double predict(FpropPlan const& plan, TileSize const& size, int32_t multiprocess
   double cycles = predict_blocks(plan.whole, plan.slices, size, multiprocessors) + 3000;  // first copies, epilogue
   if (rest > 0) {
     cycles += predict_blocks(rest * plan.splits, ceil_div(plan.slices, plan.splits), size, multiprocessors);
-    double const bytes = 2.0 * sizeof(float) * plan.splits * rest * size.k * size.pq;  // written, then read
-    cycles += 3000 + plan.splits * 20 + bytes / (multiprocessors * 6.0);
+    double const bytes = double{sizeof(float)} * plan.splits * size.k * size.pq;  // of a tile: written, then read
+    cycles += plan.splits <= kMaxJoined ? 4000 + bytes / 12 : 3000 + plan.splits * 20 + 2 * bytes * rest / (multiprocessors * 6.0);
   }
   return cycles;
 }
@@ -50,7 +52,8 @@ FpropPlan choose_tile(FpropArgs const& args, TileSize const* sizes, int32_t coun
       for (int32_t choice = 0; choice <= both; ++choice) {
         plan.whole = plan.splits == 1 ? plan.tiles : choice == 1 ? full : 0;
         int64_t const blocks = int64_t{plan.tiles - plan.whole} * plan.splits;
-        plan.workspace_bytes = static_cast<size_t>(blocks) * size.k * size.pq * sizeof(float);
+        // Sums, and a count for each tile.
+        plan.workspace_bytes = static_cast<size_t>(blocks) * split_floats(size.k, size.pq) * sizeof(float) + (plan.tiles - plan.whole) * sizeof(uint64_t);
         if (blocks > int64_t{kMaxSplitBlocks} * multiprocessors || plan.workspace_bytes > workspace_bytes) continue;
         double const predicted = predict(plan, size, multiprocessors);
         if (*cycles != 0 && predicted >= *cycles) continue;
@@ -60,6 +63,15 @@ FpropPlan choose_tile(FpropArgs const& args, TileSize const* sizes, int32_t coun
     }
   }
   return best;
+}
+
+uint64_t launch_number() {
+  static std::atomic<uint64_t> number{static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count())};
+  // Numbers side by side become random ones (splitmix64; Steele, Lea and Flood, 2014).
+  uint64_t n = number.fetch_add(1, std::memory_order_relaxed) * 0x9e3779b97f4a7c15u;
+  n = (n ^ n >> 30) * 0xbf58476d1ce4e5b9u;
+  n = (n ^ n >> 27) * 0x94d049bb133111ebu;
+  return (n ^ n >> 31) / kMaxSplits * kMaxSplits;
 }
 
 }  // namespace adder2d

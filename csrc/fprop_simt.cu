@@ -72,19 +72,19 @@ struct Smem {
   alignas(16) TermType term[2][kHasTerms ? T::kThreads : 1];  // of the slices being filled, and of those that come next
 };
 
-// The tile's place in the output, and the place of a thread in the tile.
-template <class T>
+// The tile's place in the output, and the place of a thread in the tile. kTurned: sums change hands.
+template <class T, bool kTurned>
 struct View : TilePlace, ThreadPlace<T> {
-  using Turned = Turn<T::kTileK, T::kTilePQ, T::kThreads, T::kLanesK, T::kLanesPQ>;
-  static constexpr int kThreads = T::kThreads, kItems = Turned::kItems;
-  int32_t thread;
+  using Turned = Turn<T::kTileK, T::kTilePQ, T::kLanesK, T::kLanesPQ>;
+  static constexpr int kThreads = T::kThreads, kItems = kTurned ? ceil_div(Turned::kBytes, 16 * kThreads) : T::kThreadK * T::kGroupsPQ;
+  static constexpr int kSplitFloats = split_floats(T::kTileK, T::kTilePQ);
 
-  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread_index)
-      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ), ThreadPlace<T>(thread_index), thread(thread_index) {}
-  // Item: one of the thread's filters and four of its pixels, or, where sums have changed hands, Turned's.
-  __device__ __forceinline__ void store(FpropArgs const& a, FpropPlan const& plan, int32_t item, float4 const& sum) const {
-    if (plan.turned) {
-      Turned::store(a, *this, item, thread, sum);
+  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread)
+      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ), ThreadPlace<T>(thread) {}
+  // Item: four floats of the tile as it lies in shared memory, or one of the thread's filters and four of its pixels.
+  __device__ __forceinline__ void store(FpropArgs const& a, int32_t item, int32_t thread, float4 const& sum) const {
+    if constexpr (kTurned) {
+      Turned::store(a, *this, 4 * (item * kThreads + thread), sum);
     } else {
       int32_t const m = first_pixel + this->pq(item % T::kGroupsPQ * 4);
       store4<false>(a, first_k + this->k(item / T::kGroupsPQ), end_k, m, output_offset(a, m), sum);
@@ -131,7 +131,7 @@ struct Filler {
   uint32_t taps[kPixels];
 
   __device__ __forceinline__ Filler(FpropArgs const& args, FpropPlan const& plan, Smem<T, kFill>& shared,
-                                    View<T> const& view, int32_t first_slice)
+                                    View<T, kIsTurned<kFill>> const& view, int32_t first_slice)
       : a(args), smem(shared), origin(first_slice), slice(first_slice), made(first_slice), r(0), s(0) {
     if constexpr (kFill == Fill::kTaps) {
 #pragma unroll
@@ -298,7 +298,7 @@ struct Filler {
 
 // Accumulates slices first .. last - 1 of one tile into acc[filter][pixel].
 template <class T, Fill kFill>
-__device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& plan, View<T> const& view,
+__device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& plan, View<T, kIsTurned<kFill>> const& view,
                                            int32_t first, int32_t last, Smem<T, kFill>& smem, float (&acc)[T::kThreadK][T::kThreadPQ]) {
   Filler<T, kFill> filler(a, plan, smem, view, first);
   if constexpr (kIsPacked<kFill>) wait_for_primary();
@@ -320,7 +320,9 @@ __device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& 
     float const* const w_smem = smem.stage[stage] + view.thread_k;
     float const* const x_smem = smem.stage[stage] + T::kTileC * T::kPitchK + view.thread_pq;
     stage = stage + 1 == T::kStages ? 0 : stage + 1;
-    add_terms<T>(w_smem, x_smem, T::kTileC, fill, acc);
+    // Unpacked weights may end within the last slice.
+    int32_t const left = kIsPacked<kFill> ? T::kTileC : ceil_div(a.CRS - slice * T::kTileC, T::kUnroll) * T::kUnroll;
+    add_terms<T>(w_smem, x_smem, min(T::kTileC, left), fill, acc);
   }
 }
 
@@ -361,11 +363,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   extern __shared__ __align__(16) unsigned char smem_bytes[];
   launch_dependents();
   Work const work(plan);
-  View<T> const view(a, plan, work.tile, threadIdx.x);
+  using Tiled = View<T, kIsTurned<kFill>>;
+  Tiled const view(a, plan, work.tile, threadIdx.x);
   float acc[T::kThreadK][T::kThreadPQ] = {};
   accumulate(a, plan, view, work.first, work.last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), acc);
   if constexpr (kIsTurned<kFill>) {
-    using Turned = typename View<T>::Turned;
+    using Turned = typename Tiled::Turned;
     float* const sums = reinterpret_cast<float*>(smem_bytes);
     __syncthreads();
 #pragma unroll
@@ -375,19 +378,27 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     __syncthreads();
     finish_turned(a, plan, work, view, sums);
   } else {
+    if (work.split >= 0) {
+      auto const get = [&](int32_t item) {
+        float const* const sums = &acc[item / T::kGroupsPQ][item % T::kGroupsPQ * 4];
+        return make_float4(sums[0], sums[1], sums[2], sums[3]);
+      };
+      auto const put = [&](int32_t item, float4 const& v) {
+        float* const sums = &acc[item / T::kGroupsPQ][item % T::kGroupsPQ * 4];
+        sums[0] = v.x;
+        sums[1] = v.y;
+        sums[2] = v.z;
+        sums[3] = v.w;
+      };
+      if (!join_splits<Tiled>(a, plan, work, get, put)) return;
+    }
 #pragma unroll
     for (int j = 0; j < T::kThreadPQ; j += 4) {
       int32_t const m = view.first_pixel + view.pq(j);
       int64_t const offset = output_offset(a, m);
 #pragma unroll
-      for (int i = 0; i < T::kThreadK; ++i) {
-        float4 const sum = make_float4(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]);
-        if (work.split >= 0) {
-          *partial_sum<View<T>>(a, plan, work.split, work.tile, i * T::kGroupsPQ + j / 4, threadIdx.x) = sum;
-        } else {
-          store4<false>(a, view.first_k + view.k(i), view.end_k, m, offset, sum);
-        }
-      }
+      for (int i = 0; i < T::kThreadK; ++i)
+        store4<false>(a, view.first_k + view.k(i), view.end_k, m, offset, make_float4(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]));
     }
   }
 }
@@ -402,11 +413,10 @@ cudaError_t launch_tile(FpropArgs const& args, FpropPlan const& plan, cudaStream
     cudaError_t const error = launch(adder2d_pack_kernel, grid, dim3(kPackFilters * kPackRows), 0, stream, args, pitch, T::kTileC);
     if (error != cudaSuccess) return error;
   }
-  FpropPlan with_turn = plan;
-  with_turn.turned = kIsTurned<kFill>;
+  using Tiled = View<T, kIsTurned<kFill>>;
   // No more than it needs: the rest is first-level cache.
-  constexpr size_t kSmemBytes = std::max<size_t>(sizeof(Smem<T, kFill>), kIsTurned<kFill> ? View<T>::Turned::kBytes : 0);
-  return launch_tiled<View<T>>(adder2d_fprop_simt_kernel<T, kFill>, kSmemBytes, kSmemBytes, T::kThreads, kIsPacked<kFill>, args, with_turn, stream);
+  constexpr size_t kSmemBytes = std::max<size_t>(sizeof(Smem<T, kFill>), kIsTurned<kFill> ? 16 * Tiled::kItems * T::kThreads : 0);
+  return launch_tiled<Tiled>(adder2d_fprop_simt_kernel<T, kFill>, kSmemBytes, kSmemBytes, T::kThreads, kIsPacked<kFill>, args, plan, stream);
 }
 
 using Tile64x128 = Tile<64, 128, 32, 2>;

@@ -6,6 +6,9 @@
 
 namespace adder2d {
 
+constexpr int32_t kMaxSplits = 64;   // of a tile's reduction
+constexpr int32_t kMaxJoined = 3;    // that the block that comes last adds up; more of them are a second kernel's work
+
 // ---- place of a tile
 
 struct TilePlace {
@@ -142,53 +145,32 @@ __device__ __forceinline__ void store4(FpropArgs const& a, int32_t k, int32_t en
 // A tile's sums in shared memory, where they change hands so that a thread gets what lies side by side in y: rows of pixels
 // that hold the filters (a.y_filters), or the other way round. Rows are padded for writers that have kLanesK filters and
 // kLanesPQ pixels side by side in a warp.
-template <int kTileK, int kTilePQ, int kThreads, int kLanesK, int kLanesPQ>
+template <int kTileK_, int kTilePQ_, int kLanesK, int kLanesPQ>
 struct Turn {
+  static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;
   static constexpr int kPitchK = kTileK + 4, kPitchPQ = kTilePQ + (kLanesPQ < 4 ? 4 : kLanesPQ);
   static constexpr int kBytes = 4 * (kTilePQ * kPitchK > kTileK * kPitchPQ ? kTilePQ * kPitchK : kTileK * kPitchPQ);
-  static constexpr int kItems = kTileK * kTilePQ / (4 * kThreads), kColumns = kTilePQ;
 
-  // First filter and pixel of a thread's item of four, in the tile.
-  __device__ __forceinline__ static void place(FpropArgs const& a, int32_t item, int32_t thread, int32_t* k, int32_t* pq) {
-    int32_t const index = item * kThreads + thread;
-    *k = a.y_filters ? index % (kTileK / 4) * 4 : index / (kTilePQ / 4);
-    *pq = a.y_filters ? index / (kTileK / 4) : index % (kTilePQ / 4) * 4;
-  }
   __device__ __forceinline__ static int32_t index(FpropArgs const& a, int32_t k, int32_t pq) {
     return a.y_filters ? pq * kPitchK + k : k * kPitchPQ + pq;
   }
-  template <class View>
-  __device__ __forceinline__ static void store(FpropArgs const& a, View const& view, int32_t item, int32_t thread, float4 const& sum) {
-    int32_t k, pq;
-    place(a, item, thread, &k, &pq);
-    int32_t const m = view.first_pixel + pq;
-    int64_t const offset = output_offset(a, m);
+  // Stores the four sums from float `i` of the tile on, unless they are padding.
+  __device__ __forceinline__ static void store(FpropArgs const& a, TilePlace const& place, int32_t i, float4 const& sum) {
+    int32_t const pitch = a.y_filters ? kPitchK : kPitchPQ, row = i / pitch, column = i % pitch;
+    if (row >= (a.y_filters ? kTilePQ : kTileK) || column >= (a.y_filters ? kTileK : kTilePQ)) return;
+    int32_t const k = place.first_k + (a.y_filters ? column : row), m = place.first_pixel + (a.y_filters ? row : column);
     if (a.y_filters) {
-      store4<true>(a, view.first_k + k, view.end_k, m, offset, sum);
+      store4<true>(a, k, place.end_k, m, output_offset(a, m), sum);
     } else {
-      store4<false>(a, view.first_k + k, view.end_k, m, offset, sum);
+      store4<false>(a, k, place.end_k, m, output_offset(a, m), sum);
     }
   }
 };
 
 // ---- splits
 
-// A thread's sums are items of four. View::store writes one item; kItems is their number.
-template <class View>
-__device__ __forceinline__ float4* partial_sum(FpropArgs const& a, FpropPlan const& plan, int32_t split, int32_t tile,
-                                               int32_t item, int32_t thread) {
-  int64_t const index = ((int64_t{split} * (plan.tiles - plan.whole) + tile - plan.whole) * View::kItems + item) * View::kThreads + thread;
-  return reinterpret_cast<float4*>(static_cast<char*>(a.p.workspace) + plan.packed_bytes) + index;
-}
-
-__device__ __forceinline__ void add(float4* sum, float4 const& v) {
-  sum->x += v.x;
-  sum->y += v.y;
-  sum->z += v.z;
-  sum->w += v.w;
-}
-
-// What a block does: slices first .. last - 1 of a tile. `split` is below 0 for a whole tile.
+// What a block does: slices first .. last - 1 of a tile. `split` is below 0 for a whole tile. Blocks side by side have the same split, and
+// so the same number of slices: multiprocessors then finish at the same time.
 struct Work {
   int32_t tile, split, first, last;
 
@@ -203,59 +185,78 @@ struct Work {
   }
 };
 
-// Hands a tile on whose sums have changed hands: to y, or to the workspace where the reduction is split.
-template <class View>
-__device__ __forceinline__ void finish_turned(FpropArgs const& a, FpropPlan const& plan, Work const& work, View const& view,
-                                              float const* sums) {
-  using Turned = typename View::Turned;
-  int32_t k, pq;
-  auto const sum = [&]() -> float4 const& { return *reinterpret_cast<float4 const*>(&sums[Turned::index(a, k, pq)]); };
-  if (work.split >= 0 || a.y_filters) {
-#pragma unroll
-    for (int item = 0; item < View::kItems; ++item) {
-      Turned::place(a, item, threadIdx.x, &k, &pq);
-      if (work.split >= 0) {
-        *partial_sum<View>(a, plan, work.split, work.tile, item, threadIdx.x) = sum();
-      } else {
-        int32_t const m = view.first_pixel + pq;
-        store4<true>(a, view.first_k + k, view.end_k, m, output_offset(a, m), sum());
-      }
-    }
-    return;
-  }
-  // Where threads divide the rows of pixels evenly, a thread's pixels are the same in all its filters.
-  constexpr bool kEven = View::kThreads % (Turned::kColumns / 4) == 0;
-  constexpr int kStep = View::kThreads / (Turned::kColumns / 4);
-  int32_t m = 0;
-  int64_t offset = 0;
-#pragma unroll
-  for (int item = 0; item < View::kItems; ++item) {
-    if (!kEven || item == 0) {
-      Turned::place(a, item, threadIdx.x, &k, &pq);
-      m = view.first_pixel + pq;
-      offset = output_offset(a, m);
-    } else {
-      k += kStep;
-    }
-    store4<false>(a, view.first_k + k, view.end_k, m, offset, sum());
-  }
+// Floats that a split of such a tile takes in the workspace: whole items of all threads, with the padding of Turn.
+__host__ __device__ constexpr int32_t split_floats(int32_t tile_k, int32_t tile_pq) {
+  return ceil_div((tile_k + 8) * (tile_pq + 8), 1024) * 1024;
 }
 
-// Adds the splits of item blockIdx.y of a tile, always in the same order, so that results repeat exactly. Where
-// there are many splits and few tiles, kGroups threads share an output's splits.
-template <class View, int kGroups>
-__global__ void __launch_bounds__(View::kThreads* kGroups)
+// One item, four sums, of a thread: Sums::kItems of Sums::kThreads threads.
+template <class Sums>
+__device__ __forceinline__ float4* partial_sum(FpropArgs const& a, FpropPlan const& plan, int32_t split, int32_t tile, int32_t item,
+                                               int32_t thread) {
+  static_assert(4 * Sums::kItems * Sums::kThreads <= Sums::kSplitFloats, "splits find room");
+  int64_t const index = (int64_t{tile - plan.whole} * plan.splits + split) * (Sums::kSplitFloats / 4) + item * Sums::kThreads + thread;
+  return reinterpret_cast<float4*>(static_cast<char*>(a.p.workspace) + plan.packed_bytes) + index;
+}
+
+__device__ __forceinline__ void add(float4* sum, float4 const& v) {
+  sum->x += v.x;
+  sum->y += v.y;
+  sum->z += v.z;
+  sum->w += v.w;
+}
+
+// Counts the blocks of a tile that have come so far; true for the last one. Nobody clears the counts before a launch: a count holds in
+// its upper bits the number of the launch that it belongs to, and any other number there means that none has come. The last block
+// takes the number away, because a launch in a CUDA graph has the same one in each replay.
+__device__ __forceinline__ bool comes_last(unsigned long long* count, FpropPlan const& plan) {
+  unsigned long long expected, seen = 0;
+  int32_t arrived;
+  __threadfence();
+  do {
+    expected = seen;
+    unsigned long long const before = expected ^ plan.launch;
+    arrived = before < kMaxSplits ? static_cast<int32_t>(before) + 1 : 1;
+    seen = atomicCAS(count, expected, arrived == plan.splits ? 0 : plan.launch | arrived);
+  } while (seen != expected);
+  if (arrived < plan.splits) return false;
+  __threadfence();
+  return true;
+}
+
+// Leaves a split's sums, get(item), in the workspace. Where there are few splits, the block of a tile that comes last adds up those of
+// all, always in the same order, so that results repeat exactly, and takes them by put(item, sum): true for this one.
+template <class Sums, class Get, class Put>
+__device__ __forceinline__ bool join_splits(FpropArgs const& a, FpropPlan const& plan, Work const& work, Get const& get, Put const& put) {
+#pragma unroll
+  for (int item = 0; item < Sums::kItems; ++item) __stcg(partial_sum<Sums>(a, plan, work.split, work.tile, item, threadIdx.x), get(item));
+  if (plan.splits > kMaxJoined) return false;
+  __syncthreads();
+  int64_t const floats = int64_t{plan.tiles - plan.whole} * plan.splits * Sums::kSplitFloats;
+  auto* const counts = reinterpret_cast<unsigned long long*>(static_cast<char*>(a.p.workspace) + plan.packed_bytes + floats * sizeof(float));
+  if (!__syncthreads_or(threadIdx.x == 0 && comes_last(&counts[work.tile - plan.whole], plan))) return false;
+  float4 total[Sums::kItems] = {};
+#pragma unroll 1
+  for (int32_t split = 0; split < plan.splits; ++split)
+#pragma unroll
+    for (int item = 0; item < Sums::kItems; ++item) add(&total[item], __ldcg(partial_sum<Sums>(a, plan, split, work.tile, item, threadIdx.x)));
+#pragma unroll
+  for (int item = 0; item < Sums::kItems; ++item) put(item, total[item]);
+  return true;
+}
+
+// Adds many splits of item blockIdx.y of a tile, in order. Where there are few tiles, kGroups threads share an output's splits.
+template <class Sums, int kGroups>
+__global__ void __launch_bounds__(Sums::kThreads* kGroups)
     adder2d_fprop_reduce_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ FpropPlan const plan) {
-  __shared__ float4 sums[kGroups][View::kThreads];
-  int32_t const thread = threadIdx.x % View::kThreads, group = threadIdx.x / View::kThreads;
+  __shared__ float4 sums[kGroups][Sums::kThreads];
+  int32_t const thread = threadIdx.x % Sums::kThreads, group = threadIdx.x / Sums::kThreads;
   int32_t const tile = plan.whole + static_cast<int32_t>(blockIdx.x);
-  View const view(a, plan, tile, thread);
-  float4 const* const partial = partial_sum<View>(a, plan, 0, tile, blockIdx.y, thread);
-  int64_t const step = int64_t{plan.tiles - plan.whole} * View::kItems * View::kThreads;  // from split to split
+  float4 const* const partial = partial_sum<Sums>(a, plan, 0, tile, blockIdx.y, thread);
   wait_for_primary();
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 8
-  for (int32_t split = group; split < plan.splits; split += kGroups) add(&sum, partial[split * step]);
+  for (int32_t split = group; split < plan.splits; split += kGroups) add(&sum, partial[split * (Sums::kSplitFloats / 4)]);
   if constexpr (kGroups > 1) {
     sums[group][thread] = sum;
     __syncthreads();
@@ -263,25 +264,58 @@ __global__ void __launch_bounds__(View::kThreads* kGroups)
 #pragma unroll
     for (int i = 1; i < kGroups; ++i) add(&sum, sums[i][thread]);
   }
-  view.store(a, plan, blockIdx.y, sum);
+  Sums(a, plan, tile, thread).store(a, blockIdx.y, thread, sum);
 }
 
-// Launches the kernel of one tile and, where it splits reductions, the kernel that adds the splits. `after_pack` says
-// that the kernel before it on the stream packs its weights, and that it waits for them by itself. `most_smem_bytes` is the same for all
-// plans: another thread may be about to launch. Args is FpropArgs or more.
-template <class View, class Args>
+// Stores a tile whose sums have changed hands. Loops are short code on purpose: a block runs them once, and would wait for the
+// instructions of long ones.
+template <class View>
+__device__ __forceinline__ void finish_turned(FpropArgs const& a, FpropPlan const& plan, Work const& work, View const& view, float* sums) {
+  using Turned = typename View::Turned;
+  if (work.split >= 0) {
+    // As they lie in shared memory, padding included.
+    auto const item_at = [&](int32_t item) -> float4& { return reinterpret_cast<float4*>(sums)[item * View::kThreads + threadIdx.x]; };
+    if (!join_splits<View>(a, plan, work, item_at, [&](int32_t item, float4 const& sum) { item_at(item) = sum; })) return;
+    __syncthreads();
+  }
+  auto const sum = [&](int32_t k, int32_t pq) -> float4 const& { return *reinterpret_cast<float4 const*>(&sums[Turned::index(a, k, pq)]); };
+  int32_t const thread = threadIdx.x;
+  if (a.y_filters) {
+    constexpr int kQuads = Turned::kTileK / 4;
+    int32_t const k = thread % kQuads * 4;
+#pragma unroll 1
+    for (int32_t pq = thread / kQuads; pq < Turned::kTilePQ; pq += View::kThreads / kQuads) {
+      int32_t const m = view.first_pixel + pq;
+      store4<true>(a, view.first_k + k, view.end_k, m, output_offset(a, m), sum(k, pq));
+    }
+  } else {
+    constexpr int kQuads = Turned::kTilePQ / 4, kRows = View::kThreads / kQuads;
+    if (thread >= kRows * kQuads) return;  // of tiles of 112 pixels
+    int32_t const pq = thread % kQuads * 4, m = view.first_pixel + pq;
+    int64_t const offset = output_offset(a, m);
+#pragma unroll 2
+    for (int32_t k = thread / kQuads; k < Turned::kTileK; k += kRows) store4<false>(a, view.first_k + k, view.end_k, m, offset, sum(k, pq));
+  }
+  static_assert(View::kThreads % (Turned::kTileK / 4) == 0 && View::kThreads >= Turned::kTilePQ / 4, "threads take whole rows of quads");
+}
+
+// Launches the kernel of one tile and, where there are many splits, the kernel that adds them. `after_pack` says that the kernel before
+// it on the stream packs its weights, and that it waits for them by itself. `most_smem_bytes` is the same for all plans: another thread
+// may be about to launch. Args is FpropArgs or more.
+template <class Sums, class Args>
 cudaError_t launch_tiled(void (*kernel)(Args, FpropPlan), size_t smem_bytes, size_t most_smem_bytes, int32_t threads, bool after_pack,
                          Args const& args, FpropPlan const& plan, cudaStream_t stream) {
   cudaError_t error = allow_smem(kernel, most_smem_bytes);
   if (error != cudaSuccess) return error;
+  FpropPlan numbered = plan;
+  numbered.launch = launch_number();
   int32_t const rest = plan.tiles - plan.whole;
-  dim3 const grid(plan.whole + rest * plan.splits);
-  error = launch_kernel(after_pack, kernel, grid, dim3(threads), smem_bytes, stream, args, plan);
-  if (error != cudaSuccess || rest == 0) return error;
-  dim3 const items(rest, View::kItems);
-  constexpr int kGroups = 512 / View::kThreads;
-  return plan.splits >= 8 ? launch_dependent(adder2d_fprop_reduce_kernel<View, kGroups>, items, dim3(512), 0, stream, args, plan)
-                          : launch_dependent(adder2d_fprop_reduce_kernel<View, 1>, items, dim3(View::kThreads), 0, stream, args, plan);
+  error = launch_kernel(after_pack, kernel, dim3(plan.whole + rest * plan.splits), dim3(threads), smem_bytes, stream, args, numbered);
+  if (error != cudaSuccess || rest == 0 || plan.splits <= kMaxJoined) return error;
+  dim3 const items(rest, Sums::kItems);
+  constexpr int kGroups = 512 / Sums::kThreads;
+  return plan.splits >= 8 ? launch_dependent(adder2d_fprop_reduce_kernel<Sums, kGroups>, items, dim3(512), 0, stream, args, plan)
+                          : launch_dependent(adder2d_fprop_reduce_kernel<Sums, 1>, items, dim3(Sums::kThreads), 0, stream, args, plan);
 }
 
 // ---- plan
@@ -300,11 +334,10 @@ struct TileSize {
   double rate;        // accumulated terms a cycle and multiprocessor
 };
 
-constexpr int32_t kMaxSplits = 64;
 constexpr int32_t kMaxSplitBlocks = 8;  // a multiprocessor
 
 // The best tile and number of splits for `slices_of(size)` slices a tile, with split sums in at most `workspace_bytes`. With `some`,
-// perhaps of some tiles alone, beside whole ones. Sets all of the plan but packed_bytes and turned.
+// perhaps of some tiles alone, beside whole ones. Sets all of the plan but packed_bytes and launch.
 // *cycles is the prediction.
 FpropPlan choose_tile(FpropArgs const& args, TileSize const* sizes, int32_t count, int32_t (*slices_of)(FpropArgs const&, TileSize const&),
                       size_t workspace_bytes, double* cycles, bool some = false);
