@@ -87,111 +87,190 @@ struct View : TilePlace {
 
 // ---- pack
 
-// 16 bits of either type as a half.
-__device__ __forceinline__ uint16_t to_half(uint16_t bits, int32_t type) {
-  if (type == ADDER2D_FLOAT16) return bits;
-  return __half_as_ushort(__float2half_rn(__uint_as_float(uint32_t{bits} << 16)));
+constexpr int kPackThreads = 256, kPackWarps = kPackThreads / 32;
+constexpr int kPackPixels = 64;                  // of the image a warp, with one vector of each: two side by side a lane
+constexpr int kPackPitch = kPackPixels + 1;      // vectors of a warp in shared memory: eight warps' lie in different banks
+constexpr int kPackFilters = 8;                  // of the weights a block, one a warp
+constexpr int kPackElements = 4 * kVector * 49;  // of one filter in a block, at most
+static_assert(kPackPixels == 2 * 32 && kPackWarps == 8 && kPackFilters == kPackWarps, "threads are numbered by shifts");
+
+// How blocks share the work. First come those of the weights: columns of vectors, rows of filters, groups. Behind them, warps
+// take the image: the vectors of kPackPixels pixels, then those of the next pixels.
+struct PackPlan {
+  int32_t slices, weight_blocks;
+  int32_t shift;                             // binary logarithm of the vectors of a tap in a block of the weights
+  int32_t pitch;                             // vectors from one filter to the next in shared memory
+  FastDiv div_columns, div_rows, div_image;  // div_image: by the vectors of a pixel
+  bool w_vectors;                            // 16 bytes of the weights may be read at once
+  bool x_pairs;                              // so may pixels 2 * i and 2 * i + 1
+  bool x_vectors;                            // so may the channels of a vector
+};
+
+__device__ __forceinline__ uint32_t half_pair(float low, float high) {
+  __half2 const pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<uint32_t const*>(&pair);
 }
 
-constexpr int kPackThreads = 256;
-constexpr int kPackPixels = 64, kPackVectors = 4;    // of the image a block
-constexpr int kPackFilters = 8;                      // of the weights a block, one a warp
-constexpr int kPackElements = kPackVectors * kVector * 49;  // of one filter in a block
+// Eight bfloat16 as halves.
+__device__ __forceinline__ uint4 to_halves(uint4 const& v) {
+  auto const pair = [](uint32_t bits) { return half_pair(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)); };
+  return make_uint4(pair(v.x), pair(v.y), pair(v.z), pair(v.w));
+}
 
-// Binary logarithm of the vectors of a filter in a block: fewer for large kernels, so that they find room.
-__host__ __device__ inline int32_t pack_shift(int32_t RS) { return RS * kPackVectors * kVector <= kPackElements ? 2 : 0; }
-static_assert(kPackVectors == 1 << 2 && kPackFilters == 1 << 3 && kPackThreads == 32 * kPackFilters, "threads are numbered by shifts");
-
-// Weights [K, Cg, R, S] of any type to halves [groups][slices][pitch][kTileC], with zeros where there is nothing. The image to
-// [N][H][W][groups * vectors]; its blocks come behind those of the weights.
-template <int kTileC>
-__global__ void __launch_bounds__(kPackThreads)
-    adder2d_pack_half_kernel(__grid_constant__ HalfArgs const a, int32_t slices, int32_t weight_blocks) {
-  __shared__ union {
-    __half w[kPackFilters][kPackElements + 2];  // as in memory
-    uint16_t x[kPackVectors * kVector][kPackPixels + 2];  // rows of 33 banks: writing and reading are free of conflicts
-  } turned;
-  launch_dependents();
-  alignas(16) uint16_t packed[kVector];
-  if (blockIdx.x < weight_blocks) {
-    int32_t const RS = a.p.R * a.p.S, shift = pack_shift(RS), columns = ceil_div(a.vectors, 1 << shift);
-    int32_t const first_vector = blockIdx.x % columns << shift, rows = a.pitch / kPackFilters;
-    int32_t const first_k = blockIdx.x / columns % rows * kPackFilters, group = blockIdx.x / columns / rows;
-    int32_t const warp = threadIdx.x / 32, first_c = first_vector * kVector;
-    int32_t const length = first_k + warp < a.Kg ? min(kVector << shift, a.Cg - first_c) * RS : 0;
-    int64_t const from = ((int64_t{group} * a.Kg + first_k + warp) * a.Cg + first_c) * RS;
-#pragma unroll 4
-    for (int32_t i = threadIdx.x % 32; i < kVector * RS << shift; i += 32)
-      turned.w[warp][i] = __float2half_rn(i < length ? load_as_float(a.p.w, from + i, a.p.w_type) : 0.f);
-    __syncthreads();
-    auto* const to = static_cast<uint4*>(a.p.workspace) + (int64_t{group} * slices * a.pitch + first_k) * (kTileC / kVector);
-    auto const store = [&](int32_t k, int32_t vector, uint4 const& v) {  // vector of the whole reduction
-      int32_t const slice = vector / (kTileC / kVector), lane = vector % (kTileC / kVector);
-      to[(int64_t{slice} * a.pitch + k) * (kTileC / kVector) + lane] = v;
-    };
-    int32_t const part = threadIdx.x & ((1 << shift) - 1), k = threadIdx.x >> shift & (kPackFilters - 1);
-    if (first_vector + part < a.vectors) {
-      for (int32_t tap = threadIdx.x >> shift >> 3; tap < RS; tap += kPackThreads >> shift >> 3) {
+// Copies what a warp has of a filter to shared memory, converted, and zeros from `length` to `end`. Loads are started in batches:
+// one after the other, they would take longer than all else.
+template <class From, class To, class Convert>
+__device__ __forceinline__ void copy_filter(From const* from, To* to, int32_t length, int32_t end, Convert const& convert) {
+  constexpr int kBatch = sizeof(From) == 16 ? 4 : 8;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x % 32; i < end; i += kBatch * 32) {
+    From v[kBatch];
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) packed[e] = __half_as_ushort(turned.w[k][(part * kVector + e) * RS + tap]);
-        store(k, tap * a.vectors + first_vector + part, *reinterpret_cast<uint4*>(packed));
-      }
-    }
-    int32_t const vectors = RS * a.vectors;  // behind them, the last slice is filled up
-    for (int32_t i = threadIdx.x; i < kPackFilters * (slices * (kTileC / kVector) - vectors) && first_vector == 0; i += kPackThreads)
-      store(i % kPackFilters, vectors + i / kPackFilters, make_uint4(0, 0, 0, 0));
-    return;
+    for (int b = 0; b < kBatch; ++b) v[b] = i + b * 32 < length ? __ldg(from + i + b * 32) : From{};
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+      if (i + b * 32 < end) to[i + b * 32] = convert(v[b]);
   }
+}
 
-  int32_t const vectors = a.p.groups * a.vectors, block = static_cast<int32_t>(blockIdx.x) - weight_blocks;
-  int32_t const columns_x = ceil_div(vectors, kPackVectors), pixels = a.p.N * a.p.H * a.p.W;
-  int32_t const first_vector = block % columns_x * kPackVectors, first_pixel = block / columns_x * kPackPixels;
-  auto const* const x = static_cast<uint16_t const*>(a.p.x);
-  auto const offset_of = [&](int32_t m) {
-    int32_t hw, w;
-    int32_t const n = a.div_HW.divmod(m, &hw), h = a.div_W.divmod(hw, &w);
-    return n * a.p.x_stride[0] + h * a.p.x_stride[2] + w * a.p.x_stride[3];
-  };
-  int32_t const m = first_pixel + threadIdx.x / kPackVectors, vector = first_vector + threadIdx.x % kPackVectors;
-  static_assert(kPackThreads == kPackPixels * kPackVectors, "one vector a thread");
-  if (a.p.x_stride[1] == 1) {  // channels lie side by side already
-    if (m >= pixels || vector >= vectors) return;
-    int32_t part;
-    int32_t const group = a.div_vectors.divmod(vector, &part);
-    uint16_t const* const src = x + offset_of(m) + group * a.Cg;
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) {
-      int32_t const c = part * kVector + e;
-      packed[e] = c < a.Cg ? to_half(__ldg(src + c), a.p.x_type) : uint16_t{0};
+// Weights [K, Cg, R, S] of any type to halves [groups][slices][pitch][kTileC], with zeros where there is nothing.
+template <int kTileC>
+__device__ __forceinline__ void pack_weights(HalfArgs const& a, PackPlan const& plan, uint4* smem) {
+  int32_t column, row;
+  int32_t const group = plan.div_rows.divmod(plan.div_columns.divmod(blockIdx.x, &column), &row);
+  int32_t const RS = a.p.R * a.p.S, shift = plan.shift, first_vector = column << shift, first_k = row * kPackFilters;
+  int32_t const warp = threadIdx.x / 32, first_c = first_vector * kVector;
+  int32_t const end = kVector * RS << shift, length = first_k + warp < a.Kg ? min(kVector << shift, a.Cg - first_c) * RS : 0;
+  int64_t const from = ((int64_t{group} * a.Kg + first_k + warp) * a.Cg + first_c) * RS;
+  uint4* const filter = smem + warp * plan.pitch;  // as in memory, 16 bits each
+  if (a.p.w_type == ADDER2D_FLOAT32) {
+    auto const* const src = static_cast<float const*>(a.p.w) + from;
+    if (plan.w_vectors) {
+      copy_filter(reinterpret_cast<float4 const*>(src), reinterpret_cast<uint2*>(filter), length / 4, end / 4,
+                  [](float4 const& v) { return make_uint2(half_pair(v.x, v.y), half_pair(v.z, v.w)); });
+    } else {
+      copy_filter(src, reinterpret_cast<__half*>(filter), length, end, [](float v) { return __float2half_rn(v); });
     }
   } else {
-    // A warp reads pixels side by side, and the block turns them over.
-    int32_t const pixel = first_pixel + threadIdx.x % kPackPixels, row = threadIdx.x / kPackPixels;
-    constexpr int kStep = kPackThreads / kPackPixels;
-    uint16_t const* const src = x + (pixel < pixels ? offset_of(pixel) : 0);
-    bool const padded = a.Cg % kVector != 0;
-    uint16_t bits[kPackVectors * kVector / kStep];
+    auto const* const src = static_cast<uint16_t const*>(a.p.w) + from;
+    if (plan.w_vectors) {
+      copy_filter(reinterpret_cast<uint4 const*>(src), filter, length / 8, end / 8, [](uint4 const& v) { return v; });
+    } else {
+      copy_filter(src, reinterpret_cast<uint16_t*>(filter), length, end, [](uint16_t v) { return v; });
+    }
+  }
+  __syncthreads();
+
+  constexpr int kVectors = kTileC / kVector;
+  uint4* const to = static_cast<uint4*>(a.p.workspace) + (group * plan.slices * a.pitch + first_k) * kVectors;
+  auto const store = [&](int32_t k, int32_t vector, uint4 const& v) {  // vector of the whole reduction
+    to[(vector / kVectors * a.pitch + k) * kVectors + vector % kVectors] = v;
+  };
+  // Eight lanes take a slice's four vectors of two filters, a line to store; where RS is odd and above 3, banks hardly conflict.
+  int32_t const low = min(shift, 2), part_low = threadIdx.x & ((1 << low) - 1), k_low = threadIdx.x >> low & 1;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x >> (low + 1); i < kPackFilters / 2 * RS << (shift - low); i += kPackThreads >> (low + 1)) {
+    int32_t tap;
+    int32_t const rest = a.div_RS.divmod(i, &tap), k = rest % (kPackFilters / 2) * 2 + k_low;
+    int32_t const part = (rest / (kPackFilters / 2) << low) + part_low;
+    if (first_vector + part >= a.vectors) continue;
+    auto const* const from_smem = reinterpret_cast<uint16_t const*>(smem + k * plan.pitch) + part * kVector * RS + tap;
+    alignas(16) uint16_t packed[kVector];
 #pragma unroll
-    for (int i = 0; i < kPackVectors * kVector / kStep; ++i) {
-      int32_t c = first_vector * kVector + row + i * kStep;  // of the packed channels; with padding not of those in x
-      bool present = pixel < pixels && c < vectors * kVector;
-      if (padded) {
-        int32_t part;
-        int32_t const group = a.div_vectors.divmod(c / kVector, &part), within = part * kVector + c % kVector;
-        present = present && within < a.Cg;
-        c = group * a.Cg + within;
+    for (int e = 0; e < kVector; ++e) packed[e] = from_smem[e * RS];
+    uint4 const v = *reinterpret_cast<uint4*>(packed);
+    store(k, tap * a.vectors + first_vector + part, a.p.w_type == ADDER2D_BFLOAT16 ? to_halves(v) : v);
+  }
+  int32_t const vectors = RS * a.vectors;  // behind them, the last slice is filled up
+  for (int32_t i = threadIdx.x; i < kPackFilters * (plan.slices * kVectors - vectors) && first_vector == 0; i += kPackThreads)
+    store(i % kPackFilters, vectors + i / kPackFilters, uint4{});
+}
+
+// The image to [N][H][W][groups * vectors].
+__device__ __forceinline__ void pack_image(HalfArgs const& a, PackPlan const& plan, uint4* smem) {
+  int32_t const warp = threadIdx.x / 32, lane = threadIdx.x % 32, pixels = a.p.N * a.p.H * a.p.W;
+  int32_t const first_warp = (static_cast<int32_t>(blockIdx.x) - plan.weight_blocks) * kPackWarps;  // of all that take the image
+  auto const* const x = static_cast<uint16_t const*>(a.p.x);
+  auto const offset_of = [&](int32_t m) {  // of the first pixel for absent ones
+    int32_t hw, w;
+    int32_t const n = a.div_HW.divmod(m < pixels ? m : 0, &hw), h = a.div_W.divmod(hw, &w);
+    return n * a.p.x_stride[0] + h * a.p.x_stride[2] + w * a.p.x_stride[3];
+  };
+  // Eight lanes write what the eight warps have of a pixel, mostly vectors side by side, and of the pixel 32 behind it.
+  int32_t vector, part;
+  int32_t const source = threadIdx.x % kPackWarps, pixel = threadIdx.x / kPackWarps;
+  int32_t const m = plan.div_image.divmod(first_warp + source, &vector) * kPackPixels + pixel;
+  uint4 v[2];
+  if (a.p.x_stride[1] == 1) {  // channels lie side by side already
+    int32_t const group = a.div_vectors.divmod(vector, &part);
+    int32_t const c = group * a.Cg + part * kVector;
+    uint16_t const* const src[] = {x + offset_of(m) + c, x + offset_of(m + 32) + c};
+    if (plan.x_vectors) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) v[j] = __ldg(reinterpret_cast<uint4 const*>(src[j]));
+    } else {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        alignas(16) uint16_t bits[kVector];
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) bits[e] = part * kVector + e < a.Cg ? __ldg(src[j] + e) : uint16_t{0};
+        v[j] = *reinterpret_cast<uint4*>(bits);
       }
-      bits[i] = present ? __ldg(src + c * a.p.x_stride[1]) : uint16_t{0};
+    }
+  } else {
+    // A lane reads its warp's vector of two pixels side by side, channel by channel, and leaves them 32 vectors apart.
+    int32_t warp_vector;
+    int32_t const first_m = plan.div_image.divmod(first_warp + warp, &warp_vector) * kPackPixels + 2 * lane;
+    int32_t const group = a.div_vectors.divmod(warp_vector, &part), channels = min(kVector, a.Cg - part * kVector);
+    int64_t const step = a.p.x_stride[1];
+    auto const* src = x + (group * a.Cg + part * kVector) * step + offset_of(first_m);
+    uint32_t pairs[kVector];
+    if (plan.x_pairs) {
+#pragma unroll
+      for (int e = 0; e < kVector; ++e, src += step) pairs[e] = e < channels ? __ldg(reinterpret_cast<uint32_t const*>(src)) : 0;
+    } else {
+      int64_t const next = offset_of(first_m + 1) - offset_of(first_m);
+      uint32_t bits[2][kVector];
+#pragma unroll
+      for (int e = 0; e < kVector; ++e, src += step) {
+        bits[0][e] = e < channels ? __ldg(src) : 0u;
+        bits[1][e] = e < channels ? __ldg(src + next) : 0u;
+      }
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) pairs[e] = __byte_perm(bits[0][e], bits[1][e], 0x5410);
     }
 #pragma unroll
-    for (int i = 0; i < kPackVectors * kVector / kStep; ++i)
-      turned.x[row + i * kStep][threadIdx.x % kPackPixels] = to_half(bits[i], a.p.x_type);
+    for (int j = 0; j < 2; ++j) {
+      uint32_t const select = j == 0 ? 0x5410 : 0x7632;
+      smem[warp * kPackPitch + j * 32 + lane] =
+          make_uint4(__byte_perm(pairs[0], pairs[1], select), __byte_perm(pairs[2], pairs[3], select),
+                     __byte_perm(pairs[4], pairs[5], select), __byte_perm(pairs[6], pairs[7], select));
+    }
     __syncthreads();
-    if (m >= pixels || vector >= vectors) return;
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) packed[e] = turned.x[threadIdx.x % kPackVectors * kVector + e][threadIdx.x / kPackVectors];
+    for (int j = 0; j < 2; ++j) v[j] = smem[source * kPackPitch + pixel % 2 * 32 + pixel / 2 + j * 16];
   }
-  reinterpret_cast<uint4*>(const_cast<__half*>(a.image))[int64_t{m} * vectors + vector] = *reinterpret_cast<uint4*>(packed);
+  if (a.p.x_type == ADDER2D_BFLOAT16) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) v[j] = to_halves(v[j]);
+  }
+  int32_t const row = a.p.groups * a.vectors;
+  auto* const to = reinterpret_cast<uint4*>(const_cast<__half*>(a.image)) + m * row + vector;
+  if (m < pixels) to[0] = v[0];
+  if (m + 32 < pixels) to[32 * row] = v[1];
+}
+
+template <int kTileC>
+__global__ void __launch_bounds__(kPackThreads)
+    adder2d_pack_half_kernel(__grid_constant__ HalfArgs const a, __grid_constant__ PackPlan const plan) {
+  extern __shared__ __align__(16) unsigned char smem_bytes[];
+  launch_dependents();
+  auto* const smem = reinterpret_cast<uint4*>(smem_bytes);
+  if (blockIdx.x < plan.weight_blocks) {
+    pack_weights<kTileC>(a, plan, smem);
+  } else {
+    pack_image(a, plan, smem);
+  }
 }
 
 // ---- fill
@@ -470,16 +549,39 @@ HalfArgs make_half_args(FpropArgs const& problem, FpropPlan const& plan) {
   return args;
 }
 
+PackPlan make_pack_plan(HalfArgs const& args, FpropPlan const& plan) {
+  Adder2dParams const& p = args.p;
+  int64_t const* const stride = p.x_stride;
+  int32_t const RS = p.R * p.S;
+  PackPlan pack{};
+  pack.slices = plan.slices;
+  // A slice's four vectors where they find room, and more while a lane has less than three of them to copy.
+  while (kVector * RS << (pack.shift + 1) <= kPackElements && (pack.shift < 2 || RS << (pack.shift + 1) <= 96)) ++pack.shift;
+  pack.pitch = ceil_div((RS << pack.shift) - 4, 8) * 8 + 4;  // so that two filters lie 16 banks apart
+  int32_t const columns = ceil_div(args.vectors, 1 << pack.shift), rows = args.pitch / kPackFilters;
+  pack.weight_blocks = columns * rows * p.groups;
+  pack.div_columns = FastDiv(columns);
+  pack.div_rows = FastDiv(rows);
+  pack.div_image = FastDiv(p.groups * args.vectors);
+  pack.w_vectors = int64_t{args.Cg} * RS * type_size(p.w_type) % 16 == 0 && reinterpret_cast<uintptr_t>(p.w) % 16 == 0;
+  bool const even_rows = stride[2] == p.W ? int64_t{p.H} * p.W % 2 == 0 : p.W % 2 == 0 && stride[2] % 2 == 0;
+  pack.x_pairs = even_rows && stride[3] == 1 && stride[0] % 2 == 0 && stride[1] % 2 == 0 &&
+                 reinterpret_cast<uintptr_t>(p.x) % 4 == 0;
+  pack.x_vectors = stride[1] == 1 && args.Cg % kVector == 0 && stride[0] % kVector == 0 && stride[2] % kVector == 0 &&
+                   stride[3] % kVector == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+  return pack;
+}
+
 template <class T>
 cudaError_t launch_tile(HalfArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  int64_t const weight_blocks = int64_t{args.p.groups} * (args.pitch / kPackFilters) * ceil_div(args.vectors, 1 << pack_shift(args.p.R * args.p.S));
-  int64_t const pixels = int64_t{args.p.N} * args.p.H * args.p.W;
-  int64_t const image_blocks =
-      args.packs_image ? ceil_div(pixels, int64_t{kPackPixels}) * ceil_div(args.p.groups * args.vectors, kPackVectors) : 0;
   static_assert(T::kTileK % kPackFilters == 0, "a block packs filters of one group");
-  dim3 const pack_grid(static_cast<uint32_t>(weight_blocks + image_blocks));
-  cudaError_t const error = launch(adder2d_pack_half_kernel<T::kTileC>, pack_grid, dim3(kPackThreads), 0, stream, args, plan.slices,
-                                   static_cast<int32_t>(weight_blocks));
+  PackPlan const pack = make_pack_plan(args, plan);
+  int64_t const chunks = args.packs_image ? ceil_div(int64_t{args.p.N} * args.p.H * args.p.W, int64_t{kPackPixels}) : 0;
+  int64_t const image_blocks = ceil_div(chunks * args.p.groups * args.vectors, int64_t{kPackWarps});
+  dim3 const pack_grid(static_cast<uint32_t>(pack.weight_blocks + image_blocks));
+  size_t const pack_smem = sizeof(uint4) * kPackWarps * (pack.pitch > kPackPitch ? pack.pitch : kPackPitch);
+  cudaError_t const error =
+      launch(adder2d_pack_half_kernel<T::kTileC>, pack_grid, dim3(kPackThreads), pack_smem, stream, args, pack);
   if (error != cudaSuccess) return error;
   static_assert(16 * View<T>::kItems * T::kThreads <= sizeof(Smem<T>), "sums change hands where the slices were");
   return launch_tiled<View<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), sizeof(Smem<T>), T::kThreads, true, args, plan, stream);
