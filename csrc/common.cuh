@@ -51,6 +51,18 @@ __device__ __forceinline__ void copy4_async(float* dst_smem, float const* src, u
 #endif
 }
 
+// The same where `absent` is zero, and a zero where it is not.
+__device__ __forceinline__ void copy4_async_unless(float* dst_smem, float const* src, uint32_t absent) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "{\n  .reg .pred ignore;\n  setp.ne.u32 ignore, %2, 0;\n  cp.async.ca.shared.global [%0], [%1], 4, ignore;\n}\n" ::"r"(
+          smem_address(dst_smem)),
+      "l"(src), "r"(absent));
+#else
+  *dst_smem = absent == 0 ? *src : 0.f;
+#endif
+}
+
 // Copies 16 aligned bytes to shared memory, past the first-level cache.
 __device__ __forceinline__ void copy16_async(void* dst_smem, void const* src) {
 #if __CUDA_ARCH__ >= 800

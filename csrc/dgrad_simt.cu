@@ -744,9 +744,9 @@ DgradPlan plan_dgrad_simt(DgradArgs const& args, size_t split_bytes) {
   like.NPQ = args.NIJ;
   like.p.groups = args.p.groups * phases;
   like.CRS = static_cast<int32_t>(int64_t{args.Kg} * args.p.R * args.p.S / phases);
-  auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return std::max(1, ceil_div(a.CRS, size.c)); };
+  auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return static_cast<double>(std::max(1, ceil_div(a.CRS, size.c))); };
   double cycles;
-  DgradPlan plan{choose_tile(like, kTiles, kTileCount, slices_of, split_bytes, &cycles)};
+  DgradPlan plan{choose_tile(like, kTiles, kTileCount, slices_of, split_bytes, &cycles, false)};
   plan.last_terms = args.Kg - (ceil_div(args.Kg, kTiles[plan.tile].c) - 1) * kTiles[plan.tile].c;
   plan.last_terms = ceil_div(plan.last_terms, kUnroll) * kUnroll;
   plan.div_tiles_c = FastDiv(plan.tiles_k);

@@ -25,8 +25,8 @@ struct FpropArgs {
 };
 
 // How a tiled kernel cuts the work: one block for each of the first `whole` tiles of the output, then one for each split of
-// the reduction of each other tile. Sums of splits go through the workspace: the block that comes last adds
-// a few, a second, small kernel many, both in order.
+// the reduction of each other tile. Sums of splits go through the workspace: of a few, the block that comes last adds them, of many, a
+// second, small kernel; both in order.
 struct FpropPlan {
   int32_t tile;              // index into the family's table of tiles
   int32_t tiles_k, tiles_pq;

@@ -486,7 +486,7 @@ using Tile32x64 = Tile<32, 64, 4, 3, 4>;  // small problems: four times as many 
 
 // Accumulated terms a cycle and multiprocessor, of 128.
 template <class T>
-constexpr double kRate = T::kThreadK == 8 ? 85 : 60;
+constexpr double kRate = T::kThreadK < 8 ? 60 : T::kTileK < 32 ? 78 : 85;
 template <class T>
 constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate<T>};
 // In the order of launch_fprop_half.
@@ -609,7 +609,7 @@ bool takes_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
 
 FpropPlan plan_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
   size_t const packed_bytes = weight_bytes(args.p) + image_bytes(args.p, args.p.N);
-  auto const slices = [](FpropArgs const& a, TileSize const&) { return slices_of(a.p); };
+  auto const slices = [](FpropArgs const& a, TileSize const&) { return static_cast<double>(slices_of(a.p)); };
   double cycles;
   FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices, workspace_bytes - packed_bytes, &cycles, true);
   plan.packed_bytes = packed_bytes;

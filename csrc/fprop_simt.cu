@@ -52,11 +52,16 @@ struct Tile {
   static_assert(kTilePQ % kThreads == 0 || kThreads % kTilePQ == 0, "threads must divide the pixels evenly");
 };
 
-// One term of a kTaps slice. An absent term has no bit.
+// One term of a kTaps slice.
 struct Tap {
   int32_t offset;  // elements from the window's first tap
-  uint32_t bit;    // 1 << (r * S + s)
+  uint32_t place;  // tap_row(r) | tap_column(s); kNoTap for an absent term
 };
+constexpr int32_t kMaxTapsR = 15, kMaxTapsS = 16;
+__device__ __forceinline__ uint32_t tap_row(int32_t r) { return 0x10000u << r; }
+__device__ __forceinline__ uint32_t tap_column(int32_t s) { return 1u << s; }
+constexpr uint32_t kNoTap = 0x80000000;  // in no pixel's taps
+static_assert(16 + kMaxTapsR == 31 && kMaxTapsS == 16, "rows and columns share 31 bits");
 // One term of a kAny slice. An absent term has dh = kOutside.
 struct Term {
   int64_t offset;
@@ -124,8 +129,8 @@ struct Filler {
   int32_t rows_k;        // unpacked weights: filters of the tile from the thread's first one on
   int64_t w_index;       // element of the weights that the thread copies first
   int64_t x_offset;      // packed fills: elements from a window's first tap to the slice's tap and first channel
-  // kTaps: the pixels' first taps, and a bit for every tap inside the input. kPlane: the first of four pixels, and whether
-  // they exist.
+  // kTaps: the pixels' first taps, and bits for the rows and columns of taps inside the input. kPlane: the first of four pixels, and
+  // whether they exist.
   static constexpr int kPixels = T::kThreads > T::kTilePQ || kFill == Fill::kPlane ? 1 : T::kTilePQ / T::kThreads;
   float const* window[kPixels];
   uint32_t taps[kPixels];
@@ -139,10 +144,10 @@ struct Filler {
         Pixel const pixel = make_pixel(a, view.group, view.first_pixel + i * T::kThreads + threadIdx.x % T::kTilePQ);
         window[i] = static_cast<float const*>(a.p.x) + pixel.offset;
         taps[i] = 0;
-        uint32_t bit = 1;
-        for (int32_t dh = 0; dh < a.p.R * a.p.dil_h; dh += a.p.dil_h)
-          for (int32_t dw = 0; dw < a.p.S * a.p.dil_w; dw += a.p.dil_w, bit <<= 1)
-            if (inside(a, pixel, dh, dw)) taps[i] |= bit;
+        for (int32_t row = 0; row < a.p.R; ++row)
+          if (static_cast<uint32_t>(pixel.h0 + row * a.p.dil_h) < static_cast<uint32_t>(a.p.H)) taps[i] |= tap_row(row);
+        for (int32_t column = 0; column < a.p.S; ++column)
+          if (static_cast<uint32_t>(pixel.w0 + column * a.p.dil_w) < static_cast<uint32_t>(a.p.W)) taps[i] |= tap_column(column);
       }
     } else if constexpr (kFill == Fill::kPlane) {
       int32_t const m = view.first_pixel + 4 * (threadIdx.x % (T::kTilePQ / 4));
@@ -176,7 +181,9 @@ struct Filler {
     if (j < a.CRS) term = make_term(a, j, &rs);
     auto* const table = smem.term[(first - origin) / T::kTermSlices % 2];
     if constexpr (kFill == Fill::kTaps) {
-      table[threadIdx.x] = Tap{static_cast<int32_t>(term.offset), j < a.CRS ? 1u << rs : 0u};
+      int32_t column;
+      int32_t const row = a.div_S.divmod(rs, &column);
+      table[threadIdx.x] = Tap{static_cast<int32_t>(term.offset), j < a.CRS ? tap_row(row) | tap_column(column) : kNoTap};
     } else {
       table[threadIdx.x] = term;
     }
@@ -248,8 +255,8 @@ struct Filler {
 #pragma unroll 8
         for (int j = 0; j < kTerms; j += 2) {
           int4 const two = *reinterpret_cast<int4 const*>(table + j);
-          copy4_async(dst + j * T::kPitchPQ, window[i] + two.x, taps[i] & two.y);
-          copy4_async(dst + (j + 1) * T::kPitchPQ, window[i] + two.z, taps[i] & two.w);
+          copy4_async_unless(dst + j * T::kPitchPQ, window[i] + two.x, two.y & ~taps[i]);
+          copy4_async_unless(dst + (j + 1) * T::kPitchPQ, window[i] + two.z, two.w & ~taps[i]);
         }
       } else {
         Pixel const pixel = smem.pixel[i * T::kThreads + lane];
@@ -425,9 +432,9 @@ using Tile32x256 = Tile<32, 256, 8, 3>;
 using Tile16x256 = Tile<16, 256, 8, 3, 4, 8, 4>;
 using Tile32x64 = Tile<32, 64, 16, 3, 4, 4, 6>;  // small problems: four times as many blocks
 
-// Accumulated terms a cycle and multiprocessor, of 64.
+// Accumulated terms a cycle and multiprocessor, of 64. Short slices take more copies and barriers a term.
 template <class T>
-constexpr double kRate = T::kThreadK == 8 ? 54 : 42;
+constexpr double kRate = T::kThreadK == 8 ? (T::kTileC < 16 ? 52 : 54) : 42;
 template <class T>
 constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate<T>};
 // In the order of launch_fprop_simt.
@@ -448,7 +455,7 @@ Fill choose_fill(FpropArgs const& a, bool packed) {
   if (packed) return is_channels_last(a) ? Fill::kChannels : is_plane(a) ? Fill::kPlane : Fill::kPixels;
   int64_t const reach = (a.Cg - 1) * a.p.x_stride[1] + int64_t{a.p.R - 1} * a.p.dil_h * a.p.x_stride[2] +
                         int64_t{a.p.S - 1} * a.p.dil_w * a.p.x_stride[3];
-  return a.p.R * a.p.S <= 32 && reach <= INT32_MAX ? Fill::kTaps : Fill::kAny;
+  return a.p.R <= kMaxTapsR && a.p.S <= kMaxTapsS && reach <= INT32_MAX ? Fill::kTaps : Fill::kAny;
 }
 
 template <class T>
@@ -466,7 +473,7 @@ cudaError_t launch_any_fill(FpropArgs const& args, FpropPlan const& plan, cudaSt
 }  // namespace
 
 FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes, double* cycles) {
-  auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return ceil_div(a.CRS, size.c); };
+  auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return static_cast<double>(a.CRS) / size.c; };
   FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, workspace_bytes, cycles, true);
   size_t const packed_bytes = size_t{4} * args.p.groups * args.CRS * plan.tiles_k * kTiles[plan.tile].k;
   if (args.Cg % kTiles[plan.tile].c == 0 && args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 &&

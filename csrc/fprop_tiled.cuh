@@ -255,8 +255,17 @@ __global__ void __launch_bounds__(Sums::kThreads* kGroups)
   float4 const* const partial = partial_sum<Sums>(a, plan, 0, tile, blockIdx.y, thread);
   wait_for_primary();
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-  for (int32_t split = group; split < plan.splits; split += kGroups) add(&sum, partial[split * (Sums::kSplitFloats / 4)]);
+  constexpr int kBatch = 8;  // loads on their way at once
+  for (int32_t first = group; first < plan.splits; first += kBatch * kGroups) {
+    float4 v[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      int32_t const split = first + b * kGroups;
+      v[b] = split < plan.splits ? partial[split * (Sums::kSplitFloats / 4)] : float4{};
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) add(&sum, v[b]);
+  }
   if constexpr (kGroups > 1) {
     sums[group][thread] = sum;
     __syncthreads();
@@ -336,10 +345,10 @@ struct TileSize {
 
 constexpr int32_t kMaxSplitBlocks = 8;  // a multiprocessor
 
-// The best tile and number of splits for `slices_of(size)` slices a tile, with split sums in at most `workspace_bytes`. With `some`,
-// perhaps of some tiles alone, beside whole ones. Sets all of the plan but packed_bytes and launch.
-// *cycles is the prediction.
-FpropPlan choose_tile(FpropArgs const& args, TileSize const* sizes, int32_t count, int32_t (*slices_of)(FpropArgs const&, TileSize const&),
-                      size_t workspace_bytes, double* cycles, bool some = false);
+// The best tile and number of splits for `slices_of(size)` slices a tile, the last of them perhaps a part of one, with split sums in at
+// most `workspace_bytes`. `forward` is false for dgrad_simt.cu, which splits all tiles or none, and adds their sums in a kernel of its
+// own. Sets all of the plan but packed_bytes and launch. *cycles is the prediction.
+FpropPlan choose_tile(FpropArgs const& args, TileSize const* sizes, int32_t count, double (*slices_of)(FpropArgs const&, TileSize const&),
+                      size_t workspace_bytes, double* cycles, bool forward);
 
 }  // namespace adder2d

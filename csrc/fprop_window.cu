@@ -409,7 +409,7 @@ bool plan_fprop_window(FpropArgs const& args, size_t workspace_bytes, FpropPlan*
     return false;
   int64_t const reach = (p.N - 1) * p.x_stride[0] + (p.H - 1) * p.x_stride[2] + (p.W - 1) * p.x_stride[3];
   if (reach > INT32_MAX || int64_t{p.N} * (p.P + kR - 1) > INT32_MAX) return false;
-  auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return a.CRS / size.c; };
+  auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return static_cast<double>(a.CRS) / size.c; };
   bool found = false;
   int32_t first_tile = 0;
   for (Run const& run : kRuns) {

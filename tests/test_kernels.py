@@ -35,6 +35,11 @@ LARGE = [
     Case("many_groups", 3, 96, 15, 13, 160, 3, 3, padding=(1, 1), groups=32),
     Case("image", 1, 3, 301, 299, 5, 3, 3),
     Case("large_kernel", 1, 2, 43, 41, 3, 17, 19),
+    # The most taps whose place fprop_simt.cu keeps in bits, and one more.
+    Case("high_kernel", 4, 5, 61, 37, 40, 15, 3, padding=(7, 1)),
+    Case("higher_kernel", 4, 5, 61, 37, 40, 16, 3, padding=(7, 1)),
+    Case("wide_kernel", 4, 5, 37, 61, 40, 2, 16, padding=(1, 9), dilation=(3, 2)),
+    Case("wider_kernel", 4, 5, 37, 61, 40, 2, 17, padding=(1, 9)),
     Case("one_pixel", 1, 515, 1, 1, 131, 1, 1),
     # Runs of 8, 7, 4 and 2 pixels of fprop_window.cu, tiles that begin in the middle of a row or span images, few filters.
     Case("runs_of_eight", 3, 24, 17, 40, 70, 3, 3, padding=(1, 1)),
@@ -46,6 +51,10 @@ LARGE = [
     Case("runs_of_wide_rows", 2, 8, 5, 222, 19, 3, 3, padding=(1, 2)),
     Case("runs_in_wide_padding", 3, 8, 4, 6, 33, 3, 3, padding=(3, 5)),
     Case("runs_and_few_filters", 6, 16, 32, 32, 16, 3, 3, padding=(1, 1)),
+    # Sums of few splits, on an H200: of fprop_window.cu (of whole tiles besides, in halves too) and of fprop_simt.cu.
+    Case("joined_windows", 32, 32, 14, 14, 256, 3, 3, padding=(1, 1)),
+    Case("joined_beside_whole", 24, 32, 28, 28, 256, 3, 3, padding=(1, 1)),
+    Case("joined_tiles", 24, 96, 13, 13, 256, 3, 3, padding=(1, 1)),
     # fprop_pointwise.cu, on an H200: blocks with one, two and different numbers of tiles of both kinds, of one to four slices
     # that are not alike, with ends of filters and pixels inside.
     Case("pointwise_rows_of_tiles", 5, 40, 50, 52, 260, 1, 1),
@@ -80,6 +89,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 PLAIN = LARGE[0]
 POINTWISE = next(case for case in LARGE if case.name == "pointwise_rows_of_tiles")
+JOINED = next(case for case in LARGE if case.name == "joined_windows")
 
 cases = pytest.mark.parametrize("case", CASES + LARGE + DIRECT, ids=lambda case: case.name)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -331,7 +341,7 @@ def test_two_streams_at_once():
         assert torch.equal(y, expected[i % 2])
 
 
-@pytest.mark.parametrize("case", [PLAIN, LARGE[6]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [PLAIN, LARGE[6], JOINED], ids=lambda case: case.name)
 def test_cuda_graph(case):
     x, w, b = case.tensors(device="cuda")
     stream = torch.cuda.Stream()
