@@ -103,11 +103,15 @@ def test_ctrl_c(folder: pathlib.Path) -> None:
     command = [sys.executable, "-m", "torch2trt_adder", "export", "network:waits", "x.onnx", "--shape", "1x3x8x8", "--json"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))}
     with subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    ) as process:  # fmt: skip
         line = next(line for line in process.stderr if line == "the network is made\n")
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert line and process.returncode == 1
     assert err.endswith(f"error: interrupted\nFAILED | torch2trt-adder {' '.join(command[3:])}\n") and "Traceback" not in err
     report = json.loads(out)

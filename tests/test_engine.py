@@ -295,10 +295,14 @@ def test_ctrl_c_cancels_the_build(
     plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine._Bar, "step", lambda self: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(plain, tmp_path / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build_engine(plain, tmp_path / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "BuildCanceled" in engine.logger(rtx).reasons() and not list(tmp_path.iterdir())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # ---- float16 in strongly typed networks
