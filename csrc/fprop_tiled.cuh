@@ -276,8 +276,7 @@ __global__ void __launch_bounds__(Sums::kThreads* kGroups)
   Sums(a, plan, tile, thread).store(a, blockIdx.y, thread, sum);
 }
 
-// Stores a tile whose sums have changed hands. Loops are short code on purpose: a block runs them once, and would wait for the
-// instructions of long ones.
+// Stores a tile whose sums have changed hands. Its loops stay loops: unrolled they were half of a kernel's code, and no faster.
 template <class View>
 __device__ __forceinline__ void finish_turned(FpropArgs const& a, FpropPlan const& plan, Work const& work, View const& view, float* sums) {
   using Turned = typename View::Turned;
