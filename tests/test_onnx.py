@@ -561,6 +561,26 @@ def test_the_file_knows_the_branch_that_it_holds(
     assert onnx_export.extents(onnx.load(path)) == limits
 
 
+class Scaled(nn.Module):
+    """An argument that is no tensor lies between two that are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Adder2d(3, 4, 3)
+
+    def forward(self, x: Tensor, factor: int, rows: Tensor) -> Tensor:
+        y = factor * self.layer(x)
+        return y + rows.sum() if rows.shape[0] <= 7 else y
+
+
+def test_axes_beside_an_argument_that_is_no_tensor(tmp_path: pathlib.Path, recwarn: pytest.WarningsRecorder) -> None:
+    args, dynamic = (torch.randn(2, 3, 8, 8), 2, torch.randn(4, 5)), [{0: "batch"}, {0: "rows"}]
+    proto = onnx.load(export_onnx(Scaled().eval(), args, tmp_path / "model.onnx", dynamic, check=CHECK))
+    first = [entry.type.tensor_type.shape.dim[0].dim_param for entry in (*proto.graph.input, *proto.graph.output)]
+    assert first == ["batch", "rows", "batch"] and onnx_export.extents(proto) == {"rows": [0, 7]}
+    assert not [str(w.message) for w in recwarn if "renamed" in str(w.message)]
+
+
 @needs_runtime
 @pytest.mark.parametrize(
     "function, dynamic, where",

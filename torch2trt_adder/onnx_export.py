@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -27,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from . import converter, files, ops
 
@@ -343,6 +345,8 @@ def _export(
             ) from error
     proto = program.model_proto
     _name_nodes(proto)
+    if dynamic_shapes is not None:
+        _name_axes(proto, [axes for axes in tree_structure(args).flatten_up_to(dynamic_shapes) if axes is not None])
     have = _opset(proto).version
     if have < wanted:  # the exporter has only logged it
         raise RuntimeError(f"export_onnx: torch's exporter cannot write opset {opset} here; leave opset out.")
@@ -365,16 +369,35 @@ def _opset(proto: Any) -> Any:
     return next(entry for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
 
 
+def _name_axes(proto: Any, axes: Sequence[Axes]) -> None:
+    """Gives the dynamic axes their names, one mapping for each input: torch's exporter does not where an argument is no tensor."""
+    names: dict[str, str] = {}
+    for entry, each in zip(proto.graph.input, axes, strict=True):
+        for axis, name in each.items():
+            old = entry.type.tensor_type.shape.dim[axis].dim_param
+            if old:
+                names.setdefault(old, name)
+    if not names:
+        return
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b")
+    for entry in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in entry.type.tensor_type.shape.dim:
+            if dim.dim_param:  # a name, or an expression of some
+                dim.dim_param = pattern.sub(lambda match: names[match[0]], dim.dim_param)
+
+
 def _note_extents(proto: Any, program: torch.export.ExportedProgram) -> None:
     """Writes into the file for which extents of its dynamic axes it holds, where the exporter has found limits.
 
     A network that branches on an extent is exported as the example went, and only the program's constraints tell.
     """
-    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    specs = program.graph_signature.input_specs
+    # Arguments that are no tensors are constants of the file, and none of its inputs.
+    names = [s.arg.name for s in specs if s.kind is InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)]
     limits = {}
-    for entry, name in zip(proto.graph.input, program.graph_signature.user_inputs):
-        value = placeholders[name].meta["val"] if name in placeholders else None
-        for dim, extent in zip(entry.type.tensor_type.shape.dim, getattr(value, "shape", ())):
+    for entry, name in zip(proto.graph.input, names, strict=True):
+        for dim, extent in zip(entry.type.tensor_type.shape.dim, getattr(values[name], "shape", ())):
             within = program.range_constraints.get(extent.node.expr) if isinstance(extent, torch.SymInt) else None
             if within is None:
                 continue
@@ -475,6 +498,7 @@ def _translated() -> Iterator[None]:
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.filterwarnings("ignore", "# The axis name")  # one name for several axes, as asked for
+            warnings.filterwarnings("ignore", "# ONNX model has different number of inputs")  # see _name_axes
             yield
     finally:
         translating = False
