@@ -66,23 +66,16 @@ struct Smem {
 };
 
 template <class T>
-struct View : TilePlace {
-  using Turned = Turn<T::kTileK, T::kTilePQ, T::kLanesK, T::kLanesPQ>;
-  static constexpr int kThreads = T::kThreads, kItems = ceil_div(Turned::kBytes, 16 * kThreads);
-  static constexpr int kSplitFloats = split_floats(T::kTileK, T::kTilePQ);
+struct View : TurnedTile<T> {
   int32_t thread_k, thread_pq;  // first output that the thread sums; the others lie kStepK, kStepPQ apart
 
-  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread)
-      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ) {
+  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread) : TurnedTile<T>(a, plan, tile) {
     int32_t const warp = thread / 32, lane = thread % 32;
     thread_k = warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ;
     thread_pq = warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ;
   }
   __device__ __forceinline__ int32_t k(int32_t i) const { return thread_k + i * T::kStepK; }
   __device__ __forceinline__ int32_t pq(int32_t j) const { return thread_pq + j * T::kStepPQ; }
-  __device__ __forceinline__ void store(FpropArgs const& a, int32_t item, int32_t thread, float4 const& sum) const {
-    Turned::store(a, *this, 4 * (item * kThreads + thread), sum);
-  }
 };
 
 // ---- pack

@@ -264,9 +264,8 @@ double predict(FpropArgs const& args) {
 
 bool plan_fprop_pointwise(FpropArgs const& args, FpropPlan* plan, double* cycles) {
   Adder2dParams const& p = args.p;
-  bool const pointwise = p.R == 1 && p.S == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0;
   bool const singles = p.x_type == ADDER2D_FLOAT32 && p.w_type == ADDER2D_FLOAT32 && p.y_type == ADDER2D_FLOAT32;
-  if (!pointwise || !singles || args.Cg % 8 != 0 || args.Cg > kMaxChannels || !args.y_vectors) return false;
+  if (!is_pointwise(p) || !singles || args.Cg % 8 != 0 || args.Cg > kMaxChannels || !args.y_vectors) return false;
   // x lies as y does: channels side by side, pixels one after the other; or four pixels of a channel at an aligned address.
   int64_t const* const stride = p.x_stride;
   bool const channels = stride[1] == 1 && stride[2] == p.W * stride[3] && stride[0] == p.H * stride[2];

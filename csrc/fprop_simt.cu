@@ -77,22 +77,20 @@ struct Smem {
   alignas(16) TermType term[2][kHasTerms ? T::kThreads : 1];  // of the slices being filled, and of those that come next
 };
 
-// The tile's place in the output, and the place of a thread in the tile. kTurned: sums change hands.
+// The tile's place in the output, and the place of a thread in the tile. Unless sums change hands (kTurned), an item is one of the
+// thread's filters and four of its pixels.
 template <class T, bool kTurned>
-struct View : TilePlace, ThreadPlace<T> {
-  using Turned = Turn<T::kTileK, T::kTilePQ, T::kLanesK, T::kLanesPQ>;
-  static constexpr int kThreads = T::kThreads, kItems = kTurned ? ceil_div(Turned::kBytes, 16 * kThreads) : T::kThreadK * T::kGroupsPQ;
-  static constexpr int kSplitFloats = split_floats(T::kTileK, T::kTilePQ);
+struct View : TurnedTile<T>, ThreadPlace<T> {
+  static constexpr int kItems = kTurned ? TurnedTile<T>::kItems : T::kThreadK * T::kGroupsPQ;
 
   __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread)
-      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ), ThreadPlace<T>(thread) {}
-  // Item: four floats of the tile as it lies in shared memory, or one of the thread's filters and four of its pixels.
+      : TurnedTile<T>(a, plan, tile), ThreadPlace<T>(thread) {}
   __device__ __forceinline__ void store(FpropArgs const& a, int32_t item, int32_t thread, float4 const& sum) const {
     if constexpr (kTurned) {
-      Turned::store(a, *this, 4 * (item * kThreads + thread), sum);
+      TurnedTile<T>::store(a, item, thread, sum);
     } else {
-      int32_t const m = first_pixel + this->pq(item % T::kGroupsPQ * 4);
-      store4<false>(a, first_k + this->k(item / T::kGroupsPQ), end_k, m, output_offset(a, m), sum);
+      int32_t const m = this->first_pixel + this->pq(item % T::kGroupsPQ * 4);
+      store4<false>(a, this->first_k + this->k(item / T::kGroupsPQ), this->end_k, m, output_offset(a, m), sum);
     }
   }
 };

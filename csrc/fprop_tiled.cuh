@@ -51,18 +51,20 @@ __device__ __forceinline__ bool inside(FpropArgs const& a, Pixel const& pixel, i
 
 // ---- terms
 
-// A thread's outputs in a tile of T: groups of four filters and four pixels, kTileK / kGroupsK and kTilePQ / kGroupsPQ apart.
-template <class T>
+// A thread's outputs in a tile of T: groups of four filters and runs of kRun pixels, with as much of the tile between two groups, or two
+// runs, as the other threads take.
+template <class T, int kRun = 4>
 struct ThreadPlace {
+  static constexpr int kStepK = T::kTileK / (T::kThreadK / 4), kStepPQ = T::kTilePQ / (T::kThreadPQ / kRun);
   int32_t thread_k, thread_pq;  // the first ones
 
   __device__ __forceinline__ explicit ThreadPlace(int32_t thread) {
     int32_t const warp = thread / 32, lane = thread % 32;
     thread_k = (warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ) * 4;
-    thread_pq = (warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ) * 4;
+    thread_pq = (warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ) * kRun;
   }
-  __device__ __forceinline__ int32_t k(int32_t i) const { return thread_k + i / 4 * (T::kTileK / T::kGroupsK) + i % 4; }
-  __device__ __forceinline__ int32_t pq(int32_t j) const { return thread_pq + j / 4 * (T::kTilePQ / T::kGroupsPQ) + j % 4; }
+  __device__ __forceinline__ int32_t k(int32_t i) const { return thread_k + i / 4 * kStepK + i % 4; }
+  __device__ __forceinline__ int32_t pq(int32_t j) const { return thread_pq + j / kRun * kStepPQ + j % kRun; }
 };
 
 // Adds a slice's `terms`, a multiple of kUnroll, to acc[filter][pixel]. `w` and `x` are the thread's first filter and pixel in the
@@ -143,9 +145,9 @@ __device__ __forceinline__ void store4(FpropArgs const& a, int32_t k, int32_t en
 }
 
 // A tile's sums in shared memory, where they change hands so that a thread gets what lies side by side in y: rows of pixels
-// that hold the filters (a.y_filters), or the other way round. Rows are padded for writers that have kLanesK filters and
-// kLanesPQ pixels side by side in a warp.
-template <int kTileK_, int kTilePQ_, int kLanesK, int kLanesPQ>
+// that hold the filters (a.y_filters), or the other way round. Rows are padded for writers that have kLanesPQ pixels side by side in
+// a warp.
+template <int kTileK_, int kTilePQ_, int kLanesPQ>
 struct Turn {
   static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;
   static constexpr int kPitchK = kTileK + 4, kPitchPQ = kTilePQ + (kLanesPQ < 4 ? 4 : kLanesPQ);
@@ -167,6 +169,25 @@ struct Turn {
   }
 };
 
+// Floats that a split of a tile takes in the workspace: whole items of all threads, with the padding of Turn.
+__host__ __device__ constexpr int32_t split_floats(int32_t tile_k, int32_t tile_pq) {
+  return ceil_div((tile_k + 8) * (tile_pq + 8), 1024) * 1024;
+}
+
+// The place in the output of a tile of T whose sums change hands. An item is four floats of the tile as it lies in shared memory.
+template <class T, int kLanesPQ = T::kLanesPQ>
+struct TurnedTile : TilePlace {
+  using Turned = Turn<T::kTileK, T::kTilePQ, kLanesPQ>;
+  static constexpr int kThreads = T::kThreads, kItems = ceil_div(Turned::kBytes, 16 * kThreads);
+  static constexpr int kSplitFloats = split_floats(T::kTileK, T::kTilePQ);
+
+  __device__ __forceinline__ TurnedTile(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t /* thread */ = 0)
+      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ) {}
+  __device__ __forceinline__ void store(FpropArgs const& a, int32_t item, int32_t thread, float4 const& sum) const {
+    Turned::store(a, *this, 4 * (item * kThreads + thread), sum);
+  }
+};
+
 // ---- splits
 
 // What a block does: slices first .. last - 1 of a tile. `split` is below 0 for a whole tile. Blocks side by side have the same split, and
@@ -184,11 +205,6 @@ struct Work {
     last = static_cast<int32_t>(int64_t{plan.slices} * (split + 1) / plan.splits);
   }
 };
-
-// Floats that a split of such a tile takes in the workspace: whole items of all threads, with the padding of Turn.
-__host__ __device__ constexpr int32_t split_floats(int32_t tile_k, int32_t tile_pq) {
-  return ceil_div((tile_k + 8) * (tile_pq + 8), 1024) * 1024;
-}
 
 // One item, four sums, of a thread: Sums::kItems of Sums::kThreads threads.
 template <class Sums>
@@ -328,12 +344,16 @@ cudaError_t launch_tiled(void (*kernel)(Args, FpropPlan), size_t smem_bytes, siz
 
 // ---- plan
 
-// 1x1 kernels whose pixels lie in y as in x, four of them at an aligned address.
+// 1x1 kernels at stride 1, without padding.
+inline bool is_pointwise(Adder2dParams const& p) {
+  return p.R == 1 && p.S == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0;
+}
+
+// Those whose pixels lie in y as in x, four of them at an aligned address.
 inline bool is_plane(FpropArgs const& a) {
   Adder2dParams const& p = a.p;
-  return p.R == 1 && p.S == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0 && p.x_stride[3] == 1 && p.x_stride[2] == p.W &&
-         int64_t{p.H} * p.W % 4 == 0 && p.x_stride[1] % 4 == 0 && p.x_stride[0] % 4 == 0 &&
-         reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+  return is_pointwise(p) && p.x_stride[3] == 1 && p.x_stride[2] == p.W && int64_t{p.H} * p.W % 4 == 0 && p.x_stride[1] % 4 == 0 &&
+         p.x_stride[0] % 4 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
 }
 
 struct TileSize {

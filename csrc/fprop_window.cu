@@ -51,7 +51,6 @@ struct WindowArgs : FpropArgs {
   bool channels;  // channels lie side by side in x
 };
 
-
 // Weights, then image.
 __host__ __device__ constexpr int32_t stage_floats(int32_t tile_k, int32_t patch) {
   return kTerms * (tile_k + 4) + kTileC * patch;
@@ -61,33 +60,11 @@ constexpr size_t smem_size(int32_t tile_k, int32_t patch) {
   return sizeof(float) * (kStages * stage_floats(tile_k, patch) + patch);
 }
 
-// The tile's place in the output.
+// The tile's place in the output, and a thread's in the tile. Sums are written four side by side.
 template <class T>
-struct View : TilePlace {
-  using Turned = Turn<T::kTileK, T::kTilePQ, 4, 4>;
-  static constexpr int kThreads = T::kThreads, kItems = ceil_div(Turned::kBytes, 16 * kThreads);
-  static constexpr int kSplitFloats = split_floats(T::kTileK, T::kTilePQ);
-
-  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t)
-      : TilePlace(a, plan, tile, T::kTileK, T::kTilePQ) {}
-  __device__ __forceinline__ void store(FpropArgs const& a, int32_t item, int32_t thread, float4 const& sum) const {
-    Turned::store(a, *this, 4 * (item * kThreads + thread), sum);
-  }
-};
-
-// A thread's outputs in the tile.
+using View = TurnedTile<T, 4>;
 template <class T>
-struct Place {
-  int32_t thread_k, thread_pq;  // the first ones; groups are kTileK / kGroupsK and kTilePQ / kRuns apart
-
-  __device__ __forceinline__ explicit Place(int32_t thread) {
-    int32_t const warp = thread / 32, lane = thread % 32;
-    thread_k = (warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ) * 4;
-    thread_pq = (warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ) * T::kRun;
-  }
-  __device__ __forceinline__ int32_t k(int32_t i) const { return thread_k + i / 4 * (T::kTileK / T::kGroupsK) + i % 4; }
-  __device__ __forceinline__ int32_t pq(int32_t j) const { return thread_pq + j / T::kRun * (T::kTilePQ / T::kRuns) + j % T::kRun; }
-};
+using Place = ThreadPlace<T, T::kRun>;
 
 // Row of the batch, padding included, of pixel m's window.
 __device__ __forceinline__ int32_t window_row(WindowArgs const& a, int32_t m, int32_t* q) {
@@ -281,7 +258,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   launch_dependents();
   Work const work(plan);
   int32_t const part = threadIdx.x / T::kPartThreads, stage_size = stage_floats(T::kTileK, a.patch);
-  View<T> const view(a, plan, work.tile, threadIdx.x);
+  View<T> const view(a, plan, work.tile);
   Place<T> const place(threadIdx.x % T::kPartThreads);
 
   int32_t q;
