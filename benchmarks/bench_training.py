@@ -202,13 +202,8 @@ def back_to_back(step: Callable[[], None], seconds: float = 2.0) -> Spread:
 
 
 def in_a_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """The same step as one CUDA graph, captured behind some on a stream of its own as torch asks for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
+    """The same step as one CUDA graph."""
+    conftest.warm_up(step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conftest import warm_up
 from torch2trt_adder import Adder2d, scale_gradients, set_eta
 from torch2trt_adder.models import addernet_mnist, cnn_twin
 
@@ -230,12 +231,7 @@ def test_step_in_a_cuda_graph():
             F.cross_entropy(model(x).mean((2, 3)), labels).backward()
             optimizer.step()
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
+        warm_up(step)
         if captured:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
