@@ -344,6 +344,12 @@ def _export(
                 f"export_onnx: torch's exporter cannot express the network: {type(cause).__name__}: {cause}"
             ) from error
     proto = program.model_proto
+    tensors, inputs = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(args)), len(proto.graph.input)
+    if inputs != tensors:
+        raise RuntimeError(
+            f"export_onnx: the file has {inputs} inputs, args {tensors} tensors: an input that "
+            "the network does not use was dropped by the exporter; leave it out of args."
+        )
     _name_nodes(proto)
     if dynamic_shapes is not None:
         _name_axes(proto, [axes for axes in tree_structure(args).flatten_up_to(dynamic_shapes) if axes is not None])
@@ -696,11 +702,6 @@ def _compare_with_onnxruntime(
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     session = onnxruntime_session(data)
     inputs = session.get_inputs()
-    if len(inputs) != len(tensors):
-        raise RuntimeError(
-            f"export_onnx: the file has {len(inputs)} inputs, args {len(tensors)} tensors: an input that "
-            "the network does not use was dropped by the exporter; leave it out of args."
-        )
 
     def compare(args: tuple, where: str = "") -> None:
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
