@@ -25,7 +25,7 @@ def test_declarations_are_those_of_tensorrt(version: int, tmp_path: pathlib.Path
     program = tmp_path / "abi_slots"
     source = TESTS / "abi_slots.cpp"
     flags = ["-std=c++17", f"-I{TESTS.parent / 'csrc'}", f"-DVERSION={version}"]
-    built = subprocess.run([*compiler, *flags, source, "-o", program], capture_output=True, text=True)
+    built = subprocess.run([*compiler, *flags, source, "-o", program], check=False, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     assert printed.splitlines() == MEASURED[version].splitlines()
