@@ -59,9 +59,13 @@ __attribute__((visibility("default"))) int32_t adder2d_fprop(Adder2dParams const
 // The text of a cudaError_t returned above.
 __attribute__((visibility("default"))) char const* adder2d_error_string(int32_t error);
 
-// The same operator on the CPU: all types ADDER2D_FLOAT32, host pointers, on `threads` threads, workspace unused.
-// Returns 0, or 1 for invalid params. Defined in cpu.cpp.
+// The same operator on the CPU: all types ADDER2D_FLOAT32, host pointers, on `threads` threads at most (below 1 means 1, and
+// more than a few for each core are not used), workspace unused. Returns 0 for success, 1 for invalid params, 2 where memory is
+// short, 3 where the environment asks for an unknown instruction set. Defined in cpu.cpp.
 __attribute__((visibility("default"))) int32_t adder2d_fprop_cpu(Adder2dParams const* params, int32_t threads);
+
+// The text of a result of adder2d_fprop_cpu or adder2d_dgrad_cpu.
+__attribute__((visibility("default"))) char const* adder2d_cpu_error_string(int32_t error);
 
 // The gradient of the input, by the rule of AdderNet, which is not the derivative:
 //
