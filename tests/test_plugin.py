@@ -50,7 +50,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     library.load()  # says how to build it where it is missing
     program = tmp_path_factory.mktemp("driver") / "plugin_driver"
     source = ROOT / "tests" / "plugin_driver.cpp"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-warning-option", "-rdynamic", f"-I{ROOT / 'csrc'}"]
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-warning-option", "-rdynamic", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
     built = run(compiler, *flags, source, "-ldl", "-o", program)
     assert built.returncode == 0, built.stderr
 

@@ -125,7 +125,8 @@ bool read_field(nvinfer1::PluginField const& field, FieldPlace const& place, Att
     return false;
   }
   if (field.data == nullptr || (field.length != 1 && field.length != place.length)) {
-    report("field %s must hold 1%s values, got %d", place.name, place.length == 2 ? " or 2" : "", field.data ? field.length : 0);
+    report("field %s must hold %s, got %d%s", place.name, place.length == 2 ? "1 or 2 values" : "1 value", field.length,
+           field.data ? "" : " at null");
     return false;
   }
   char* const target = reinterpret_cast<char*>(attributes) + place.offset;

@@ -112,7 +112,8 @@ class Adder2dPluginV2Creator final : public IPluginCreator {
     Serialized const expected;
     Serialized serialized;
     if (serialData == nullptr || serialLength != sizeof(serialized)) {
-      report("a stored Adder2d layer must have %zu bytes, got %zu", sizeof(serialized), serialLength);
+      report("a stored Adder2d layer must have %zu bytes, got %zu%s", sizeof(serialized), serialLength,
+             serialData ? "" : " at null");
       return nullptr;
     }
     std::memcpy(&serialized, serialData, sizeof(serialized));
