@@ -379,6 +379,7 @@ HUGE = 2**31 - 1
         ({"y_stride": (0, 2**58 + 1, 0, 0)}, "the strides of y must reach"),
         ({"dil_h": HUGE, "x_stride": (0, 0, 2**40, 0)}, "the strides of x must reach"),
         ({"pad_h": HUGE}, "the padded input must be below 2^31"),
+        ({"stride_h": HUGE}, "must sum to less than 2^31"),
         ({"dil_h": HUGE, "R": HUGE}, "does not fit"),
         ({"groups": -1}, "groups must divide"),
         ({"stride_h": -HUGE - 1}, "stride must be >= 1"),
