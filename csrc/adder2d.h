@@ -45,7 +45,8 @@ typedef struct Adder2dParams {
 __attribute__((visibility("default"))) size_t adder2d_params_size(void);
 
 // Why `params` is no valid problem, as one sentence naming the value, or null where it is valid. Pointers are
-// not looked at. The text lives until the next call on the same thread.
+// not looked at. The text lives until the next call on the same thread. A valid problem has tensors of fewer than 2^58 elements
+// and strides that reach no further, so that no offset in elements or bytes leaves an int64.
 __attribute__((visibility("default"))) char const* adder2d_check(Adder2dParams const* params);
 
 // Bytes of device workspace that adder2d_fprop wants for this problem on the current device (0 where it wants none).

@@ -364,12 +364,10 @@ Parallel process_openmp() {
   return openmp;
 }
 
+int64_t const max_threads = 4 * std::max(int64_t{std::thread::hardware_concurrency()}, int64_t{1});
+
 // As many threads as were asked for and are of use. OpenMP ends the process where the system grants it too few.
-int64_t usable_threads(int64_t threads) {
-  constexpr int64_t kPerCore = 4;
-  int64_t const cores = std::max(std::thread::hardware_concurrency(), 1u);
-  return std::clamp<int64_t>(threads, 1, kPerCore * cores);
-}
+int64_t usable_threads(int64_t threads) { return std::clamp<int64_t>(threads, 1, max_threads); }
 
 // Calls body(item, slot) once for each item below `items`, on at most `threads` threads, the caller's among them. No two
 // calls with the same slot, 0 <= slot < threads, run at once. `body` must not throw.

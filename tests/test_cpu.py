@@ -202,7 +202,9 @@ def test_unknown_instruction_set_is_refused():
         run(script, TORCH2TRT_ADDER_CPU_ISA="sse9")
     message = str(raised.value)
     assert 'TORCH2TRT_ADDER_CPU_ISA is "sse9", but must be one of' in message
-    assert "RuntimeError: adder2d: TORCH2TRT_ADDER_CPU_ISA names an instruction set that this CPU does not have" in message
+    assert (
+        "RuntimeError: adder2d: TORCH2TRT_ADDER_CPU_ISA names an instruction set that this CPU does not have" in message
+    )
 
 
 # ---- threads
@@ -274,7 +276,9 @@ print("before the first call:", in_child(check), in_child(lambda: check() or in_
 torch2trt_adder.adder2d(x, w)
 print("after a call:", in_child(check), in_child(lambda: check() or in_child(check)), "and here:", check(), flush=True)
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             output, _ = process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
@@ -411,7 +415,9 @@ def test_check_refuses_strides_of_the_gradients():
     values |= dict.fromkeys(("stride_h", "stride_w", "dil_h", "dil_w", "groups"), 1)
     layer, far = library.Adder2dParams(**values), (ctypes.c_int64 * 4)(0, 2**63 - 1, 0, 0)
     loaded = library.load()
-    assert b"the strides of dx" in loaded.adder2d_dgrad_check(ctypes.byref(library.Adder2dDgradParams(layer=layer, dx_stride=far)))
+    assert b"the strides of dx" in loaded.adder2d_dgrad_check(
+        ctypes.byref(library.Adder2dDgradParams(layer=layer, dx_stride=far))
+    )
     wgrad = library.Adder2dWgradParams(layer=layer, convolved_stride=far)
     assert b"the strides of convolved" in loaded.adder2d_wgrad_check(ctypes.byref(wgrad))
 
