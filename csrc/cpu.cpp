@@ -22,10 +22,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <fstream>
 #include <functional>
 #include <initializer_list>
-#include <iterator>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -336,22 +334,20 @@ std::atomic<bool> forked{false};
 
 bool started_by_fork() {
   constexpr unsigned long kForkNoExec = 0x40;  // PF_FORKNOEXEC of Linux
-  std::ifstream file("/proc/self/stat");
-  std::string stat((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  size_t const name_end = stat.rfind(')');  // the name may hold anything
+  FILE* const file = fopen("/proc/self/stat", "re");
+  if (file == nullptr) return false;
+  char stat[512] = {};
+  size_t const size = fread(stat, 1, sizeof(stat) - 1, file);
+  fclose(file);
+  char const* const name_end = size > 0 ? strrchr(stat, ')') : nullptr;  // the name may hold anything
   unsigned long flags = 0;
-  if (name_end == std::string::npos) return false;
-  return sscanf(stat.c_str() + name_end + 1, " %*c %*d %*d %*d %*d %*d %lu", &flags) == 1 && (flags & kForkNoExec) != 0;
+  return name_end != nullptr && sscanf(name_end + 1, " %*c %*d %*d %*d %*d %*d %lu", &flags) == 1 && (flags & kForkNoExec) != 0;
 }
 
-// On load, so that no fork after it goes unseen.
+// On load, so that no fork after it goes unseen. Without the handler, threads of our own are always right.
 __attribute__((constructor)) void watch_forks() {
-  try {
-    bool const watched = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
-    forked = !watched || started_by_fork();
-  } catch (std::exception const&) {
-    forked = true;  // threads of our own are always right
-  }
+  bool const watched = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
+  forked = !watched || started_by_fork();
 }
 
 // Null where the process has no OpenMP or must not use it.

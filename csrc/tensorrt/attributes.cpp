@@ -175,7 +175,7 @@ bool parse(nvinfer1::PluginFieldCollection const* fc, Attributes* attributes) {
       report("field %d has no name", i);
       return false;
     }
-    if (std::strncmp(field.name, "plugin_", 7) == 0) continue;
+    if (std::strncmp(field.name, "plugin_", 7) == 0 || std::strncmp(field.name, "tensorrt_plugin_", 16) == 0) continue;
     FieldPlace const* const place = std::find_if(kFieldPlaces, kFieldPlaces + kNbFields, [&field](FieldPlace const& candidate) {
       return std::strcmp(field.name, candidate.name) == 0;
     });

@@ -41,8 +41,8 @@ struct FieldList {
 
 // Reads the fields given into `attributes`; absent ones keep their default, a pair may come as one value for both axes.
 // Reports the reason and returns false on a bad value, and on a field that is unknown, given twice or malformed: a misspelt
-// field, or one of a newer release, would else give a layer of wrong results. Names that begin with "plugin_" are skipped:
-// ONNX files use them to choose a creator.
+// field, or one of a newer release, would else give a layer of wrong results. Names that begin with "plugin_" or
+// "tensorrt_plugin_" are skipped: they speak to TensorRT's ONNX parser.
 bool parse(nvinfer1::PluginFieldCollection const* fc, Attributes* attributes);
 
 // Reports and returns false where no layer can have these attributes.
