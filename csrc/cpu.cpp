@@ -209,7 +209,8 @@ Isa const* select_isa() {
     if (any || strcmp(asked, choice.name) == 0) return choice.isa;
     names += (names.empty() ? "" : ", ") + std::string(choice.name);
   }
-  fprintf(stderr, "torch2trt_adder: %s is \"%.32s\", but must be one of %s on this CPU: correct it, or unset it for the fastest\n",
+  fprintf(stderr,
+          "torch2trt_adder: %s is \"%.32s\", but must be one of %s on this CPU: correct it, or unset it for the fastest\n",
           kIsaVariable, asked, names.c_str());
   return nullptr;
 }
@@ -754,7 +755,8 @@ char const* adder2d_cpu_error_string(int32_t error) {
     case kSuccess: return "no error";
     case kInvalid: return "the params are not valid, not float32, or have a null pointer";
     case kNoMemory: return "there is not enough memory for the tiles of the layer: free some, or use fewer threads";
-    case kUnknownIsa: return "TORCH2TRT_ADDER_CPU_ISA names an instruction set that this CPU does not have: correct it or unset it";
+    case kUnknownIsa:
+      return "TORCH2TRT_ADDER_CPU_ISA names an instruction set that this CPU does not have: correct it or unset it";
     default: return "unknown error";
   }
 }

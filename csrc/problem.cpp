@@ -77,8 +77,10 @@ char const* adder2d_check(Adder2dParams const* p) {
   if (p->reserved != 0) return sentence("reserved must be 0, got %d", p->reserved);
   if (int64_t{p->H} + 2 * int64_t{p->pad_h} > kInt32Max || int64_t{p->W} + 2 * int64_t{p->pad_w} > kInt32Max)
     return sentence("the padded input must be below 2^31 on each axis, got padding (%d, %d)", p->pad_h, p->pad_w);
-  if (int64_t{p->H} + 2 * int64_t{p->pad_h} + p->stride_h > kInt32Max || int64_t{p->W} + 2 * int64_t{p->pad_w} + p->stride_w > kInt32Max)
-    return sentence("the padded input and the stride must sum to less than 2^31 on each axis, got stride (%d, %d)", p->stride_h, p->stride_w);
+  if (int64_t{p->H} + 2 * int64_t{p->pad_h} + p->stride_h > kInt32Max ||
+      int64_t{p->W} + 2 * int64_t{p->pad_w} + p->stride_w > kInt32Max)
+    return sentence("the padded input and the stride must sum to less than 2^31 on each axis, got stride (%d, %d)", p->stride_h,
+                    p->stride_w);
   int64_t const P = adder2d_output_size(p->H, p->R, p->stride_h, p->pad_h, p->dil_h);
   int64_t const Q = adder2d_output_size(p->W, p->S, p->stride_w, p->pad_w, p->dil_w);
   if (P < 1 || Q < 1)
@@ -100,8 +102,8 @@ char const* adder2d_check(Adder2dParams const* p) {
   if (exceeds(kMaxElements, {p->K, filter}))
     return sentence("weight must have fewer than 2^58 elements, got [%d, %d, %d, %d]", p->K, p->C / p->groups, p->R, p->S);
   if (exceeds(kMaxTerms, {p->N, p->K, P * Q, filter}))
-    return sentence("a layer must have fewer than 2^62 terms |x - w|, got an output [%d, %d, %d, %d] of %lld terms each", p->N, p->K,
-                    p->P, p->Q, static_cast<long long>(filter));
+    return sentence("a layer must have fewer than 2^62 terms |x - w|, got an output [%d, %d, %d, %d] of %lld terms each", p->N,
+                    p->K, p->P, p->Q, static_cast<long long>(filter));
   // Kernels step through the padding and through all taps too, though they read the input only.
   int64_t const rows = std::max(int64_t{p->H} + 2 * int64_t{p->pad_h}, int64_t{p->R} * p->dil_h);
   int64_t const columns = std::max(int64_t{p->W} + 2 * int64_t{p->pad_w}, int64_t{p->S} * p->dil_w);

@@ -135,7 +135,8 @@ static void for_bad_fields(std::function<void(PluginFieldCollection const*)> con
   PluginField const twice[] = {{"stride", good, PluginFieldType::kINT32, 2}, {"stride", good, PluginFieldType::kINT32, 2}};
   PluginField const unknown[] = {{"strides", good, PluginFieldType::kINT32, 2}};  // as ONNX names it for Conv
   PluginField const nameless[] = {{nullptr, good, PluginFieldType::kINT32, 2}};
-  PluginFieldCollection const damaged[] = {{2, twice}, {1, unknown}, {1, nameless}, {3, nullptr}, {-1, twice}, {0x7fffffff, twice}};
+  PluginFieldCollection const damaged[] = {{2, twice},   {1, unknown}, {1, nameless},
+                                           {3, nullptr}, {-1, twice},  {0x7fffffff, twice}};
   for (PluginFieldCollection const& fc : damaged) run(&fc);
 }
 
@@ -233,8 +234,10 @@ static void check_enqueue(std::vector<Desc> const& good, Run const& run) {
   void* const there = const_cast<Desc*>(good.data());
   void const* inputs[3] = {there, there, there};
   void* outputs[1] = {there};
-  CHECK(run(nullptr, &good[3], inputs, outputs) == kInvalidValue && run(good.data(), nullptr, inputs, outputs) == kInvalidValue);
-  CHECK(run(good.data(), &good[3], nullptr, outputs) == kInvalidValue && run(good.data(), &good[3], inputs, nullptr) == kInvalidValue);
+  CHECK(run(nullptr, &good[3], inputs, outputs) == kInvalidValue &&
+        run(good.data(), nullptr, inputs, outputs) == kInvalidValue);
+  CHECK(run(good.data(), &good[3], nullptr, outputs) == kInvalidValue &&
+        run(good.data(), &good[3], inputs, nullptr) == kInvalidValue);
   for (void const*& input : inputs) {
     input = nullptr;
     CHECK(run(good.data(), &good[3], inputs, outputs) == kInvalidValue);
@@ -251,7 +254,8 @@ static void check_enqueue(std::vector<Desc> const& good, Run const& run) {
     }
     for (int32_t type : {2, 3, 7}) {  // INT8, whose number is ours of bfloat16, INT32, and TensorRT's own BF16
       auto wrong = good;
-      for (int32_t i = tensor; i < (tensor == 1 ? 3 : tensor + 1); ++i) wrong[i].type = static_cast<DataType>(type);  // bias too
+      for (int32_t i = tensor; i < (tensor == 1 ? 3 : tensor + 1); ++i)
+        wrong[i].type = static_cast<DataType>(type);  // bias too
       CHECK(run(wrong.data(), &wrong[3], inputs, outputs) == kInvalidValue);
     }
   }
@@ -322,7 +326,8 @@ static void check_v3(v_1_0::IPluginCreatorV3One& creator) {
         return build->supportsFormatCombination(pos, changed.data(), 3, 1);
       });
       CHECK(build->configurePlugin(good.data(), 3, &good[3], 1) == 0);
-      CHECK(build->configurePlugin(good.data(), 2, &good[3], 1) != 0 && build->configurePlugin(good.data(), 3, &good[3], 2) != 0);
+      CHECK(build->configurePlugin(good.data(), 2, &good[3], 1) != 0 &&
+            build->configurePlugin(good.data(), 3, &good[3], 2) != 0);
       CHECK(build->configurePlugin(nullptr, 3, nullptr, 1) != 0);
       for (int32_t pos : {-1, 4, 0x7fffffff}) CHECK(!build->supportsFormatCombination(pos, good.data(), 3, 1));
       CHECK(!build->supportsFormatCombination(0, nullptr, 3, 1) && !build->supportsFormatCombination(0, good.data(), 4, 1));

@@ -8,25 +8,25 @@
 
 #include "tensorrt/abi.h"
 
-static int checks = 0, failures = 0;
+inline int checks = 0, failures = 0;
 
-#define CHECK(condition)                                                     \
-  do {                                                                       \
-    ++checks;                                                                \
-    if (!(condition)) {                                                      \
-      ++failures;                                                            \
-      printf("FAILED %s:%d: %s\n", __FILE__, __LINE__, #condition);          \
-    }                                                                        \
+#define CHECK(condition)                                            \
+  do {                                                              \
+    ++checks;                                                       \
+    if (!(condition)) {                                             \
+      ++failures;                                                   \
+      printf("FAILED %s:%d: %s\n", __FILE__, __LINE__, #condition); \
+    }                                                               \
   } while (0)
 
 // For what the rest cannot do without.
-#define REQUIRE(condition)                                                   \
-  do {                                                                       \
-    ++checks;                                                                \
-    if (!(condition)) {                                                      \
-      printf("FAILED %s:%d: %s\n", __FILE__, __LINE__, #condition);          \
-      exit(1);                                                               \
-    }                                                                        \
+#define REQUIRE(condition)                                          \
+  do {                                                              \
+    ++checks;                                                       \
+    if (!(condition)) {                                             \
+      printf("FAILED %s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      exit(1);                                                      \
+    }                                                               \
   } while (0)
 
 template <typename Extent>

@@ -113,7 +113,8 @@ char const* check_channels(Attributes const& attributes, Tensor const& x, Tensor
   long long const bias_K = bias.nbDims == 1 ? bias.d[0] : -1;
   if (C >= 0 && group_C >= 0 && C != group_C * attributes.groups)
     return sentence("x has %lld channels, but weight wants %lld in each of %d groups", C, group_C, attributes.groups);
-  if (K >= 0 && K % attributes.groups != 0) return sentence("groups must divide the %lld filters, got %d", K, attributes.groups);
+  if (K >= 0 && K % attributes.groups != 0)
+    return sentence("groups must divide the %lld filters, got %d", K, attributes.groups);
   if (K >= 0 && bias_K >= 0 && K != bias_K) return sentence("bias must have the %lld filters of weight, got %lld", K, bias_K);
   return nullptr;
 }
