@@ -96,6 +96,7 @@ def load() -> ctypes.CDLL:
             "adder2d_wgrad_takes": (ctypes.c_int32, [ctypes.c_void_p]),
             "adder2d_wgrad_workspace": (ctypes.c_size_t, [ctypes.c_void_p]),
             "adder2d_wgrad": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
+            "adder2d_cpu_error_string": (ctypes.c_char_p, [ctypes.c_int32]),
             "adder2d_error_string": (ctypes.c_char_p, [ctypes.c_int32]),
         }
         for name, (result, arguments) in prototypes.items():

@@ -243,6 +243,10 @@ def _launch_error(name: str, device: int, error: int) -> RuntimeError:
     )
 
 
+def _cpu_error(name: str, error: int) -> RuntimeError:
+    return RuntimeError(f"{name}: {library.load().adder2d_cpu_error_string(error).decode()}.")
+
+
 class _Plan(NamedTuple):
     """What a launch needs beyond pointers."""
 
@@ -336,10 +340,9 @@ def _adder2d_cpu(input, weight, bias, stride, padding, dilation, groups):
     params = plan.problem + library.POINTERS.pack(
         input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr(), 0, 0
     )
-    if library.load().adder2d_fprop_cpu(params, torch.get_num_threads()):
-        raise RuntimeError(
-            f"adder2d: the CPU kernel refused to compute an output {list(plan.size)}; please report this call's shapes."
-        )
+    error = library.load().adder2d_fprop_cpu(params, torch.get_num_threads())
+    if error:
+        raise _cpu_error("adder2d", error)
     return output.to(dtype)
 
 
@@ -462,11 +465,9 @@ def _grad_input_kernel(grad_output, input, weight, channels_last, stride, paddin
     )
     loaded = library.load()
     if device < 0:
-        if loaded.adder2d_dgrad_cpu(params, torch.get_num_threads()):
-            raise RuntimeError(
-                "adder2d_grad_input: the CPU kernel refused to compute the gradient of an input "
-                f"{list(_size(input))}; please report this call's shapes."
-            )
+        error = loaded.adder2d_dgrad_cpu(params, torch.get_num_threads())
+        if error:
+            raise _cpu_error("adder2d_grad_input", error)
         return grad_input
     error = loaded.adder2d_dgrad(params, torch._C._cuda_getCurrentRawStream(device))
     if error:
