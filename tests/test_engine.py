@@ -2,11 +2,9 @@
 
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -25,7 +23,7 @@ pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscri
 from test_converter import calibrated
 from test_onnx import CHECK, SmallResNet, needs_runtime
 
-from torch2trt_adder import Adder2d, adderize, convert, converter, engine, library
+from torch2trt_adder import Adder2d, adderize, convert, converter, engine, library, progress
 from torch2trt_adder.converter import rounding_bounds
 from torch2trt_adder.engine import Engine, build_engine
 from torch2trt_adder.models import addernet_mnist, resnet20
@@ -263,30 +261,12 @@ def test_weights_in_other_files(tmp_path: pathlib.Path, rtx: ModuleType) -> None
         assert build_engine(other, tmp_path / "x.plan", fp16=fp16, trt=rtx).stat().st_size > 10_000
 
 
-def test_progress(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anything over two seconds shows a line; anything below shows none."""
-    with engine.elapsed("Building x"):
-        pass
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(engine, "_PATIENCE", 0)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with engine.elapsed("Building x") as bar:
-        bar.phase("timing", 7)
-        bar.step()
-        time.sleep(1)
-    assert re.search(r"Building x: \d+ s, timing 1/7", capsys.readouterr().err)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    with engine.elapsed("Building y"):
-        time.sleep(1)
-    assert capsys.readouterr().err.count("Building y: ") <= 2  # a log is not to fill up
-
-
 def test_monitor_is_called(
     plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(engine._Bar, "phase", lambda self, name, steps: seen.append((name, steps)))
-    monkeypatch.setattr(engine._Bar, "step", lambda self: seen.append("step"))
+    monkeypatch.setattr(progress.Progress, "phase", lambda self, name, steps: seen.append((name, steps)))
+    monkeypatch.setattr(progress.Progress, "step", lambda self: seen.append("step"))
     build_engine(plain, tmp_path / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
     assert seen and any(s == "step" for s in seen)
 
@@ -294,7 +274,7 @@ def test_monitor_is_called(
 def test_ctrl_c_cancels_the_build(
     plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine._Bar, "step", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(progress.Progress, "step", lambda self: os.kill(os.getpid(), signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt):

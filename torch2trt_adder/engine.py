@@ -23,7 +23,6 @@ import signal
 import struct
 import sys
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -36,6 +35,7 @@ from tqdm import tqdm
 
 from . import files, library, plugin
 from .onnx_export import DOMAIN, OP_TYPE, adder_nodes, extents
+from .progress import elapsed
 
 Range = tuple[int, int, int]
 
@@ -484,51 +484,6 @@ def _ctrl_c(note: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-_PATIENCE = 2.0  # seconds that need no line
-
-
-class _Bar:
-    """A line on stderr that shows phase, steps and seconds, from the second second on."""
-
-    def __init__(self, title: str) -> None:
-        self._title, self._start, self._text = title, time.monotonic(), ""
-        self._steps, self._done = 0, 0
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def phase(self, name: str, steps: int) -> None:
-        self._text, self._steps, self._done = name, steps, 0
-
-    def step(self) -> None:
-        self._done += 1
-
-    def _run(self) -> None:
-        if self._end.wait(_PATIENCE):
-            return
-        interval = 0.2 if sys.stderr.isatty() else 10  # a log is not to fill up
-        with tqdm(bar_format="{desc}", leave=False) as bar:
-            while True:
-                steps = f", {self._text} {self._done}/{self._steps}" if self._steps else ""
-                bar.set_description_str(f"{self._title}: {time.monotonic() - self._start:.0f} s{steps}")
-                if self._end.wait(interval):
-                    return
-
-    def close(self) -> None:
-        self._end.set()
-        self._thread.join()
-
-
-@contextlib.contextmanager
-def elapsed(title: str) -> Iterator[_Bar]:
-    """Shows `title` and the seconds that have passed, for anything without a progress bar of its own."""
-    bar = _Bar(title)
-    try:
-        yield bar
-    finally:
-        bar.close()
 
 
 # ---- what a plan says about itself
