@@ -1,6 +1,7 @@
 """Progress of long work on stderr: a bar that is redrawn on a terminal, and now and then a plain line in a log."""
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -61,7 +62,9 @@ def _draw(progress: Progress, end: threading.Event) -> None:
         return
     from tqdm import tqdm  # keeps its line apart from what `tqdm.write` and other bars show
 
-    with tqdm(bar_format="{desc}", leave=False) as bar:
+    # Terminals of containers may have no width, for which tqdm would show nothing.
+    width = None if os.get_terminal_size(sys.stderr.fileno()).columns else 80
+    with tqdm(bar_format="{desc}", leave=False, ncols=width) as bar:
         while True:
             bar.set_description_str(f"{progress}{_bar(progress)}")
             if end.wait(_REDRAW):
