@@ -62,9 +62,9 @@ def _draw(progress: Progress, end: threading.Event) -> None:
         return
     from tqdm import tqdm  # keeps its line apart from what `tqdm.write` and other bars show
 
-    # Terminals of containers may have no width, for which tqdm would show nothing.
-    width = None if os.get_terminal_size(sys.stderr.fileno()).columns else 80
-    with tqdm(bar_format="{desc}", leave=False, ncols=width) as bar:
+    # Terminals of containers may have no size, for which tqdm would show nothing.
+    size = {} if all(os.get_terminal_size(sys.stderr.fileno())) else {"ncols": 80, "nrows": 24}
+    with tqdm(bar_format="{desc}", leave=False, **size) as bar:
         while True:
             bar.set_description_str(f"{progress}{_bar(progress)}")
             if end.wait(_REDRAW):
