@@ -73,6 +73,22 @@ def read(path: pathlib.Path) -> bytes:
         raise OSError(f"{path} cannot be read ({error.strerror}).") from error
 
 
+def check_readable(path: pathlib.Path) -> None:
+    """Checks that `path` is a file that can be read; call it before long work.
+
+    Raises:
+        OSError: a sentence with the file and the reason.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        path.stat()
+        if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise OSError(f"{path} cannot be read ({error.strerror}).") from error
+
+
 def check_apart(outputs: Mapping[str, pathlib.Path], inputs: Mapping[str, pathlib.Path]) -> None:
     """Refuses an output that would replace an input or another output; call it before any work.
 
