@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from . import files, programs
+from . import programs
 from .checkpoints import load_checkpoint
+from .module import Adder2d, _layer_fields
 
 Shape = tuple[int, ...]
 
@@ -111,6 +113,27 @@ def check_options(source: str, checkpoint: pathlib.Path | None, half: bool) -> N
     """
     if checkpoint is not None or half:
         raise ValueError(f"{source} has its parameters and types already; --checkpoint and --half are for functions.")
+
+
+def adder_layers(model: nn.Module | torch.export.ExportedProgram, args: Sequence[Any]) -> int:
+    """How many adder layers a network has, ours and third-party ones; without any, how often it calls `adder2d` itself."""
+    operator = torch.ops.torch2trt_adder.adder2d.default
+    if isinstance(model, torch.export.ExportedProgram):
+        return sum(node.target is operator for node in model.graph.nodes)
+    layers = sum(isinstance(layer, Adder2d) or _layer_fields(layer) is not None for layer in model.modules())
+    if layers:
+        return layers
+    calls = 0
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal calls
+            calls += func is operator
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Counter():
+        model(*args)
+    return calls
 
 
 # ---- inputs

@@ -7,7 +7,6 @@ from typing import Any
 
 from . import engine, files, library
 
-
 # Wherever the folder is mounted; options of tritonserver go through.
 _START = """#!/bin/sh
 folder=$(cd "$(dirname "$0")" && pwd)
