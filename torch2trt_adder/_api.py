@@ -1,4 +1,4 @@
-"""The public names of the package, all of which import torch. Imports of it register the converters."""
+"""The public names of the package, which `__init__` hands on. To import this is to load torch and register the converters."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -6,11 +6,18 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import ops
-from .checkpoints import load_checkpoint
-from .converter import convert
-from .engine import Engine, build_engine
-from .module import Adder2d, adderize, adopt, register_adder_class, scale_gradients, set_eta
-from .onnx_export import export_onnx
+from .checkpoints import load_checkpoint as load_checkpoint
+from .converter import convert as convert
+from .engine import Engine as Engine, build_engine as build_engine
+from .module import (
+    Adder2d as Adder2d,
+    adderize as adderize,
+    adopt as adopt,
+    register_adder_class as register_adder_class,
+    scale_gradients as scale_gradients,
+    set_eta as set_eta,
+)
+from .onnx_export import export_onnx as export_onnx
 
 
 def adder2d(

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from . import __version__, _load, streams
 from .files import check_apart, check_readable, check_writable
+from .sources import check_exportable, check_source
 
 _DESCRIPTION = """\
 Adder networks (AdderNet) on PyTorch and TensorRT. In Python:
@@ -127,8 +128,12 @@ def _check_files(options: argparse.Namespace) -> None:
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: two of them are one file.
+        ValueError: two of them are one file, or the model is not one.
     """
+    if "model" in options.reads:
+        check_source(options.model, options.checkpoint, options.half)
+        if options.verb is _export:
+            check_exportable(options.model)
     inputs, outputs = _paths(options, options.reads), _paths(options, options.writes)
     for path in inputs.values():
         check_readable(path)
@@ -140,11 +145,10 @@ def _check_files(options: argparse.Namespace) -> None:
 def _paths(options: argparse.Namespace, names: Mapping[str, str]) -> dict[str, pathlib.Path]:
     """The files among the options, by what they are."""
     values = {what: getattr(options, name) for name, what in names.items()}
-    suffixes = (".pt2",) if options.verb is _export else (".pt2", ".onnx")
     return {
         what: pathlib.Path(value)
         for what, value in values.items()
-        if isinstance(value, pathlib.Path) or isinstance(value, str) and value.endswith(suffixes)
+        if isinstance(value, pathlib.Path) or isinstance(value, str) and value.endswith((".pt2", ".onnx"))
     }
 
 
@@ -340,7 +344,8 @@ def _named_range(text: str) -> tuple[str, tuple[int, int, int]]:
     numbers = extents.split(":")
     if not name or len(numbers) != 3 or not all(number.isdigit() for number in numbers):
         raise argparse.ArgumentTypeError(f"must be an axis and three extents, as batch=1:8:64, got {text!r}")
-    return name, tuple(map(int, numbers))
+    least, usual, most = map(int, numbers)
+    return name, (least, usual, most)
 
 
 def _axis_range(text: str) -> tuple[int, tuple[int, int, int]]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from . import converter, engine, files, onnx_export
 from .comparison import Comparison
 from .engine import Engine, Range
-from .loading import Shape, adder_layers, check_options, example, load_model, random_inputs, source_file
+from .loading import Shape, adder_layers, example, load_model, random_inputs, source_file
 from .progress import elapsed
+from .sources import check_source
 
 # ---- verbs
 
@@ -111,7 +112,7 @@ def convert(
     if source.endswith((".pt2", ".onnx")):
         if route == "torch2trt":
             raise ValueError(f"torch2trt traces Python code, which {source} is not; leave --route out.")
-        check_options(source, checkpoint, half)
+        check_source(source, checkpoint, half)
         return _convert_file(source, path, shapes, dynamic, fp16, trust)
     with elapsed(f"Loading {source}"):
         model = load_model(source, checkpoint, half)
@@ -133,7 +134,7 @@ def convert(
             ]
     with elapsed(f"Converting {source}"):
         model_trt = converter.convert(model, args, route, fp16_mode=fp16, **options)
-    runner = model_trt.engine if isinstance(model_trt.engine, Engine) else model_trt  # nested outputs are wrapped
+    runner: Any = model_trt.engine if isinstance(model_trt.engine, Engine) else model_trt  # nested outputs are wrapped
     files.write(path, bytes(runner.engine.serialize()))
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, through {model_trt.route}, compared with PyTorch.")
     return {"file": str(path), "route": model_trt.route, "bytes": path.stat().st_size, "adder_layers": adders}
@@ -244,7 +245,7 @@ def check(
 ) -> dict[str, Any]:
     """PyTorch (or, for an ONNX file, ONNX Runtime) against the engine, on random inputs."""
     if source.endswith(".onnx"):
-        check_options(source, checkpoint, half)
+        check_source(source, checkpoint, half)
         _check_onnx_files(pathlib.Path(source), {})
     runner, usual, dtypes = _load(plan, shapes, host_code)
     bound: Callable[[list[Tensor]], list[float]] | None = None
@@ -323,7 +324,7 @@ def bench(plan: pathlib.Path, shapes: Sequence[Shape], runs: int, cuda_graph: bo
         times = engine.latencies(runner, inputs, runs)
     percentiles = {f"p{p}": times[min(len(times) - 1, round(p / 100 * (len(times) - 1)))] for p in (50, 90, 95, 99)}
     batch = shapes[0][0] if shapes and shapes[0] else 1
-    result = {
+    result: dict[str, Any] = {
         "shapes": dict(zip(runner.input_names, map(list, shapes))),
         "runs": runs,
         "cuda_graph": cuda_graph,

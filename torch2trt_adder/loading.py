@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from . import programs
 from .checkpoints import load_checkpoint
 from .module import Adder2d, _layer_fields
+from .sources import check_exportable, check_source
 
 Shape = tuple[int, ...]
 
@@ -39,16 +40,11 @@ def load_model(
         ValueError: `source` is not a model, or the .pt2 file cannot be loaded.
         OSError: a file cannot be read.
     """
-    if source.endswith(".onnx"):
-        raise ValueError(f"{source} is an ONNX file already; name a function or a .pt2 file.")
+    check_exportable(source)
+    check_source(source, checkpoint, half)
     if source.endswith(".pt2"):
-        check_options(source, checkpoint, half)
         return programs.load(pathlib.Path(source), trust)
     module_name, _, function = source.partition(":")
-    if not module_name or not function:
-        raise ValueError(
-            f"{source!r} is not a model: name a function as package.module:function, or a file that ends in .pt2 or .onnx."
-        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     module = _import(module_name, source)
@@ -105,16 +101,6 @@ def source_file(source: str) -> pathlib.Path | None:
     return None if file is None else pathlib.Path(file)
 
 
-def check_options(source: str, checkpoint: pathlib.Path | None, half: bool) -> None:
-    """Refuses what only a function's network can have.
-
-    Raises:
-        ValueError: `source` is a file.
-    """
-    if checkpoint is not None or half:
-        raise ValueError(f"{source} has its parameters and types already; --checkpoint and --half are for functions.")
-
-
 def adder_layers(model: nn.Module | torch.export.ExportedProgram, args: Sequence[Any]) -> int:
     """How many adder layers a network has, ours and third-party ones; without any, how often it calls `adder2d` itself."""
     operator = torch.ops.torch2trt_adder.adder2d.default
@@ -125,13 +111,13 @@ def adder_layers(model: nn.Module | torch.export.ExportedProgram, args: Sequence
         return layers
     calls = 0
 
-    class Counter(TorchDispatchMode):
+    class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal calls
             calls += func is operator
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), Counter():
+    with torch.no_grad(), Counter():  # type: ignore[no-untyped-call]
         model(*args)
     return calls
 

@@ -32,11 +32,6 @@ def write_repository(folder: pathlib.Path, plan: pathlib.Path, name: str, embedd
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"{name!r} cannot be a model's name; give --name letters, digits, _ and -.")
-    data = files.read(plan)
-    try:
-        version = engine.plan_version(data)
-    except ValueError as error:
-        raise ValueError(f"{plan} is {error}: build one with torch2trt-adder build.") from error
     folder = folder.resolve()
     model, config, start = folder / name / "1" / "model.plan", folder / name / "config.pbtxt", folder / "start.sh"
     plugin = folder / library.FILE_NAME
@@ -47,6 +42,11 @@ def write_repository(folder: pathlib.Path, plan: pathlib.Path, name: str, embedd
     files.check_apart(outputs, inputs)
     for path in outputs.values():
         files.check_writable(path)
+    data = files.read(plan)
+    try:
+        version = engine.plan_version(data)
+    except ValueError as error:
+        raise ValueError(f"{plan} is {error}: build one with torch2trt-adder build.") from error
     option = "version-compatible=true" if embedded else f'plugins="$folder/{library.FILE_NAME}"'
     if not embedded:
         files.write(plugin, files.read(library.path()), executable=True)
