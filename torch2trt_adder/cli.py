@@ -164,6 +164,13 @@ class _WrongUsage(SystemExit):
 
 
 class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Unlike argparse's, does not hide that stdout is full."""
+        if file is sys.stdout:
+            file.write(message)
+        else:
+            streams.tell(message.rstrip("\n"))
+
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         streams.tell(f"{self.prog}: error: {message}")
