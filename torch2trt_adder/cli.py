@@ -231,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--epochs", type=_positive, default=8, help="passes over the training digits (default: %(default)s)"
     )
+    demo.add_argument("--seed", type=_seed, default=0, help="of the random numbers (default: %(default)s)")
     demo.add_argument(
         "--checkpoint",
         type=pathlib.Path,
@@ -332,6 +333,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be 0 or more and below 2^63, got {value}")
+    return value
+
+
 def _tolerance(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
@@ -421,7 +429,7 @@ def _triton(o: argparse.Namespace) -> dict[str, Any]:
 def _demo(o: argparse.Namespace) -> dict[str, Any]:
     from . import demo
 
-    return demo.run(o.epochs, o.checkpoint)
+    return demo.run(o.epochs, o.checkpoint, o.seed)
 
 
 def _info(o: argparse.Namespace) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import programs
 from .checkpoints import load_checkpoint
-from .module import Adder2d, _layer_fields
+from .converter import _layer_fields  # type: ignore[attr-defined]
+from .module import Adder2d
 from .sources import check_exportable, check_source
 
 Shape = tuple[int, ...]
