@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import ops
+from .checkpoints import load_checkpoint
 from .converter import convert
 from .engine import Engine, build_engine
 from .module import Adder2d, adderize, adopt, register_adder_class, scale_gradients, set_eta
@@ -24,6 +25,7 @@ __all__ = [
     "build_engine",
     "convert",
     "export_onnx",
+    "load_checkpoint",
     "register_adder_class",
     "scale_gradients",
     "set_eta",
