@@ -56,10 +56,8 @@ def load_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:
         with torch.no_grad():
             for key, value in before.items():
                 live[key].copy_(value)
-        name = type(model).__name__
-        raise RuntimeError(
-            f"the checkpoint {path} does not fit {name}: {_misfits(state, live) or ' '.join(str(error).split())}"
-        ) from error
+        reason = _misfits(state, live) or " ".join(str(error).split())
+        raise RuntimeError(f"the checkpoint {path} does not fit {type(model).__name__}: {reason}") from error
     return model
 
 
