@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--epochs", type=_positive, default=8, help="passes over the training digits (default: %(default)s)"
     )
+    demo.add_argument("--seed", type=_seed, default=0, help="of the random numbers (default: %(default)s)")
     demo.add_argument(
         "--checkpoint",
         type=pathlib.Path,
@@ -211,6 +212,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be 0 or more and below 2^63, got {value}")
+    return value
+
+
 def _tolerance(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
@@ -284,7 +292,7 @@ def _triton(o: argparse.Namespace) -> dict[str, Any]:
 def _demo(options: argparse.Namespace) -> dict[str, Any]:
     from . import demo
 
-    return demo.run(options.epochs, options.checkpoint)
+    return demo.run(options.epochs, options.checkpoint, options.seed)
 
 
 # ---- info
