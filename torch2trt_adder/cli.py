@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "train a small AdderNet on handwritten digits; with a GPU and TensorRT, convert it and compare"
     demo = verb("demo", _demo, about, " Under a minute on two CPU cores.", writes={"checkpoint": "the checkpoint"})
     demo.add_argument(
-        "--epochs", type=_positive, default=8, help="passes over the training digits (default: %(default)s)"
+        "--epochs", type=_positive, default=10, help="passes over the training digits (default: %(default)s)"
     )
     demo.add_argument("--seed", type=_seed, default=0, help="of the random numbers (default: %(default)s)")
     demo.add_argument(
