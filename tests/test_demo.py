@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch2trt_adder import cli, demo, load_checkpoint, training
+from torch2trt_adder import cli, converter, demo, load_checkpoint, training
 from torch2trt_adder.models import addernet_mnist
 
 CHECKPOINT = "my digits.pth"  # the space must be quoted in what is printed
@@ -52,7 +52,7 @@ def test_the_next_commands_work_as_printed(done: tuple[pathlib.Path, subprocess.
     lines = result.stderr.split("Next, with the network in that checkpoint:\n", 1)[1].splitlines()
     assert [line.strip() for line in lines[: len(commands)]] == commands
     verbs = [command.split(" -m torch2trt_adder ", 1)[1].split()[0] for command in commands]
-    engine = ["convert", "check", "bench"] if cli.converter.missing() is None else []
+    engine = ["convert", "check", "bench"] if converter.missing() is None else []
     assert verbs == ["export", *engine]
     for command in commands:
         ran = shell(folder, command)

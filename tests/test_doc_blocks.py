@@ -24,7 +24,7 @@ from torch2trt_adder import __version__, cli, library
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = pathlib.Path(cli.__file__).resolve().parent
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```" in page.read_text()]
-ENGINE = cli.converter.missing()  # why no engine can be built here, or None
+ENGINE = converter.missing()  # why no engine can be built here, or None
 VERBS = ("convert", "build", "check", "bench", "inspect", "triton")  # those that need a GPU, or a plan that needed one
 
 

@@ -88,11 +88,12 @@ def build_engine(
     onnx_path, engine_path = pathlib.Path(onnx_path), pathlib.Path(engine_path)
     trt = plugin._tensorrt(trt)
     proto = _load_onnx(onnx_path)
-    if engine_path.resolve() == onnx_path.resolve():
-        raise ValueError(f"{engine_path} is the ONNX file itself; name another file for the engine.")
-    files.check_writable(engine_path)
+    outputs = {"the engine": engine_path}
     if timing_cache is not None:
-        files.check_writable(pathlib.Path(timing_cache))
+        outputs["the timing cache"] = pathlib.Path(timing_cache)
+    files.check_apart(outputs, {"the ONNX file": onnx_path})
+    for path in outputs.values():
+        files.check_writable(path)
     if fp16 and not hasattr(trt.BuilderFlag, "FP16"):
         to_float16(proto, onnx_path.parent)
     log = logger(trt)
