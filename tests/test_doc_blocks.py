@@ -19,7 +19,7 @@ import textwrap
 
 import pytest
 
-from torch2trt_adder import __version__, cli, library
+from torch2trt_adder import __version__, cli, converter, library
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = pathlib.Path(cli.__file__).resolve().parent
