@@ -14,6 +14,7 @@ Importing this file needs torch alone; exporting needs onnx and onnxscript, the 
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import inspect
 import json
@@ -24,7 +25,7 @@ import pathlib
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,7 @@ def _dynamic_shapes(args: tuple, dynamic: Axes | Sequence[Axes | None] | None) -
                 raise ValueError(f"export_onnx: input {i} has {tensor.dim()} axes and no axis {axis} ({name!r}).")
             if all(axis >= other.dim() for other in tensors):
                 raise ValueError(f"export_onnx: no input has an axis {axis} ({name!r}).")
+    _check_extents(tensors, each)
     remaining = iter(each)
 
     def shapes(leaf: Any) -> dict[int, str] | None:
@@ -183,6 +185,20 @@ def _dynamic_shapes(args: tuple, dynamic: Axes | Sequence[Axes | None] | None) -
     return tree_map(shapes, args)
 
 
+def _check_extents(tensors: Sequence[Tensor], each: Sequence[dict[int, str]]) -> None:
+    """Axes of one name must have one extent in the example, too."""
+    first: dict[str, tuple[int, int, int]] = {}
+    for i, (tensor, axes) in enumerate(zip(tensors, each)):
+        for axis, name in axes.items():
+            if axis < tensor.dim():
+                j, other, extent = first.setdefault(name, (i, axis, tensor.shape[axis]))
+                if tensor.shape[axis] != extent:
+                    raise ValueError(
+                        f"export_onnx: dynamic gives axis {other} of input {j} and axis {axis} of input {i} one name, {name!r}, "
+                        f"but their extents are {extent} and {tensor.shape[axis]}; give them different names."
+                    )
+
+
 def _axes(axes: Any) -> dict[int, str]:
     """One mapping of `dynamic`, checked; NumPy's integers are integers."""
     if not isinstance(axes, Mapping):
@@ -191,13 +207,21 @@ def _axes(axes: Any) -> dict[int, str]:
     for axis, name in axes.items():
         if not isinstance(axis, numbers.Integral) or isinstance(axis, bool) or not isinstance(name, str):
             raise _wrong_axes(axes)
-        if axis < 0 or not name.isidentifier():
+        if axis < 0 or not name:
             raise ValueError(
-                f'export_onnx: dynamic must map axes, counted from 0, to names of letters, digits and underscores, as '
-                f'{{0: "batch"}}, got {axes}.'
+                f'export_onnx: dynamic must map axes, counted from 0, to names, as {{0: "batch"}}, got {axes}.'
             )
         checked[int(axis)] = name
     return checked
+
+
+def _by_parameter(model: Any, shapes: tuple | None) -> tuple | None:
+    """`shapes` of the arguments as torch's exporter wants them: those of *args as one tuple."""
+    if shapes is None:
+        return None
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    i = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else len(shapes)
+    return (*shapes[:i], shapes[i:]) if i < len(shapes) else shapes
 
 
 def _wrong_axes(value: Any) -> TypeError:
@@ -343,11 +367,11 @@ def _export(
         try:
             program = torch.onnx.export(
                 model,
-                args,
+                (*args, {}),  # the exporter takes a dict at the end for keyword arguments
                 None,
                 opset_version=_EXPORTER_OPSET,
                 optimize=False,  # see onnx_graph
-                dynamic_shapes=dynamic_shapes,
+                dynamic_shapes=_by_parameter(model, dynamic_shapes),
                 dynamo=True,
                 external_data=False,
                 verbose=False,
@@ -360,9 +384,15 @@ def _export(
             if isinstance(cause, TypeError) and str(cause).startswith("adder2d:"):
                 raise cause from None
             try:
-                module(*args)
+                output = _call(module, *args)
             except Exception as own:
                 raise RuntimeError(f"export_onnx: the network itself fails on args: {type(own).__name__}: {own}") from own
+            for leaf in tree_leaves(output):
+                if leaf is not None and not isinstance(leaf, Tensor):
+                    raise RuntimeError(
+                        f"export_onnx: the network returns {type(leaf).__name__} {str(leaf)[:40]!r}, ONNX files return tensors "
+                        "only; make a tensor of it, or leave it out."
+                    ) from error
             raise RuntimeError(
                 f"export_onnx: torch's exporter cannot express the network: {type(cause).__name__}: {cause}"
             ) from error
@@ -375,6 +405,8 @@ def _export(
             f"export_onnx: the file has {inputs} inputs, args {tensors} tensors: an input that "
             "the network does not use was dropped by the exporter; leave it out of args."
         )
+    if not proto.graph.output:
+        raise RuntimeError("export_onnx: the network returns no tensor, so the file would hold nothing.")
     _name_nodes(proto)
     if dynamic_shapes is not None:
         _name_axes(proto, [axes for axes in tree_structure(args).flatten_up_to(dynamic_shapes) if axes is not None])
@@ -716,13 +748,25 @@ def run_onnxruntime(session: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
         raise RuntimeError(f"ONNX Runtime cannot run the model: {error}") from error
 
 
-def _run(model: nn.Module, args: tuple) -> list[Tensor]:
+def _call(model: Callable[..., Any], *args: Any) -> Any:
+    """The model's outputs; `args` stay as they are, even where the model writes into its inputs."""
     with torch.no_grad():
-        return [leaf.cpu() for leaf in tree_leaves(model(*args)) if isinstance(leaf, Tensor)]
+        return model(*tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, args))
+
+
+def _run(model: nn.Module, args: tuple) -> list[Tensor]:
+    return [leaf.cpu() for leaf in tree_leaves(_call(model, *args)) if isinstance(leaf, Tensor)]
 
 
 def _bounds(model: nn.Module, args: tuple) -> list[Tensor]:
-    return [leaf.cpu() for leaf in tree_leaves(converter.rounding_bounds(model, args)) if isinstance(leaf, Tensor)]
+    try:
+        bounds = converter.rounding_bounds(functools.partial(_call, model), args)
+    except NotImplementedError as error:  # of a dispatch mode, for torch.cond and the like
+        raise RuntimeError(
+            f"export_onnx: the check cannot follow this network ({str(error).splitlines()[0][:100]}); leave it out with "
+            "check=False (on the command line --no-check)."
+        ) from error
+    return [leaf.cpu() for leaf in tree_leaves(bounds) if isinstance(leaf, Tensor)]
 
 
 def _compare_with_adopted(own: nn.Module, adopted: nn.Module, args: tuple) -> None:
@@ -760,8 +804,13 @@ def _compare_with_onnxruntime(
 
     def compare(args: tuple, expected: list[Tensor], where: str = "", remedy: str = "please report this network") -> None:
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        bounds = _bounds(module, args)
-        _compare(run_onnxruntime(session, tensors), expected, bounds, "in ONNX Runtime", f"in PyTorch{where}", remedy)
+        try:
+            got = run_onnxruntime(session, tensors)
+        except RuntimeError as error:
+            if all(tensor.numel() for tensor in tensors):
+                raise
+            raise RuntimeError(f"export_onnx: args holds an empty tensor; give an example with values ({error}).") from error
+        _compare(got, expected, _bounds(module, args), "in ONNX Runtime", f"in PyTorch{where}", remedy)
 
     compare(args, _run(own, args))
     dims = [[dim if isinstance(dim, str) else None for dim in entry.shape] for entry in inputs]

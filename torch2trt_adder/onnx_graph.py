@@ -19,8 +19,8 @@ def finish(model: Any, input_names: Sequence[str] | None, output_names: Sequence
     graph = model.graph
     optimizer.inline(model)
     _separate_outputs(graph)
-    _name("input", graph.inputs, input_names)
-    _name("output", graph.outputs, output_names)
+    _name("input", graph.inputs, input_names, [])
+    _name("output", graph.outputs, output_names, graph.inputs)
     _make_names_unique(graph)
     if graph.opset_imports.get("", opset) < opset:
         version_converter.convert_version(model, opset, fallback=True)
@@ -46,7 +46,7 @@ def _separate_outputs(graph: Any) -> None:
         taken.add(id(value))
 
 
-def _name(what: str, values: Sequence[Any], names: Sequence[str] | None) -> None:
+def _name(what: str, values: Sequence[Any], names: Sequence[str] | None, others: Sequence[Any]) -> None:
     if names is None:
         return
     names = list(names)
@@ -54,6 +54,8 @@ def _name(what: str, values: Sequence[Any], names: Sequence[str] | None) -> None
         raise ValueError(
             f"export_onnx: {what}_names must hold {len(values)} different names, one for each {what}, got {names}."
         )
+    for name in {other.name for other in others} & set(names):
+        raise ValueError(f"export_onnx: {what}_names holds {name!r}, which is the name of an input; choose another.")
     for value, name in zip(values, names):
         value.name = name
 
