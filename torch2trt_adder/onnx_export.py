@@ -350,6 +350,23 @@ def _translation() -> Any:
     return adder2d
 
 
+def _scalar_tensor_translation() -> Any:
+    """That of torch.ops.aten.scalar_tensor, which the exporter rounds to float32 even where it is float64."""
+    import onnx
+    import onnxscript
+
+    op = onnxscript.opset18
+
+    def scalar_tensor(s, dtype=onnx.TensorProto.FLOAT, layout=None, device=None, pin_memory=None):
+        if not isinstance(s, bool | int | float):  # computed from an extent
+            return op.Cast(s, to=dtype)
+        array = np.array(s, np.float64 if isinstance(s, float) else np.int64)
+        value = op.Constant(value=onnx.numpy_helper.from_array(array))
+        return value if dtype == onnx.helper.np_dtype_to_tensor_dtype(array.dtype) else op.Cast(value, to=dtype)
+
+    return scalar_tensor
+
+
 def _export(
     model: nn.Module | torch.export.ExportedProgram,
     module: nn.Module,
@@ -375,7 +392,10 @@ def _export(
                 dynamo=True,
                 external_data=False,
                 verbose=False,
-                custom_translation_table={ops._adder2d: _translation()},
+                custom_translation_table={
+                    ops._adder2d: _translation(),
+                    torch.ops.aten.scalar_tensor.default: _scalar_tensor_translation(),
+                },
             )
         except RuntimeError as error:  # OnnxExporterError is one, what its passes raise is another
             cause: BaseException = error
@@ -785,7 +805,8 @@ def _compare_with_adopted(own: nn.Module, adopted: nn.Module, args: tuple) -> No
             f"export_onnx: the network fails on args once its adder layers are replaced by Adder2d: {type(error).__name__}: "
             f"{error}; {_NOT_AN_ADDER}."
         ) from error
-    _compare(got, expected, bounds, "with its adder layers replaced by Adder2d", "as it is", _NOT_AN_ADDER)
+    sides = "the network with Adder2d in place of its adder layers", "the network as it is"
+    _compare(got, expected, bounds, sides, "", _NOT_AN_ADDER)
 
 
 _NOT_AN_ADDER = (
@@ -810,7 +831,7 @@ def _compare_with_onnxruntime(
             if all(tensor.numel() for tensor in tensors):
                 raise
             raise RuntimeError(f"export_onnx: args holds an empty tensor; give an example with values ({error}).") from error
-        _compare(got, expected, _bounds(module, args), "in ONNX Runtime", f"in PyTorch{where}", remedy)
+        _compare(got, expected, _bounds(module, args), ("ONNX Runtime", "PyTorch"), where, remedy)
 
     compare(args, _run(own, args))
     dims = [[dim if isinstance(dim, str) else None for dim in entry.shape] for entry in inputs]
@@ -841,28 +862,29 @@ def _double(extent: int, least: int, most: int | None) -> int:
 
 
 def _compare(
-    got: list[Tensor], expected: list[Tensor], bounds: list[Tensor], where: str, reference: str, remedy: str
+    got: list[Tensor], expected: list[Tensor], bounds: list[Tensor], sides: tuple[str, str], where: str, remedy: str
 ) -> None:
-    """Raises RuntimeError where an output computed `where` is further from that of the `reference` than its bound."""
+    """Raises RuntimeError where an output of the first side is further from the second's than its bound."""
+    first, second = sides
     if len(got) != len(expected):
         raise RuntimeError(
-            f"export_onnx: the network has {len(got)} outputs {where} and {len(expected)} {reference}; {remedy}."
+            f"export_onnx: there are {len(got)} outputs in {first} and {len(expected)} in {second}{where}; {remedy}."
         )
     for i, (y, y0, bound) in enumerate(zip(got, expected, bounds, strict=True)):
         if y.shape != y0.shape or y.dtype is not y0.dtype:
             raise RuntimeError(
-                f"export_onnx: output {i} is {y.dtype} {list(y.shape)} {where} and {y0.dtype} {list(y0.shape)} {reference}; "
-                f"{remedy}."
+                f"export_onnx: output {i} is {y.dtype} {list(y.shape)} in {first} and {y0.dtype} {list(y0.shape)} in "
+                f"{second}{where}; {remedy}."
             )
         most = torch.finfo(y0.dtype).max if y0.is_floating_point() else torch.inf
         y, y0 = y.double(), y0.double()
-        # Where PyTorch's value is infinite, one that is nearly too large is as good.
+        # Where the second is infinite, a number that is nearly too large is as good.
         y = torch.where(y0.isinf(), y.clamp(-most, most), y)
         y0 = y0.clamp(-most, most)
         numbers = ~y0.isnan()
         difference = (y - y0)[numbers].abs().max().item() if numbers.any() else 0.0
         if not difference <= bound.item() or not bool((y.isnan() == y0.isnan()).all()):
             raise RuntimeError(
-                f"export_onnx: output {i} {where} differs from that {reference} by up to {difference:.3g}, beyond the "
+                f"export_onnx: output {i} differs between {first} and {second} by up to {difference:.3g}{where}, beyond the "
                 f"{bound.item():.3g} that rounding explains; {remedy}."
             )
