@@ -19,7 +19,6 @@ import json
 import numbers
 import pathlib
 import re
-import signal
 import struct
 import sys
 import threading
@@ -34,8 +33,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import files, library, plugin
-from .onnx_export import DOMAIN, OP_TYPE, adder_nodes, extents
+from . import files, interrupts, library, onnx_nodes, plugin
+from .onnx_nodes import DOMAIN, OP_TYPE, adder_nodes, extents
 
 Range = tuple[int, int, int]
 
@@ -82,14 +81,13 @@ def build_engine(
     Raises:
         RuntimeError: onnx or TensorRT is missing; TensorRT refuses the file or builds no engine, with its reasons.
         ValueError: a dynamic axis without a range, a range that is none or beyond what the file holds for, or one for an
-            axis that is not there.
-        OSError: a file that cannot be read or written.
+            axis that is not there; an Adder2d node that cannot be computed; one path given twice.
+        OSError: a file that cannot be read or written, or that holds weights of the ONNX file and is missing.
     """
     onnx_path, engine_path = pathlib.Path(onnx_path), pathlib.Path(engine_path)
     trt = plugin._tensorrt(trt)
     proto = _load_onnx(onnx_path)
-    if engine_path.resolve() == onnx_path.resolve():
-        raise ValueError(f"{engine_path} is the ONNX file itself; name another file for the engine.")
+    _check_paths(proto, onnx_path, engine_path, timing_cache)
     files.check_writable(engine_path)
     if timing_cache is not None:
         files.check_writable(pathlib.Path(timing_cache))
@@ -123,6 +121,23 @@ def build_engine(
     return engine_path
 
 
+def _check_paths(
+    proto: Any, onnx_path: pathlib.Path, engine_path: pathlib.Path, timing_cache: str | pathlib.Path | None
+) -> None:
+    """Raises a ValueError where a file that will be written is one that is read, or is written twice."""
+    taken = [(onnx_path, "the ONNX file itself")]
+    taken += [(path, "a file of the ONNX file's weights") for path in onnx_nodes.external_files(proto, onnx_path.parent)]
+    for path, what in ((engine_path, "engine"), (timing_cache, "timing cache")):
+        if path is None:
+            continue
+        path = pathlib.Path(path)
+        for other, role in taken:
+            same_file = path.exists() and other.exists() and path.samefile(other)  # hard links have two names
+            if same_file or path.resolve() == other.resolve():
+                raise ValueError(f"{path} is {role}; name another file for the {what}.")
+        taken.append((path, "the file of the engine"))
+
+
 def _lean_runtime(trt: ModuleType) -> str:
     """What to do where TensorRT cannot write version-compatible plans: it puts its lean runtime into them."""
     version = ".".join(trt.__version__.split(".")[:3])
@@ -134,7 +149,7 @@ def _lean_runtime(trt: ModuleType) -> str:
 
 
 def _load_onnx(path: pathlib.Path) -> Any:
-    """The onnx.ModelProto without the function Adder2d; tensors in other files stay there."""
+    """The onnx.ModelProto, checked, without the function Adder2d; tensors in other files stay there."""
     try:
         import onnx
     except ImportError as error:
@@ -149,6 +164,12 @@ def _load_onnx(path: pathlib.Path) -> Any:
         raise RuntimeError(f"{path} is no ONNX file: it holds no nodes.")
     for function in [f for f in proto.functions if (f.domain, f.name) == (DOMAIN, OP_TYPE)]:
         proto.functions.remove(function)
+    try:
+        onnx_nodes.check_external_files(proto, path.parent)
+        onnx_nodes.check_nodes(proto)
+        extents(proto)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
     return proto
 
 
@@ -466,24 +487,10 @@ def _progress(trt: ModuleType, config: Any, title: str, enabled: bool) -> Iterat
                     self.outer = None
 
         config.progress_monitor = monitor = Monitor()
-        with _ctrl_c(lambda: setattr(monitor, "interrupted", True)):
+        with interrupts.on_ctrl_c(lambda: setattr(monitor, "interrupted", True)):
             yield
         if monitor.interrupted:
             raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _ctrl_c(note: Callable[[], None]) -> Iterator[None]:
-    """Calls `note` instead of raising KeyboardInterrupt, which TensorRT would catch in a callback, print and forget."""
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not usual or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: note())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 _PATIENCE = 2.0  # seconds that need no line
@@ -564,13 +571,42 @@ def plan_version(plan: bytes) -> tuple[int, int, int] | None:
     return plan[24], plan[25], plan[26]
 
 
+def _read_plan(path: pathlib.Path) -> bytes:
+    """Raises an OSError of the class of the failure, FileNotFoundError above all."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise type(error)(f"the engine {path} cannot be read ({error.strerror}).") from error
+
+
+def _not_a_plan(data: bytes) -> str:
+    """What else than a plan some bytes are, and what to do, as the end of a sentence."""
+    again = "build it again on this machine (torch2trt-adder build)"
+    if not data:
+        return f"empty: {again}"
+    if data[:1] == b"\x08" and data[2:3] in (b"\x12", b"\x1a", b"\x3a"):  # a ModelProto's ir_version, then the next field
+        return "an ONNX file: make an engine of it with build_engine (torch2trt-adder build)"
+    return f"no TensorRT engine: {again}"
+
+
+def _cut_off(plan: bytes) -> str | None:
+    """How much of a plan is missing by the size in its header, as part of a sentence; None where nothing is."""
+    size = struct.unpack_from("<Q", plan, 16)[0]
+    if struct.unpack_from("<I", plan, 4)[0] != 0 or len(plan) >= size:
+        return None
+    return f"is cut off: it has {len(plan)} of {size} bytes; copy or build it again"
+
+
 def _deserialize(trt: ModuleType, plan: bytes, source: str, host_code: bool) -> tuple[Any, Any]:
     """Runtime and engine, or the reason why not."""
     remedy = "build it again on this machine (torch2trt-adder build)"
     try:
         version = plan_version(plan)
     except ValueError as error:
-        raise RuntimeError(f"{source} is {error}: {remedy}.") from error
+        raise RuntimeError(f"{source} is {_not_a_plan(plan)}.") from error
+    cut_off = _cut_off(plan)
+    if cut_off and plan.startswith(b"vtrt"):
+        raise RuntimeError(f"{source} {cut_off}.")
     here = tuple(int(n) for n in re.findall(r"\d+", trt.__version__)[:3])
     if version not in (None, here) and not host_code:
         raise RuntimeError(
@@ -588,6 +624,8 @@ def _deserialize(trt: ModuleType, plan: bytes, source: str, host_code: bool) -> 
     if host_code:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None and cut_off:
+        raise RuntimeError(f"{source} {cut_off}.")
     if engine is None:
         raise RuntimeError(
             f"TensorRT {trt.__version__} on {_gpu()} cannot load {source}: {log.reasons()}; {remedy}, or pass host_code=True "
@@ -622,6 +660,7 @@ class Engine(nn.Module):
 
     Raises:
         RuntimeError: no GPU or TensorRT; a plan of another TensorRT version or GPU, or none at all.
+        FileNotFoundError: the file is not there.
         OSError: the file cannot be read.
     """
 
@@ -641,7 +680,7 @@ class Engine(nn.Module):
         if isinstance(plan, (bytes, bytearray, memoryview)):
             self._load(bytes(plan), "the engine")
         elif plan is not None:
-            self._load(files.read(pathlib.Path(plan)), str(plan))
+            self._load(_read_plan(pathlib.Path(plan)), str(plan))
 
     def _load(self, plan: bytes, source: str) -> None:
         trt = self._trt = plugin._tensorrt(self._trt)
