@@ -187,13 +187,13 @@ def save_onnx(name: str, weights: str | None = None) -> None:
         (["export", "m.pt2", "sub/../m.pt2"], "the model"),
         (["convert", "m.pt2", "m.pt2"], "the model"),
         (["convert", "x.onnx", "x.onnx"], "the model"),
-        (["convert", "x.onnx", "w.bin"], "the file w.bin that holds weights of x.onnx"),
+        (["convert", "x.onnx", "w.bin"], "the file w.bin of its weights"),
         (["convert", "NETWORK:make", "c.pth", "--checkpoint", "c.pth", "--shape", "1x3x8x8"], "the checkpoint"),
         (["build", "x.onnx", "x.onnx"], "the ONNX file"),
-        (["build", "x.onnx", "w.bin"], "the file w.bin that holds weights of x.onnx"),
+        (["build", "x.onnx", "w.bin"], "the file w.bin of its weights"),
         (["build", "x.onnx", "x.plan", "--timing-cache", "x.plan"], "the engine"),
         (["build", "x.onnx", "x.plan", "--timing-cache", "x.onnx"], "the ONNX file"),
-        (["build", "x.onnx", "x.plan", "--timing-cache", "w.bin"], "the file w.bin that holds weights of x.onnx"),
+        (["build", "x.onnx", "x.plan", "--timing-cache", "w.bin"], "the file w.bin of its weights"),
         (["triton", ".", "start.sh"], "the plan"),
         (["triton", ".", "m/1/model.plan", "--name", "m"], "the plan"),
     ],
@@ -224,7 +224,7 @@ def test_weights_that_are_missing(arguments: list[str], capsys: pytest.CaptureFi
     save_onnx("x.onnx", "w.bin")
     pathlib.Path("w.bin").unlink()
     pathlib.Path("y").touch()
-    assert "x.onnx keeps weights in the file w.bin, which is not beside it" in failure(*arguments, capsys=capsys)
+    assert "the weights of the ONNX file lie in w.bin, which is not there" in failure(*arguments, capsys=capsys)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".x", "a b", "ümlaut", 'a"b', "a.b", "a\n"])

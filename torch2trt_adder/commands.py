@@ -4,7 +4,7 @@ import importlib.util
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -188,26 +188,9 @@ def _check_source(source: str, outputs: dict[str, pathlib.Path]) -> None:
 
 def _check_onnx_files(path: pathlib.Path, outputs: dict[str, pathlib.Path]) -> None:
     """Refuses outputs that are the ONNX file or one that its weights are in, and a file whose weights are missing."""
-    inputs = {"the ONNX file": path}
-    files.check_apart(outputs, inputs)
-    if importlib.util.find_spec("onnx") is None:  # what needs it says so
-        return
-    for name in sorted(set(_external_files(engine._load_onnx(path).graph))):
-        inputs[f"the file {name} that holds weights of {path}"] = path.parent / name
-        if not (path.parent / name).is_file():
-            raise ValueError(f"{path} keeps weights in the file {name}, which is not beside it; put it there.")
-    files.check_apart(outputs, inputs)
-
-
-def _external_files(graph: Any) -> Iterator[str]:
-    """The files of a graph's weights, relative to the ONNX file."""
-    attributes = [attribute for node in graph.node for attribute in node.attribute]
-    tensors = [*graph.initializer, *(tensor for a in attributes for tensor in (a.t, *a.tensors))]
-    for tensor in tensors:
-        yield from (entry.value for entry in tensor.external_data if entry.key == "location")
-    for attribute in attributes:
-        for inner in (attribute.g, *attribute.graphs):
-            yield from _external_files(inner)
+    files.check_apart(outputs, {"the ONNX file": path})
+    if importlib.util.find_spec("onnx") is not None:  # else what needs it says so
+        files.check_apart(outputs, engine.input_files(engine._load_onnx(path), path))
 
 
 def _check_axes(dynamic: dict[int, Range], there: set[int], what: str) -> None:

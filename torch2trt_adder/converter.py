@@ -245,11 +245,13 @@ def _dynamic_axes(
     least, usual, most = _shapes(tensors, options)
     axes: list[dict[int, str]] = [{} for _ in tensors]
     ranges = {}
+    extent_of: dict[str, int] = {}
     for i, (a, b, c) in enumerate(zip(least, usual, most)):
         for axis, extents in enumerate(zip(a, b, c)):
             if extents[0] != extents[2]:
-                # Axes of one range are taken for one and the same, which the exporter then finds out.
-                axes[i][axis] = f"axis{axis}_{extents[0]}_{extents[2]}"
+                # Axes of one range and one extent are taken for one and the same, which the exporter then finds out.
+                name, extent = f"axis{axis}_{extents[0]}_{extents[2]}", tensors[i].shape[axis]
+                axes[i][axis] = name if extent_of.setdefault(name, extent) == extent else f"{name}_{extent}"
                 ranges[f"{names[i]}:{axis}"] = (extents[0], min(max(extents[1], extents[0]), extents[2]), extents[2])
     return (axes if ranges else None), ranges
 
