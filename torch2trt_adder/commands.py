@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +38,8 @@ def export(
         model = load_model(source, checkpoint, half, trust)
     _check_source(source, {"the ONNX file": path})
     args = example(source, model, shapes, half)
-    with elapsed(f"Exporting {source}"):
+    with elapsed(f"Exporting {source}"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "export_onnx: .* has no adder layer")  # said below
         onnx_export.export_onnx(model, args, path, dynamic or None, opset=opset, check=check)
     import onnx
 
