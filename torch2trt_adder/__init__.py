@@ -10,8 +10,10 @@ from torch import Tensor
 
 from . import ops
 from .converter import convert
+from .convolutions import adderize
 from .engine import Engine, build_engine
-from .module import Adder2d, adderize, adopt, register_adder_class, scale_gradients, set_eta
+from .lookalikes import adopt, register_adder_class
+from .module import Adder2d, scale_gradients, set_eta
 from .onnx_export import export_onnx
 
 __version__ = "0.1.0"

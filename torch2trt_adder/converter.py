@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from . import compat
-from .module import _layer_fields, adopt
+from .lookalikes import _layer_fields, adopt
 
 _DTYPES = (torch.float32, torch.float16)
 _TRIALS, _FACTOR = 3, 2

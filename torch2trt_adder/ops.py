@@ -134,6 +134,24 @@ def as_pair(value: Any) -> tuple[int, int] | None:
     return None if len(pair) != 2 or None in pair else pair
 
 
+def pair_of(caller: str, name: str, value: Any, least: int) -> tuple[int, int]:
+    """(h, w) of a layer's attribute, or a ValueError."""
+    pair = as_pair(value)
+    if pair is None or min(pair) < least:
+        raise ValueError(f"{caller}: {name} must be an int or a pair of ints, each >= {least}, got {value!r}.")
+    if max(pair) >= 2**31:
+        raise ValueError(f"{caller}: {name} must be below 2^31, got {value!r}.")
+    return pair
+
+
+def count_of(caller: str, name: str, value: Any) -> int:
+    """A number of channels or groups, or a ValueError."""
+    number = as_integer(value)
+    if number is None or not 1 <= number < 2**31:
+        raise ValueError(f"{caller}: {name} must be an int >= 1 and below 2^31, got {value!r}.")
+    return number
+
+
 def _integer(name: str, value: Any) -> Any:
     """`value` as the schema accepts an int; symbols of a tracer stay what they are."""
     if isinstance(value, torch.SymInt | torch.fx.Proxy):

@@ -73,21 +73,17 @@ def create(
         trt: the TensorRT module; ``tensorrt`` where None.
 
     Raises:
-        ValueError: an attribute out of range.
+        ValueError: an attribute that is not an int, or out of range.
         RuntimeError: as `register`.
     """
     trt = _tensorrt(trt)
     values = {
-        "stride": _pair("stride", stride, 1),
-        "padding": _pair("padding", padding, 0),
-        "dilation": _pair("dilation", dilation, 1),
-        "groups": (int(groups),),
-        "output_type": (int(output_type),),
+        "stride": ops.pair_of("adder2d", "stride", stride, 1),
+        "padding": ops.pair_of("adder2d", "padding", padding, 0),
+        "dilation": ops.pair_of("adder2d", "dilation", dilation, 1),
+        "groups": (ops.count_of("adder2d", "groups", groups),),
+        "output_type": (_output_type(output_type, trt),),
     }
-    if int(groups) < 1:
-        raise ValueError(f"adder2d: groups must be at least 1, got {groups}.")
-    if int(output_type) not in (0, 1):
-        raise ValueError(f"adder2d: output_type must be trt.float32 (0) or trt.float16 (1), got {output_type}.")
     register(trt)
     creator = _find_creator(trt.get_plugin_registry())
     data = {field: np.array(value, np.int32) for field, value in values.items()}  # PluginField does not own its data
@@ -135,7 +131,12 @@ def add_adder2d(
     trt = _tensorrt(trt)
     weight = _float32_array(weight)
     bias = np.zeros(weight.shape[:1], np.float32) if bias is None else _float32_array(bias)
-    stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    stride, padding, dilation = (
+        ops.pair_of("adder2d", "stride", stride, 1),
+        ops.pair_of("adder2d", "padding", padding, 0),
+        ops.pair_of("adder2d", "dilation", dilation, 1),
+    )
+    groups = ops.count_of("adder2d", "groups", groups)
     _check_shapes(tuple(itensor.shape), weight.shape, bias.shape, stride, padding, dilation, groups)
     if itensor.dtype not in (trt.float32, trt.float16):
         raise ValueError(f"adder2d: x must be float32 or float16, got {itensor.dtype}; add a cast before the layer.")
@@ -184,11 +185,12 @@ def _find_creator(registry: Any) -> Any:
     return find(NAME, VERSION, NAMESPACE)
 
 
-def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = tuple(int(v) for v in value) if isinstance(value, Sequence) else (int(value),) * 2
-    if len(pair) != 2 or min(pair) < least or max(pair) > np.iinfo(np.int32).max:
-        raise ValueError(f"adder2d: {name} must be an int or a pair, each >= {least}, got {value}.")
-    return pair
+def _output_type(value: Any, trt: ModuleType) -> int:
+    """0 or 1 from a number or from a ``trt.DataType``, which is not an integer to Python."""
+    kind = int(value) if isinstance(value, trt.DataType) else ops.as_integer(value)
+    if kind not in (0, 1):
+        raise ValueError(f"adder2d: output_type must be trt.float32 (0) or trt.float16 (1), got {value!r}.")
+    return kind
 
 
 def _float32_array(tensor: np.ndarray | torch.Tensor) -> np.ndarray:
