@@ -27,8 +27,8 @@ def adderize(
 
     The new layers have the geometry, device, dtype, training mode, hooks and frozen state of the old ones, and new
     weights, N(0, 1) as published: a trained convolution's weights mean nothing to an adder layer, whose weights have
-    the scale of its inputs. So the network is to be trained, and it needs BatchNorm after each adder layer. Convolutions
-    that share one weight become adder layers that share one.
+    the scale of its inputs. So the network is to be trained, and it needs BatchNorm after each adder layer.
+    Convolutions that share one weight become adder layers that share one.
 
     Args:
         model: any module.
@@ -92,10 +92,8 @@ def _adderize_layer(module: nn.Conv2d, path: str, eta: float | None) -> Adder2d:
             f"adderize: {path} pads with {module.padding_mode!r}, and adder layers with zeros only; put the padding "
             f"into a layer of its own (torch.nn.functional.pad), {remedy}"
         )
-    padding = module.padding
-    if padding == "valid":
-        padding = (0, 0)
-    elif padding == "same":
+    padding = (0, 0) if isinstance(module.padding, str) else tuple(module.padding)  # "valid" is none
+    if module.padding == "same":
         total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         if any(t % 2 for t in total):
             raise ValueError(
@@ -117,7 +115,7 @@ def _adderize_layer(module: nn.Conv2d, path: str, eta: float | None) -> Adder2d:
         dtype=module.weight.dtype,
     )
     layer.adder.requires_grad_(module.weight.requires_grad)
-    if layer.b is not None:
+    if layer.b is not None and module.bias is not None:
         layer.b.requires_grad_(module.bias.requires_grad)
     return layer
 

