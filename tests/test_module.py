@@ -695,6 +695,24 @@ def test_adopt_refuses_what_cannot_run():
         adopt(nn.Sequential(Locked(3, 5, 3)))
 
 
+def test_adopt_proves_equal_layers_once(monkeypatch):
+    class Odd(adder2d):  # the same attributes, another function
+        def forward(self, x):
+            return -super().forward(x)
+
+    proofs, prove = [], lookalikes._why_it_differs
+    monkeypatch.setattr(lookalikes, "_why_it_differs", lambda *args: proofs.append(args) or prove(*args))
+    model = nn.Sequential(*(adder2d(3, 3, 3) for _ in range(4)), adder2d(3, 3, 3, 2), adder2d(3, 3, 3, bias=True))
+    adopt(model, inplace=False)
+    assert [layer.stride for layer, _ in proofs] == [1, 2, 1]
+    model[3].flag = True
+    adopt(model, inplace=False)
+    assert len(proofs) == 7
+    model[3] = Odd(3, 3, 3)
+    with pytest.raises(ValueError, match=r"adopt: 3 \(Odd\) does not compute adder2d"):
+        adopt(model)
+
+
 def test_adopt_of_a_large_network():
     """Published code holds [K, CRS, NPQ] at once: 57 MB for one pixel of ResNet-50's widest 3x3 layer and 6 outputs."""
     layer = adder2d(512, 512, 3, 1, 1).to("meta")

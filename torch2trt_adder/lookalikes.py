@@ -9,7 +9,7 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,11 +65,12 @@ def adopt(model: nn.Module, inplace: bool = True) -> nn.Module:
         UserWarning: a layer of a registered class cannot be tried here, so `register_adder_class` is trusted.
     """
     modules = dict(model.named_modules())
-    layers = {}
+    layers: dict[str, Adder2d] = {}
+    proven: dict[Hashable, int] = {}
     for path, module in modules.items():
         fields = _layer_fields(module)
         if fields is not None:
-            layers[path] = _proven_layer(module, fields, path or type(module).__name__)
+            layers[path] = _proven_layer(module, fields, path or type(module).__name__, proven)
     if not layers and not any(isinstance(module, Adder2d) for module in modules.values()):
         raise ValueError(_nothing_found(model, modules))
     if not inplace:
@@ -191,7 +192,8 @@ def _adopt_layer(module: nn.Module, fields: dict[str, Any], path: str) -> Adder2
 # ---- proving that a layer is what its attributes say
 
 
-def _proven_layer(module: nn.Module, fields: dict[str, Any], path: str) -> Adder2d:
+def _proven_layer(module: nn.Module, fields: dict[str, Any], path: str, proven: dict[Hashable, int]) -> Adder2d:
+    """`proven` keeps the groups by the keys of proven layers: a deep network repeats a few."""
     registered = any(cls in _adder_classes for cls in type(module).__mro__)
     layer = _adopt_layer(module, fields, path)
     name = f"{path} ({type(module).__name__})"
@@ -200,7 +202,9 @@ def _proven_layer(module: nn.Module, fields: dict[str, Any], path: str) -> Adder
             f"adopt: {name} would lose {lost}, which Adder2d does not have; if the layer computes adder2d without it, "
             "remove it first."
         )
-    reasons = []
+    key, reasons = _key(module, layer), []
+    if key in proven:
+        return _adopt_layer(module, {**fields, "groups": proven[key]}, path)
     for groups in [layer.groups] if registered else reversed(list(_possible_groups(module, fields))):
         layer = _adopt_layer(module, {**fields, "groups": groups}, path)
         try:
@@ -211,9 +215,20 @@ def _proven_layer(module: nn.Module, fields: dict[str, Any], path: str) -> Adder
                 return layer
             reason = f"{error}; move the network to the device that it needs, or register its class"
         if reason is None:
+            if key is not None:
+                proven[key] = groups
             return layer
         reasons.append(reason)
     raise ValueError(f"adopt: {name} {reasons[-1]}; register_adder_class tells the fields of other classes.")
+
+
+def _key(module: nn.Module, layer: Adder2d) -> Hashable:
+    """What the proof of a layer depends on, its weights apart; None where that is not known."""
+    attributes = {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
+    plain = int, float, str, type(None)
+    if module._modules or not all(isinstance(leaf, plain) for leaf in tree_leaves(list(attributes.values()))):
+        return None
+    return type(module), repr(attributes), repr(layer), layer.adder.shape, layer.adder.dtype, layer.adder.device
 
 
 def _lost(module: nn.Module, layer: Adder2d, registered: bool) -> Iterator[str]:
