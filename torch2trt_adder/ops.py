@@ -56,8 +56,8 @@ def adder2d(
         bias: [K] or None, dtype and device of the input.
         stride, padding, dilation: one int, or a pair for height and width.
         groups: divides C and K.
-        eta: of the adaptive scaling; None for the raw sum, as mixed precision, gradient accumulation and several GPUs
-            want it (`scale_gradients` says why).
+        eta: of the adaptive scaling; None for the raw sum, which mixed precision, gradient accumulation and several
+            GPUs need (`scale_gradients` says why).
 
     Returns:
         [N, K, P, Q] with the input's dtype, channels_last where the input is, else contiguous.
@@ -508,7 +508,7 @@ def _adder2d_cpu(input, weight, bias, stride, padding, dilation, groups):
     return output.to(dtype)
 
 
-# ---- forward on float64, which the kernels do not take: users' own reference, on any device
+# ---- forward on float64, which the kernels do not support: users' own reference, on any device
 
 
 def _adder2d_torch(input, weight, bias, stride, padding, dilation, groups):
@@ -674,7 +674,7 @@ def _grad_input_cpu(grad_output, input, weight, stride, padding, dilation, group
 
 
 def _grad_input_torch(grad_output, input, weight, stride, padding, dilation, groups):
-    """dx in float64, which the kernels do not take: tap by tap and filter by filter, for some samples at a time."""
+    """dx in float64, which the kernels do not support: tap by tap and filter by filter, for some samples at a time."""
     size = _output_size(_size(input), _size(weight), None, stride, padding, dilation, groups)
     _check_grad_size("adder2d_grad_input", _size(grad_output), size)
     (N, C, H, W), (K, _, R, S), (P, Q) = input.shape, weight.shape, grad_output.shape[2:]
@@ -1066,8 +1066,8 @@ def _below_autograd(*arguments):
 def _adder2d_autograd(input, weight, bias, stride, padding, dilation, groups, eta=ETA):
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "adder2d does not work inside torch.func.grad, vjp, jvp and their kin: its backward is AdderNet's rule, "
-            "no derivative; use backward() or torch.autograd.grad."
+            "adder2d does not work inside torch.func.grad, vjp, jvp and similar transforms: its backward is AdderNet's "
+            "rule, not the derivative; use backward() or torch.autograd.grad."
         )
     check_eta("adder2d_eta", eta)
     return _with_autograd(_below_autograd, input, weight, bias, stride, padding, dilation, groups, eta)
@@ -1075,8 +1075,8 @@ def _adder2d_autograd(input, weight, bias, stride, padding, dilation, groups, et
 
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError(
-        "adder2d has no second derivative: its backward is AdderNet's rule, no derivative; call backward() without "
-        "create_graph, or detach() the gradient."
+        "adder2d has no second derivative: its backward is AdderNet's rule, not the derivative; call backward() "
+        "without create_graph, or detach() the gradient."
     )
 
 

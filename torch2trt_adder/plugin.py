@@ -1,7 +1,7 @@
 """The TensorRT plugin ``Adder2d`` from Python: registration, creation, insertion into a network.
 
 The plugin takes three inputs, x [N, C, H, W] (float32 or float16), weight [K, C / groups, R, S] and bias [K] (float32), and
-gives y [N, K, P, Q] of type ``output_type`` whatever the type of x. It is an IPluginV2DynamicExt in TensorRT 8 and an
+returns y [N, K, P, Q] of type ``output_type`` whatever the type of x. It is an IPluginV2DynamicExt in TensorRT 8 and an
 IPluginV3 from TensorRT 10 on; both come from the one library of this package.
 
 TensorRT is imported by the first call that needs it, never by importing this module. Every function takes the module as
@@ -31,7 +31,7 @@ def register(trt: ModuleType | None = None) -> None:
     Engines with adder layers can be deserialised afterwards. Call it again after `deregister_library`.
 
     Raises:
-        RuntimeError: TensorRT is not installed, the library is missing, or the registry does not take it.
+        RuntimeError: TensorRT is not installed, the library is missing, or the registry rejects it.
     """
     trt = _tensorrt(trt)
     registry = trt.get_plugin_registry()
@@ -49,7 +49,7 @@ def register(trt: ModuleType | None = None) -> None:
             handle.adder2d_register_plugin()
     if _find_creator(registry) is None:
         raise RuntimeError(
-            f"The plugin registry of {_describe(trt)} does not take {path}: TensorRT's log says why; "
+            f"The plugin registry of {_describe(trt)} rejects {path}: TensorRT's log says why; "
             "the library serves TensorRT 8.5 to 11."
         )
 
@@ -151,13 +151,13 @@ def add_adder2d(
         constant = network.add_constant(tuple(array.shape), trt.Weights(array))
         _keep_alive(network, array)
         if constant is None:
-            raise RuntimeError(f"TensorRT does not take the {role} {array.shape} of {name or NAME} as a constant.")
+            raise RuntimeError(f"TensorRT rejects the {role} {array.shape} of {name or NAME} as a constant: its log says why.")
         if name:
             constant.name = f"{name}.{role}"
         inputs.append(constant.get_output(0))
     layer = network.add_plugin_v3(inputs, [], plugin) if version == 3 else network.add_plugin_v2(inputs, plugin)
     if layer is None:
-        raise RuntimeError(f"TensorRT does not take the plugin layer {name or NAME}: its log and stderr say why.")
+        raise RuntimeError(f"TensorRT rejects the plugin layer {name or NAME}: its log and stderr say why.")
     if name:
         layer.name = name
     return layer
