@@ -695,6 +695,27 @@ def test_adopt_refuses_what_cannot_run():
         adopt(nn.Sequential(Locked(3, 5, 3)))
 
 
+def test_adopted_copy_for_inference():
+    """What a layer would lose does not matter there, as long as its output now is the same."""
+    for lost in ("its parameter `scale`", "its buffer `mask`", "its attribute `temperature` = 0.5"):
+        model = nn.Sequential(spectral_norm(nn.Conv2d(3, 3, 1)), nn.Sequential(LOSSES[lost]())).eval()
+        expected = model(X)  # from here on the convolution has a weight that deepcopy refuses
+        twin = lookalikes.adopted_copy(model)
+        assert type(twin[1][0]) is Adder2d and twin[1][0].adder is model[1][0].adder and type(model[1][0]) is adder2d
+        torch.testing.assert_close(twin(X), expected, rtol=1e-5, atol=0)
+    assert type(lookalikes.adopted_copy(nn.Sequential(WRONG["noise in training"]()))[0]) is Adder2d
+    plain = nn.Sequential(nn.Conv2d(3, 3, 1), Adder2d(3, 3, 1))
+    assert lookalikes.adopted_copy(plain) is plain
+
+    masked = variant(lambda layer, x: reference.adder2d(x, layer.adder * layer.mask, None, 2, 1))
+    masked.register_buffer("mask", torch.ones(5, 3, 3, 3))
+    assert type(lookalikes.adopted_copy(nn.Sequential(masked.half()))[0]) is Adder2d
+    masked.mask[1, 1, 1, 1] = 0
+    for name, wrong in (("Variant", masked), ("Transposed", WRONG["transposed"]())):
+        with pytest.raises(ValueError, match=rf"adopt: 1 \({name}\) does not compute adder2d in evaluation mode"):
+            lookalikes.adopted_copy(nn.Sequential(nn.Identity(), wrong))
+
+
 def test_adopt_proves_equal_layers_once(monkeypatch):
     class Odd(adder2d):  # the same attributes, another function
         def forward(self, x):
@@ -704,7 +725,7 @@ def test_adopt_proves_equal_layers_once(monkeypatch):
     monkeypatch.setattr(lookalikes, "_why_it_differs", lambda *args: proofs.append(args) or prove(*args))
     model = nn.Sequential(*(adder2d(3, 3, 3) for _ in range(4)), adder2d(3, 3, 3, 2), adder2d(3, 3, 3, bias=True))
     adopt(model, inplace=False)
-    assert [layer.stride for layer, _ in proofs] == [1, 2, 1]
+    assert [layer.stride for layer, *_ in proofs] == [1, 2, 1]
     model[3].flag = True
     adopt(model, inplace=False)
     assert len(proofs) == 7

@@ -64,26 +64,56 @@ def adopt(model: nn.Module, inplace: bool = True) -> nn.Module:
     Warns:
         UserWarning: a layer of a registered class cannot be tried here, so `register_adder_class` is trusted.
     """
-    modules = dict(model.named_modules())
+    layers = _proven_layers(model, training=True)
+    if not layers and not any(isinstance(module, Adder2d) for module in model.modules()):
+        raise ValueError(_nothing_found(model))
+    if inplace:
+        modules = dict(model.named_modules())
+        return replace_layers(model, {modules[path]: layer for path, layer in layers.items()})
+    return _replace_as(layers, copy.deepcopy(model))
+
+
+def adopted_copy(model: nn.Module) -> nn.Module:
+    """`model` with its third-party adder layers adopted, for inference: a copy that shares all tensors.
+
+    It is `model` itself where it has none. As `adopt`, but a layer may lose what does not change its output now, and only
+    its evaluation mode is proved.
+
+    Raises:
+        ValueError: as `adopt`, except for a network without adder layers.
+    """
+    layers = _proven_layers(model, training=False)
+    if not layers:
+        return model
+    shared = [*model.parameters(), *model.buffers()]
+    for module in model.modules():  # weights that hooks compute, which cannot be copied
+        shared += [value for value in vars(module).values() if isinstance(value, Tensor)]
+    return _replace_as(layers, copy.deepcopy(model, {id(tensor): tensor for tensor in shared}))
+
+
+def _replace_as(layers: dict[str, Adder2d], model: nn.Module) -> nn.Module:
+    """Replaces the layers of a copy, where `layers` are to replace those of the original."""
+    replaced: dict[nn.Module, nn.Module] = {}
+    for path, layer in layers.items():
+        module = model.get_submodule(path)
+        fields = {**(_layer_fields(module) or {}), "groups": layer.groups}
+        replaced[module] = _adopt_layer(module, fields, path)
+    return replace_layers(model, replaced)
+
+
+def _proven_layers(model: nn.Module, training: bool) -> dict[str, Adder2d]:
+    """What may replace the third-party adder layers of a network, by path."""
     layers: dict[str, Adder2d] = {}
     proven: dict[Hashable, int] = {}
-    for path, module in modules.items():
+    for path, module in model.named_modules():
         fields = _layer_fields(module)
         if fields is not None:
-            layers[path] = _proven_layer(module, fields, path or type(module).__name__, proven)
-    if not layers and not any(isinstance(module, Adder2d) for module in modules.values()):
-        raise ValueError(_nothing_found(model, modules))
-    if not inplace:
-        model = copy.deepcopy(model)
-        for path, layer in layers.items():
-            module = model.get_submodule(path)
-            layers[path] = _adopt_layer(module, {**(_layer_fields(module) or {}), "groups": layer.groups}, path)
-        modules = dict(model.named_modules())
-    return replace_layers(model, {modules[path]: layer for path, layer in layers.items()})
+            layers[path] = _proven_layer(module, fields, path or type(module).__name__, training, proven)
+    return layers
 
 
-def _nothing_found(model: nn.Module, modules: dict[str, nn.Module]) -> str:
-    near = [path for path, module in modules.items() if isinstance(_tensor(module, "adder"), Tensor)]
+def _nothing_found(model: nn.Module) -> str:
+    near = [path for path, module in model.named_modules() if isinstance(_tensor(module, "adder"), Tensor)]
     return (
         f"adopt: {type(model).__name__} has no adder layer, that is, a module with a 4-D parameter `adder` and "
         "attributes `stride` and `padding`"
@@ -192,12 +222,14 @@ def _adopt_layer(module: nn.Module, fields: dict[str, Any], path: str) -> Adder2
 # ---- proving that a layer is what its attributes say
 
 
-def _proven_layer(module: nn.Module, fields: dict[str, Any], path: str, proven: dict[Hashable, int]) -> Adder2d:
+def _proven_layer(
+    module: nn.Module, fields: dict[str, Any], path: str, training: bool, proven: dict[Hashable, int]
+) -> Adder2d:
     """`proven` keeps the groups by the keys of proven layers: a deep network repeats a few."""
     registered = any(cls in _adder_classes for cls in type(module).__mro__)
     layer = _adopt_layer(module, fields, path)
     name = f"{path} ({type(module).__name__})"
-    for lost in _lost(module, layer, registered):
+    for lost in _lost(module, layer, registered) if training else ():
         raise ValueError(
             f"adopt: {name} would lose {lost}, which Adder2d does not have; if the layer computes adder2d without it, "
             "remove it first."
@@ -208,10 +240,10 @@ def _proven_layer(module: nn.Module, fields: dict[str, Any], path: str, proven: 
     for groups in [layer.groups] if registered else reversed(list(_possible_groups(module, fields))):
         layer = _adopt_layer(module, {**fields, "groups": groups}, path)
         try:
-            reason = _why_it_differs(module, layer)
+            reason = _why_it_differs(module, layer, training)
         except _CannotRun as error:
             if registered:
-                warnings.warn(f"adopt: {name} {error}; its registered fields are trusted.", stacklevel=3)
+                warnings.warn(f"adopt: {name} {error}; its registered fields are trusted.", stacklevel=4)
                 return layer
             reason = f"{error}; move the network to the device that it needs, or register its class"
         if reason is None:
@@ -226,7 +258,11 @@ def _key(module: nn.Module, layer: Adder2d) -> Hashable:
     """What the proof of a layer depends on, its weights apart; None where that is not known."""
     attributes = {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
     plain = int, float, str, type(None)
-    if module._modules or not all(isinstance(leaf, plain) for leaf in tree_leaves(list(attributes.values()))):
+    if (
+        next(lost_state(module, (layer.adder, layer.b)), None)
+        or module._modules
+        or not all(isinstance(leaf, plain) for leaf in tree_leaves(list(attributes.values())))
+    ):
         return None
     return type(module), repr(attributes), repr(layer), layer.adder.shape, layer.adder.dtype, layer.adder.device
 
@@ -251,7 +287,7 @@ class _CannotRun(Exception):
     """The forward of a layer failed; the text says how, as the end of a sentence about it."""
 
 
-def _why_it_differs(module: nn.Module, layer: Adder2d) -> str | None:
+def _why_it_differs(module: nn.Module, layer: Adder2d, training: bool) -> str | None:
     """What tells `module` from `layer`, as the end of a sentence about it, or None where both compute the same.
 
     A copy of the module runs, without its hooks and with random weights: those that it has may hide a difference (a
@@ -266,7 +302,7 @@ def _why_it_differs(module: nn.Module, layer: Adder2d) -> str | None:
     failures = []
     for device, shape in itertools.product(devices, _probe_shapes(layer)):
         try:
-            return _compare(module, layer, shape, device, dtype)
+            return _compare(module, layer, shape, device, dtype, (False, True) if training else (False,))
         except _CannotRun as error:
             failures.append(error)
     raise failures[0]
@@ -285,7 +321,12 @@ def _probe_shapes(layer: Adder2d) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _compare(
-    module: nn.Module, layer: Adder2d, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    module: nn.Module,
+    layer: Adder2d,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    modes: Sequence[bool],
 ) -> str | None:
     generator = torch.Generator().manual_seed(0)
 
@@ -301,11 +342,11 @@ def _compare(
         torch.autocast(device.type, enabled=False),
     ):
         try:
-            twin = _twin(module, [(layer.adder, weight), (layer.b, bias)])
+            twin = _twin(module, [(layer.adder, weight), (layer.b, bias)]).to(device, dtype)
         except Exception as error:
             raise _CannotRun(f"cannot be copied to be tried ({_first_line(error)})") from error
         expected = ops.adder2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-        for training in (False, True):
+        for training in modes:
             twin.train(training)
             try:
                 output = twin.forward(x.clone())

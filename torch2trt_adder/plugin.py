@@ -136,7 +136,7 @@ def add_adder2d(
         ops.pair_of("adder2d", "padding", padding, 0),
         ops.pair_of("adder2d", "dilation", dilation, 1),
     )
-    groups = ops.count_of("adder2d", "groups", groups)
+    groups, output_type = ops.count_of("adder2d", "groups", groups), _output_type(output_type, trt)
     _check_shapes(tuple(itensor.shape), weight.shape, bias.shape, stride, padding, dilation, groups)
     if itensor.dtype not in (trt.float32, trt.float16):
         raise ValueError(f"adder2d: x must be float32 or float16, got {itensor.dtype}; add a cast before the layer.")
