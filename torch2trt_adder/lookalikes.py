@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import ops
+from . import ops, reference
 from .module import HOOKS, Adder2d, lost_state, replace_layers
 
 LayerFields = Callable[[nn.Module], dict[str, Any]]
@@ -331,7 +331,7 @@ def _compare(
     generator = torch.Generator().manual_seed(0)
 
     def draw(size: tuple[int, ...]) -> Tensor:
-        return torch.randn(size, generator=generator, device="cpu", dtype=dtype).to(device)
+        return torch.randn(size, generator=generator, device="cpu", dtype=dtype)
 
     weight, bias = draw(layer.adder.shape), None if layer.b is None else draw(layer.b.shape)
     x = draw(shape)
@@ -345,11 +345,13 @@ def _compare(
             twin = _twin(module, [(layer.adder, weight), (layer.b, bias)]).to(device, dtype)
         except Exception as error:
             raise _CannotRun(f"cannot be copied to be tried ({_first_line(error)})") from error
-        expected = ops.adder2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+        exact = None if bias is None else bias.double()
+        expected = reference.adder2d(x.double(), weight.double(), exact, *geometry)
         for training in modes:
             twin.train(training)
             try:
-                output = twin.forward(x.clone())
+                output = twin.forward(x.to(device, copy=True))
             except Exception as error:
                 raise _CannotRun(
                     f"cannot be tried on an input {list(shape)} on {device} ({_first_line(error)})"
@@ -386,8 +388,8 @@ def difference(output: Any, expected: Tensor, bias: Tensor | None, length: int) 
         return f"its output is {output.dtype}"
     if output.shape != expected.shape:
         return f"its output is {list(output.shape)}, and adder2d's {list(expected.shape)}"
-    y, y0 = output.detach().double(), expected.detach().double()
-    offset = y0.new_zeros(()) if bias is None else bias.detach().double()[:, None, None]
+    y, y0 = output.detach().cpu().double(), expected.detach().cpu().double()
+    offset = y0.new_zeros(()) if bias is None else bias.detach().cpu().double()[:, None, None]
     eps = max(torch.finfo(t.dtype).eps for t in (output, expected))
     limit = 2 * (eps + 2 * torch.finfo(torch.float32).eps * math.sqrt(length)) * ((y0 - offset).abs() + offset.abs())
     wrong = ~((y - y0).abs() <= limit) & y0.isfinite()
