@@ -8,15 +8,10 @@ from torch import Tensor
 from . import ops
 from .checkpoints import load_checkpoint as load_checkpoint
 from .converter import convert as convert
+from .convolutions import adderize as adderize
 from .engine import Engine as Engine, build_engine as build_engine
-from .module import (
-    Adder2d as Adder2d,
-    adderize as adderize,
-    adopt as adopt,
-    register_adder_class as register_adder_class,
-    scale_gradients as scale_gradients,
-    set_eta as set_eta,
-)
+from .lookalikes import adopt as adopt, register_adder_class as register_adder_class
+from .module import Adder2d as Adder2d, scale_gradients as scale_gradients, set_eta as set_eta
 from .onnx_export import export_onnx as export_onnx
 
 

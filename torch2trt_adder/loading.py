@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import programs
 from .checkpoints import load_checkpoint
-from .converter import _layer_fields  # type: ignore[attr-defined]
+from .lookalikes import _layer_fields
 from .module import Adder2d
 from .sources import check_exportable, check_source
 
