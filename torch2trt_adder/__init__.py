@@ -1,6 +1,6 @@
 """Adder layers (AdderNet) as a PyTorch operator and module and as a TensorRT plugin with its torch2trt converter.
 
-Importing this needs torch alone. Where torch2trt or torch_tensorrt is installed, the import registers a converter with it.
+Importing this needs only torch. Where torch2trt or torch_tensorrt is installed, the import registers a converter with it.
 """
 
 import os

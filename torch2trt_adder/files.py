@@ -37,7 +37,7 @@ def write(path: pathlib.Path, data: bytes, executable: bool = False) -> None:
     Args:
         path: of a regular file or of none; a device, pipe or folder is refused.
         data: the whole contents.
-        executable: whoever may read the file may run it, too.
+        executable: whoever may read the file may also run it.
 
     Raises:
         OSError: a sentence with the file and the reason.

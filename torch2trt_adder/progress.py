@@ -38,7 +38,7 @@ def elapsed(title: str, total: int = 0, unit: str = "steps") -> Iterator[Progres
 
     Args:
         title: of the work, as "Building x.plan".
-        total: how many steps it has, if that is known beforehand; a log then has a last line, too.
+        total: how many steps it has, if that is known beforehand; a log then also has a last line.
         unit: what a step is, in the plural.
 
     Yields:
