@@ -205,6 +205,20 @@ def test_attributes_that_no_layer_can_have(trt_name: str) -> None:
         assert str(value) in str(raised.value)
 
 
+@pytest.mark.parametrize("value", [1.9, "23", "1", True, None, (1.0, 1), 2**31, np.float32(1), np.bool_(True)], ids=repr)
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation", "groups", "output_type"])
+def test_attributes_that_are_no_integers(trt_name: str, name: str, value: Any) -> None:
+    trt = importlib.import_module(trt_name)
+    with pytest.raises(ValueError, match=f"adder2d: {name} must be ") as raised:
+        plugin.create("layer", trt=trt, **{name: value})
+    assert repr(value) in str(raised.value)
+
+
+def test_numpy_integers_as_attributes(trt_name: str) -> None:
+    trt = importlib.import_module(trt_name)
+    assert plugin.create("layer", np.int64(2), np.array([1, 0]), [np.int32(1), 1], np.uint8(2), trt.float16, trt=trt)
+
+
 def test_creator_reports_bad_fields(trt_name: str, capfd: pytest.CaptureFixture) -> None:
     """Other users of the plugin, such as the ONNX parser, pass their fields straight to the creator."""
     trt = importlib.import_module(trt_name)
@@ -226,6 +240,11 @@ def test_network_without_plugin_layers() -> None:
     weight = torch.zeros(8, 4, 3, 3)
     with pytest.raises(ValueError, match=r"needs a weight \[K, 2, R, S\]"):
         plugin.add_adder2d(network, x, weight, groups=2, trt=trt)
+    for bad in ({"stride": 1.9}, {"padding": "11"}, {"dilation": 2**31}, {"groups": 1.0}, {"output_type": 0.5}):
+        (name,) = bad
+        with pytest.raises(ValueError, match=f"adder2d: {name} must be "):
+            plugin.add_adder2d(network, x, weight, **bad, trt=trt)
+    assert network.num_layers == 0
     with pytest.raises(ValueError, match=r"bias must be \[8\]"):
         plugin.add_adder2d(network, x, weight, torch.zeros(7), trt=trt)
     with pytest.raises(ValueError, match="does not fit"):

@@ -4,7 +4,6 @@ Importing this file needs torch alone. Where torch2trt is installed, it also imp
 ``torch2trt(model, [x])`` work on adder layers.
 """
 
-import copy
 import functools
 import importlib.util
 import math
@@ -21,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from . import compat
-from .module import _layer_fields, adopt
+from .lookalikes import adopted_copy as _adopted_copy
 
 _DTYPES = (torch.float32, torch.float16)
 _TRIALS, _FACTOR = 3, 2
@@ -245,11 +244,13 @@ def _dynamic_axes(
     least, usual, most = _shapes(tensors, options)
     axes: list[dict[int, str]] = [{} for _ in tensors]
     ranges = {}
+    extent_of: dict[str, int] = {}
     for i, (a, b, c) in enumerate(zip(least, usual, most)):
         for axis, extents in enumerate(zip(a, b, c)):
             if extents[0] != extents[2]:
-                # Axes of one range are taken for one and the same, which the exporter then finds out.
-                axes[i][axis] = f"axis{axis}_{extents[0]}_{extents[2]}"
+                # Axes of one range and one extent are taken for one and the same, which the exporter then finds out.
+                name, extent = f"axis{axis}_{extents[0]}_{extents[2]}", tensors[i].shape[axis]
+                axes[i][axis] = name if extent_of.setdefault(name, extent) == extent else f"{name}_{extent}"
                 ranges[f"{names[i]}:{axis}"] = (extents[0], min(max(extents[1], extents[0]), extents[2]), extents[2])
     return (axes if ranges else None), ranges
 
@@ -288,14 +289,6 @@ class _Structured(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         outputs = self.engine(*_tensors(inputs))
         return tree_unflatten([outputs] if isinstance(outputs, Tensor) else list(outputs), self._structure)
-
-
-def _adopted_copy(model: nn.Module) -> nn.Module:
-    """`model` with its foreign adder layers adopted: a copy that shares all tensors; itself without any."""
-    if all(_layer_fields(layer) is None for layer in model.modules()):
-        return model
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return adopt(copy.deepcopy(model, shared))
 
 
 def _contiguous(value: Any) -> Any:

@@ -32,7 +32,8 @@ from torch2trt import get_arg, tensorrt_converter
 
 from . import plugin
 from .engine import hold_float32
-from .module import Adder2d, _adopt_layer, _layer_fields
+from .lookalikes import _adopt_layer, _layer_fields
+from .module import Adder2d
 
 host = sys.modules["torch2trt.torch2trt"]  # the attribute torch2trt.torch2trt is the function
 _size = torch.Tensor.size  # before torch2trt replaces it
