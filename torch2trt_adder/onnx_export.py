@@ -1,13 +1,8 @@
 """export_onnx(): a network with adder layers as one ONNX file, checked against PyTorch.
 
 Each adder layer becomes one node ``torch2trt_adder::Adder2d``. TensorRT's parser makes the plugin of it; every other
-runtime runs the node's body, a local function of standard operators that travels in the same file.
-
-    y = Adder2d(x, weight, bias)      x [N, C, H, W], weight [K, C / groups, R, S], bias [K]  ->  y [N, K, P, Q]
-    stride, padding, dilation         two ints each, height before width
-    groups                            int
-    output_type                       int, TensorRT's DataType of y: 0 float32, 1 float16
-    plugin_namespace                  "": makes TensorRT 10.15 and newer prefer the plugin to the function
+runtime runs the node's body, a local function of standard operators that travels in the same file. onnx_nodes.py
+defines it.
 
 Importing this file needs torch alone; exporting needs onnx and onnxscript, the check onnxruntime.
 """
@@ -65,7 +60,8 @@ def export_onnx(
 ) -> pathlib.Path:
     """Writes `model` to one ONNX file that TensorRT 8.6 to 11 and ONNX Runtime read, and compares it with PyTorch.
 
-    Foreign adder layers (see `adopt`) are exported too; `model` stays as it is.
+    Adder layers of other packages (see `adopt`) are exported too, once the network with `Adder2d` in their place has given
+    the same outputs on `args`; `model` and `args` stay as they are. Warns where the network has no adder layer.
 
     Args:
         model: a network in eval mode, float32 or float16, on any device; or what torch.export gave.
@@ -86,9 +82,10 @@ def export_onnx(
 
     Raises:
         ValueError: the model is in training mode; names or axes that do not fit.
-        TypeError: an adder layer in bfloat16 or float64; no nn.Module, or no list of arguments.
+        TypeError: an adder layer in bfloat16 or float64; no nn.Module, or no list of arguments; `dynamic` of another type.
         RuntimeError: onnx, onnxscript or (for the check) onnxruntime is missing; the network cannot be exported in
-            that opset; ONNX Runtime computes something else than PyTorch.
+            that opset; ONNX Runtime, or the network with `Adder2d` in the place of its own adder layers, computes something
+            else than the network as it was given.
         OSError: the file cannot be written.
     """
     _need("onnx", "onnxscript")

@@ -107,9 +107,13 @@ def check_external_files(proto: Any, folder: pathlib.Path) -> None:
     """Raises an OSError unless the files beside the ONNX file that hold its tensors are all there, and complete."""
     for path, least in external_files(proto, folder).items():
         if not path.is_file():
-            raise FileNotFoundError(f"the weights of the ONNX file lie in {path}, which is not there; put it beside the file.")
+            raise FileNotFoundError(
+                f"the weights of the ONNX file lie in {path}, which is not there; put it beside the file."
+            )
         if path.stat().st_size < least:
-            raise OSError(f"{path} has {path.stat().st_size} bytes of the {least} that the ONNX file needs; copy it again.")
+            raise OSError(
+                f"{path} has {path.stat().st_size} bytes of the {least} that the ONNX file needs; copy it again."
+            )
 
 
 # ---- the node
@@ -148,7 +152,9 @@ def _check_graph(graph: Any, shapes: Mapping[str, Shape], types: Mapping[str, in
             try:
                 _check_node(node, shapes, types)
             except ValueError as error:
-                label = f" {node.name!r}" if node.name else f" with the output {node.output[0]!r}" if node.output else ""
+                label = (
+                    f" {node.name!r}" if node.name else f" with the output {node.output[0]!r}" if node.output else ""
+                )
                 raise ValueError(f"the Adder2d node{label} {error}; {_REMEDY}.") from None
         for attribute in node.attribute:
             for subgraph in (attribute.g, *attribute.graphs):
