@@ -141,6 +141,7 @@ def test_initialisation():
         ({"stride": True}, "stride must be an int or a pair of ints, each >= 1, got True"),
         ({"output_channel": True}, "output_channel must be an int >= 1, got True"),
         ({"output_channel": 8.0}, "output_channel must be an int >= 1, got 8.0"),
+        ({"kernel_size": {"h": 3, "w": 3}}, "kernel_size must be an int or a pair of ints, each >= 1, got {'h': 3"),
         ({"kernel_size": "33"}, "kernel_size must be an int or a pair of ints, each >= 1, got '33'"),
         ({"stride": 2**31}, "stride must be below 2.31, got 2147483648"),
         ({"dilation": (1, 2**31)}, "dilation must be below 2.31"),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import ops, reference
+from . import arguments, ops, reference
 from .module import HOOKS, Adder2d, lost_state, replace_layers
 
 LayerFields = Callable[[nn.Module], dict[str, Any]]
@@ -165,7 +165,7 @@ def _possible_groups(module: nn.Module, fields: dict[str, Any]) -> Iterator[Any]
         yield groups
         return
     for name in ("input_channel", "input_channels", "in_channel", "in_channels"):
-        total = ops.as_integer(getattr(module, name, None))
+        total = arguments.as_integer(getattr(module, name, None))
         if total is not None and total > 0 and channels > 0 and total % channels == 0:
             yield total // channels
             return
@@ -180,7 +180,7 @@ def _possible_groups(module: nn.Module, fields: dict[str, Any]) -> Iterator[Any]
 def _adopt_layer(module: nn.Module, fields: dict[str, Any], path: str) -> Adder2d:
     """An `Adder2d` with the parameters of `module`, which is not proved to compute the same."""
     unknown = set(fields) - {"weight", "bias", "stride", "padding", "dilation", "groups", "eta"}
-    weight, bias, groups = fields.get("weight"), fields.get("bias"), ops.as_integer(fields.get("groups", 1))
+    weight, bias, groups = fields.get("weight"), fields.get("bias"), arguments.as_integer(fields.get("groups", 1))
     for name, tensor in (("weight", weight), ("bias", bias)):
         if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
             raise ValueError(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import arguments, ops
 
 
 class Adder2d(nn.Module):
@@ -51,9 +51,9 @@ class Adder2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        input_channel = ops.count_of("Adder2d", "input_channel", input_channel)
-        output_channel = ops.count_of("Adder2d", "output_channel", output_channel)
-        groups = ops.count_of("Adder2d", "groups", groups)
+        input_channel = arguments.count_of("Adder2d", "input_channel", input_channel)
+        output_channel = arguments.count_of("Adder2d", "output_channel", output_channel)
+        groups = arguments.count_of("Adder2d", "groups", groups)
         if not isinstance(bias, bool | np.bool_):
             raise TypeError(
                 f"Adder2d: bias must be True or False, got {bias!r}; pass dilation and groups by name, whose places "
@@ -66,12 +66,12 @@ class Adder2d(nn.Module):
             )
         self.input_channel = input_channel
         self.output_channel = output_channel
-        self.kernel_size = ops.pair_of("Adder2d", "kernel_size", kernel_size, 1)
-        self.stride = ops.pair_of("Adder2d", "stride", stride, 1)
-        self.padding = ops.pair_of("Adder2d", "padding", padding, 0)
-        self.dilation = ops.pair_of("Adder2d", "dilation", dilation, 1)
+        self.kernel_size = arguments.pair_of("Adder2d", "kernel_size", kernel_size, 1)
+        self.stride = arguments.pair_of("Adder2d", "stride", stride, 1)
+        self.padding = arguments.pair_of("Adder2d", "padding", padding, 0)
+        self.dilation = arguments.pair_of("Adder2d", "dilation", dilation, 1)
         self.groups = groups
-        ops.check_eta("Adder2d", eta)
+        arguments.check_eta("Adder2d", eta)
         self.eta = eta
         self.bias = bool(bias)
         size = (output_channel, input_channel // groups, *self.kernel_size)
@@ -112,7 +112,7 @@ class Adder2d(nn.Module):
 
 def set_eta(model: nn.Module, eta: float | None) -> nn.Module:
     """Sets `eta` of all adder layers of a network and returns the network."""
-    ops.check_eta("set_eta", eta)
+    arguments.check_eta("set_eta", eta)
     for layer in _adder_layers("set_eta", model).values():
         layer.eta = eta
     return model
@@ -144,7 +144,7 @@ def scale_gradients(model: nn.Module, eta: float = ops.ETA) -> None:
     """
     if eta is None:
         raise ValueError("scale_gradients: eta must be a finite number above 0, got None.")
-    ops.check_eta("scale_gradients", eta)
+    arguments.check_eta("scale_gradients", eta)
     layers = _adder_layers("scale_gradients", model)
     for path, layer in layers.items():
         if layer.eta is not None:

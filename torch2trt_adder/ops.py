@@ -6,17 +6,15 @@ The gradients are AdderNet's rule and deliberately not the derivative; reference
 import functools
 import itertools
 import math
-import numbers
-import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import library
+from . import arguments, library
 
 # Plain torch code below works in pieces whose temporaries stay within this many bytes (or within one sample's input,
 # where that is larger). Pieces on the CPU fit its caches.
@@ -70,9 +68,10 @@ def adder2d(
     """
     pairs = _plain_pairs(stride, padding, dilation)
     if pairs is None:
-        stride, padding, dilation = map(_integers, ("stride", "padding", "dilation"), (stride, padding, dilation))
+        names = "stride", "padding", "dilation"
+        stride, padding, dilation = map(arguments.schema_pair, names, (stride, padding, dilation))
     if type(groups) is not int:
-        groups = _integer("groups", groups)
+        groups = arguments.schema_integer("groups", groups)
     if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
         from . import onnx_export
 
@@ -80,9 +79,9 @@ def adder2d(
             return onnx_export.symbol(input, weight, bias, stride, padding, dilation, groups)
     kernels = _kernels(input, weight, bias)
     if kernels is None:
-        _check_are_tensors(input, weight, bias)
+        arguments.check_are_tensors(input, weight, bias)
     if eta != ETA:
-        check_eta("adder2d", eta)
+        arguments.check_eta("adder2d", eta)
         # Whether a symbol of torch.fx will need a gradient is not known.
         if not isinstance(weight, torch.fx.Proxy) and not (weight.requires_grad and torch.is_grad_enabled()):
             eta = ETA
@@ -95,96 +94,6 @@ def adder2d(
     if torch.jit.is_tracing() or (_is_exporting() and not torch.compiler.is_dynamo_compiling()):
         return _adder2d(input, weight, bias, stride, padding, dilation, groups)
     return _adder2d_eta(input, weight, bias, stride, padding, dilation, groups, eta)
-
-
-def check_eta(caller: str, eta: float | None) -> None:
-    """Raises unless `eta` is None or a finite number above 0: a ValueError, or a TypeError for what is not a number."""
-    if eta is None:
-        return
-    if type(eta) is not float and (not isinstance(eta, numbers.Real | torch.SymFloat) or isinstance(eta, bool)):
-        shown = repr(eta) if isinstance(eta, bool | str) else f"a {type(eta).__name__}"
-        raise TypeError(f"{caller}: eta must be None or a finite number above 0, got {shown}.")
-    if not 0 < eta < math.inf:
-        raise ValueError(f"{caller}: eta must be None or a finite number above 0, got {eta!r}.")
-
-
-# ---- arguments as a convolution accepts them
-
-
-def as_integer(value: Any) -> int | None:
-    """`value` as an int where it is an integer (NumPy's included), else None. A bool is not an integer here."""
-    if type(value) is int:
-        return value
-    if isinstance(value, bool | Tensor):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def as_pair(value: Any) -> tuple[int, int] | None:
-    """(h, w) from an integer or a sequence or array of two, else None."""
-    number = as_integer(value)
-    if number is not None:
-        return number, number
-    if isinstance(value, str | bytes | Tensor) or not hasattr(value, "__getitem__") or not hasattr(value, "__len__"):
-        return None
-    pair = tuple(map(as_integer, value))
-    return None if len(pair) != 2 or None in pair else pair
-
-
-def pair_of(caller: str, name: str, value: Any, least: int) -> tuple[int, int]:
-    """(h, w) of a layer's attribute, or a ValueError."""
-    pair = as_pair(value)
-    if pair is None or min(pair) < least:
-        raise ValueError(f"{caller}: {name} must be an int or a pair of ints, each >= {least}, got {value!r}.")
-    if max(pair) >= 2**31:
-        raise ValueError(f"{caller}: {name} must be below 2^31, got {value!r}.")
-    return pair
-
-
-def count_of(caller: str, name: str, value: Any) -> int:
-    """A number of channels or groups, or a ValueError."""
-    number = as_integer(value)
-    if number is None or number < 1:
-        raise ValueError(f"{caller}: {name} must be an int >= 1, got {value!r}.")
-    if number >= 2**31:
-        raise ValueError(f"{caller}: {name} must be below 2^31, got {value!r}.")
-    return number
-
-
-def _integer(name: str, value: Any) -> Any:
-    """`value` as the schema accepts an int; symbols of a tracer stay what they are."""
-    if isinstance(value, torch.SymInt | torch.fx.Proxy):
-        return value
-    number = as_integer(value)
-    if number is None:
-        raise TypeError(f"adder2d: {name} must be an int, got {value!r}.")
-    return number
-
-
-def _integers(name: str, value: Any) -> Any:
-    """`value` as the schema accepts an int[2]; its length is checked with the shapes."""
-    if isinstance(value, tuple | list):
-        return [_integer(name, v) for v in value]
-    if isinstance(value, torch.SymInt | torch.fx.Proxy):
-        return value
-    pair = as_pair(value)
-    if pair is None:
-        raise TypeError(f"adder2d: {name} must be an int or a pair of ints, got {value!r}.")
-    return pair
-
-
-def _check_are_tensors(input: Any, weight: Any, bias: Any) -> None:
-    # A class of its own, such as a tracer's proxy, has __torch_function__.
-    for name, value in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(value, Tensor) and not hasattr(type(value), "__torch_function__"):
-            if name != "bias" or value is not None:
-                wanted = "a torch.Tensor or None" if name == "bias" else "a torch.Tensor"
-                raise TypeError(
-                    f"adder2d: {name} must be {wanted}, got a {type(value).__name__}; convert it with torch.as_tensor."
-                )
 
 
 # ---- schemas
@@ -359,10 +268,10 @@ def _adder2d_fake(input, weight, bias, stride, padding, dilation, groups):
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
 
 
-def _adder2d_eta_fake(*arguments):
-    *arguments, eta = arguments
-    check_eta("adder2d_eta", eta)
-    return _adder2d_fake(*arguments)
+def _adder2d_eta_fake(*options):
+    *options, eta = options
+    arguments.check_eta("adder2d_eta", eta)
+    return _adder2d_fake(*options)
 
 
 def _grad_fake(caller, grad_output, input, weight, *geometry):
@@ -376,7 +285,7 @@ def _grad_input_fake(grad_output, input, weight, stride, padding, dilation, grou
 
 
 def _grad_weight_fake(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
-    check_eta("adder2d_grad_weight", eta)
+    arguments.check_eta("adder2d_grad_weight", eta)
     _grad_fake("adder2d_grad_weight", grad_output, input, weight, stride, padding, dilation, groups)
     dtype = _sum_dtype(weight.dtype)
     return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=_memory_format(weight))
@@ -815,7 +724,7 @@ def _grad_weight_plan(
 def _grad_weight_cuda(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
     """dw = sum over n,p,q of dy * (x - w) by adder2d_wgrad, often after the weight gradient of a convolution."""
     _check_grad_arguments("adder2d_grad_weight", grad_output, input, weight)
-    check_eta("adder2d_grad_weight", eta)
+    arguments.check_eta("adder2d_grad_weight", eta)
     device = input.get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
@@ -863,7 +772,7 @@ def _grad_weight_cuda(grad_output, input, weight, stride, padding, dilation, gro
 
 def _grad_weight_cpu(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
     _check_grad_arguments("adder2d_grad_weight", grad_output, input, weight)
-    check_eta("adder2d_grad_weight", eta)
+    arguments.check_eta("adder2d_grad_weight", eta)
     return _grad_weight_torch(grad_output, input, weight, stride, padding, dilation, groups, eta)
 
 
@@ -920,10 +829,10 @@ for _device, _implementations in _KERNELS.items():
     for _name, _function in zip(("adder2d", "adder2d_grad_input", "adder2d_grad_weight"), _implementations, strict=True):
         _library.impl(_name, _function, _device)
 # Reached in inference mode only: elsewhere Autograd is there to turn it into adder2d.
-def _adder2d_eta_inference(*arguments):
-    *arguments, eta = arguments
-    check_eta("adder2d_eta", eta)
-    return _adder2d(*arguments)
+def _adder2d_eta_inference(*options):
+    *options, eta = options
+    arguments.check_eta("adder2d_eta", eta)
+    return _adder2d(*options)
 
 
 _library.impl("adder2d_eta", _adder2d_eta_inference, "CompositeExplicitAutograd")
@@ -1070,7 +979,7 @@ def _adder2d_autograd(input, weight, bias, stride, padding, dilation, groups, et
             "adder2d does not work inside torch.func.grad, vjp, jvp and similar transforms: its backward is AdderNet's "
             "rule, not the derivative; use backward() or torch.autograd.grad."
         )
-    check_eta("adder2d_eta", eta)
+    arguments.check_eta("adder2d_eta", eta)
     return _with_autograd(_below_autograd, input, weight, bias, stride, padding, dilation, groups, eta)
 
 

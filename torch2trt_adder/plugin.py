@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import library, ops
+from . import arguments, library, ops
 
 NAME = "Adder2d"
 VERSION = "1"
@@ -78,10 +78,10 @@ def create(
     """
     trt = _tensorrt(trt)
     values = {
-        "stride": ops.pair_of("adder2d", "stride", stride, 1),
-        "padding": ops.pair_of("adder2d", "padding", padding, 0),
-        "dilation": ops.pair_of("adder2d", "dilation", dilation, 1),
-        "groups": (ops.count_of("adder2d", "groups", groups),),
+        "stride": arguments.pair_of("adder2d", "stride", stride, 1),
+        "padding": arguments.pair_of("adder2d", "padding", padding, 0),
+        "dilation": arguments.pair_of("adder2d", "dilation", dilation, 1),
+        "groups": (arguments.count_of("adder2d", "groups", groups),),
         "output_type": (_output_type(output_type, trt),),
     }
     register(trt)
@@ -132,11 +132,11 @@ def add_adder2d(
     weight = _float32_array(weight)
     bias = np.zeros(weight.shape[:1], np.float32) if bias is None else _float32_array(bias)
     stride, padding, dilation = (
-        ops.pair_of("adder2d", "stride", stride, 1),
-        ops.pair_of("adder2d", "padding", padding, 0),
-        ops.pair_of("adder2d", "dilation", dilation, 1),
+        arguments.pair_of("adder2d", "stride", stride, 1),
+        arguments.pair_of("adder2d", "padding", padding, 0),
+        arguments.pair_of("adder2d", "dilation", dilation, 1),
     )
-    groups, output_type = ops.count_of("adder2d", "groups", groups), _output_type(output_type, trt)
+    groups, output_type = arguments.count_of("adder2d", "groups", groups), _output_type(output_type, trt)
     _check_shapes(tuple(itensor.shape), weight.shape, bias.shape, stride, padding, dilation, groups)
     if itensor.dtype not in (trt.float32, trt.float16):
         raise ValueError(f"adder2d: x must be float32 or float16, got {itensor.dtype}; add a cast before the layer.")
@@ -151,7 +151,9 @@ def add_adder2d(
         constant = network.add_constant(tuple(array.shape), trt.Weights(array))
         _keep_alive(network, array)
         if constant is None:
-            raise RuntimeError(f"TensorRT rejects the {role} {array.shape} of {name or NAME} as a constant: its log says why.")
+            raise RuntimeError(
+                f"TensorRT rejects the {role} {array.shape} of {name or NAME} as a constant: its log says why."
+            )
         if name:
             constant.name = f"{name}.{role}"
         inputs.append(constant.get_output(0))
@@ -187,7 +189,7 @@ def _find_creator(registry: Any) -> Any:
 
 def _output_type(value: Any, trt: ModuleType) -> int:
     """0 or 1 from a number or from a ``trt.DataType``, which is not an integer to Python."""
-    kind = int(value) if isinstance(value, trt.DataType) else ops.as_integer(value)
+    kind = int(value) if isinstance(value, trt.DataType) else arguments.as_integer(value)
     if kind not in (0, 1):
         raise ValueError(f"adder2d: output_type must be trt.float32 (0) or trt.float16 (1), got {value!r}.")
     return kind
