@@ -4,6 +4,7 @@ import argparse
 import gzip
 import json
 import pathlib
+import pickle
 import struct
 import sys
 from collections.abc import Callable
@@ -220,6 +221,7 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "XML": (text(b'\xef\xbb\xbf<?xml version="1.0"?><Error/>'), "is a web page .* download the file itself"),
     "text": (text(b"not found\n"), r"is not a file that torch\.save wrote; give one of torch\.save\(model\.state_dict"),
     "gzip": (text(gzip.compress(b"x" * 99)), r"is not a file that torch\.save wrote"),
+    "pickle": (text(pickle.dumps({"w": np.ones(3)})), r"is not a file that torch\.save wrote"),
     "TorchScript": (script, r"is a TorchScript archive; load it with torch\.jit\.load"),
     "program": (program, r"is a zip archive that torch\.save did not write; .* torch\.export\.load"),
     "npz": (npz, r"is a zip archive that torch\.save did not write"),

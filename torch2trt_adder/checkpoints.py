@@ -138,10 +138,11 @@ def _read_safetensors(file: BinaryIO, path: str | os.PathLike[str]) -> dict[str,
 def _why_not_loaded(file: BinaryIO, error: Exception) -> str:
     """What torch.load refused, and what to do; torch's own text advises to let the file run code."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and found:
+    is_dict = _is_dict(file)
+    if isinstance(error, pickle.UnpicklingError) and found and is_dict is not None:
         save = "torch.save(torch.load(FILE, weights_only=False){}, NEW_FILE)"
         where = "in the project that wrote it, and only if you trust the file, run"
-        if not _is_dict(file):
+        if not is_dict:
             return (
                 f"is a whole pickled object ({found[1]}), which only loads by running its code; {where} "
                 f"{save.format('.state_dict()')}"
@@ -155,19 +156,22 @@ def _why_not_loaded(file: BinaryIO, error: Exception) -> str:
     return f"is damaged or cut off ({_first_sentence(error)}); copy or download it again"
 
 
-def _is_dict(file: BinaryIO) -> bool:
-    """Whether the pickled object is a dict, whatever is in it."""
-    if _is_zip(file):
-        with zipfile.ZipFile(file) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            operations = pickletools.genops(archive.read(name))
-    else:  # as before torch 1.6: a magic number, a version and the byte order come first
-        file.seek(0)
-        for _ in range(3):
-            for _ in pickletools.genops(file):
-                pass
-        operations = pickletools.genops(file)
-    first, argument = next((op.name, argument) for op, argument, _ in operations if op.name not in ("PROTO", "FRAME"))
+def _is_dict(file: BinaryIO) -> bool | None:
+    """Whether the pickled object is a dict, whatever is in it; None if this is not a file of torch.save."""
+    try:
+        if _is_zip(file):
+            with zipfile.ZipFile(file) as archive:
+                name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                operations = pickletools.genops(archive.read(name))
+        else:  # as before torch 1.6: a magic number, a version and the byte order come first
+            file.seek(0)
+            for _ in range(3):
+                for _ in pickletools.genops(file):
+                    pass
+            operations = pickletools.genops(file)
+        first, argument = next((op.name, value) for op, value, _ in operations if op.name not in ("PROTO", "FRAME"))
+    except (ValueError, StopIteration, EOFError, zipfile.BadZipFile):
+        return None
     return first == "EMPTY_DICT" or argument == "collections OrderedDict"
 
 

@@ -23,8 +23,8 @@ from .progress import elapsed
 
 _BATCH = 64
 _TEST_IMAGES = 360  # a fifth of the 1,797 digits
-# Half the paper's rate. The linear layers, whose 800 inputs have about unit variance, set the limit: at 0.1 the loss
-# rises in the first steps, at 0.2 to two or three times its start, and there rounding decides whether it comes back.
+# Half the paper's rate. The linear layers set the limit, whose 800 inputs have about unit variance: at 0.1 the loss rises
+# in the first steps, at 0.2 to up to 2.5 times its start, and there rounding decides whether it comes back.
 _LEARNING_RATE = 0.05
 
 
