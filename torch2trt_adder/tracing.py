@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch2trt import get_arg, tensorrt_converter
 
-from . import plugin
+from . import plugin, torch2trt_converters  # noqa: F401
 from .engine import hold_float32
 from .module import Adder2d, _adopt_layer, _layer_fields
 
