@@ -400,7 +400,7 @@ class Direct(nn.Module):
         (lambda: nn.Sequential(Unknown(), nn.ReLU()), r"no converter for the result of layer '0' \(Unknown\)"),
         (
             lambda: nn.Sequential(NoAdder(), nn.ReLU()),
-            r"0 \(NoAdder\) holds a parameter `adder`, but does not compute adder2d",
+            r"0 \(NoAdder\) looks like an adder layer .*, but does not compute adder2d",
         ),
         (Direct, r"no converter for the result of the model \(Direct\)"),
     ],

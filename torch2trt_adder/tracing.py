@@ -19,6 +19,7 @@ Foreign adder layers (see module.py) are traced as ours.
 import contextlib
 import math
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from torch2trt import get_arg, tensorrt_converter
 from . import plugin, torch2trt_converters  # noqa: F401
 from .engine import hold_float32
 from .module import Adder2d, _adopt_layer, _layer_fields
+from .options import did_you_mean, nearest, torch2trt_options
 
 host = sys.modules["torch2trt.torch2trt"]  # the attribute torch2trt.torch2trt is the function
 _size = torch.Tensor.size  # before torch2trt replaces it
@@ -199,12 +201,20 @@ class ConversionContext(host.ConversionContext):
     def __init__(self, network: Any, *args: Any, **kwargs: Any) -> None:
         self.flow = _Flow(self)
         super().__init__(network, *args, **kwargs)
+        self._warn_of_unknown_options()
         self.network = _Network(self, network)
         for hook in self.hooks:
             hook.converter = {**hook.converter, "converter": _checked_converter(hook.converter["converter"])}
         self.adder_layers: dict[str, Any] = {}
         self.module: nn.Module = self.torch2trt_kwargs["module"]
         self._stack = contextlib.ExitStack()
+
+    def _warn_of_unknown_options(self) -> None:
+        """torch2trt passes unknown options on, for converters to read, so that a misspelt one has no effect."""
+        known = ["module", "inputs", *torch2trt_options(host.torch2trt)]
+        for name in self.torch2trt_kwargs:
+            if name not in known and nearest(name, known) is not None:
+                warnings.warn(f"torch2trt ignores the option {name!r}{did_you_mean(name, known)}", stacklevel=4)
 
     @property
     def method_return(self) -> Any:
@@ -342,22 +352,22 @@ def _checked_converter(converter: Callable[[Any], None]) -> Callable[[Any], None
 
 def _check_close(name: str, output: Tensor, expected: Tensor, ours: Adder2d) -> None:
     """Raises where a foreign layer does not compute adder2d. Both sums are sequential at worst, and of one sign."""
-    same_shape = output.shape == expected.shape
     difference = limit = math.nan
-    if same_shape:
+    if output.shape == expected.shape and output.dtype is expected.dtype:
         y, y0 = output.double(), expected.double()
         terms = y0.abs() if ours.b is None else y0.abs() + ours.b.detach().double().abs()[:, None, None]
         sums = 2 * torch.finfo(torch.float32).eps * math.sqrt(ours.adder[0].numel())
         eps = 2 * (torch.finfo(expected.dtype).eps + sums)
-        excess = (y - y0).abs() - eps * terms
-        if not bool((excess[y0.isfinite()] > 0).any()):
+        # Not a number here is as wrong as any difference; where theirs is not finite, nothing can be told.
+        excess = ((y - y0).abs() - eps * terms).nan_to_num(math.inf).where(y0.isfinite(), -math.inf)
+        if not bool((excess > 0).any()):
             return
-        worst = excess.nan_to_num(0).argmax()
+        worst = excess.argmax()
         difference, limit = (y - y0).abs().flatten()[worst].item(), (eps * terms).flatten()[worst].item()
     raise RuntimeError(
-        f"{name} holds a parameter `adder`, but does not compute adder2d: its output is {list(expected.shape)}, "
-        f"adder2d's {list(output.shape)}, the largest difference {difference:.3g} with {limit:.3g} allowed; give "
-        "torch2trt a converter for it."
+        f"{name} looks like an adder layer (it holds a parameter `adder`, or its class was registered), but does not compute "
+        f"adder2d: its output is {expected.dtype} {list(expected.shape)}, adder2d's {output.dtype} {list(output.shape)}, the "
+        f"largest difference {difference:.3g} with {limit:.3g} allowed; give torch2trt a converter for it."
     )
 
 
