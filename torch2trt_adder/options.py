@@ -18,7 +18,7 @@ def torch2trt_options(torch2trt: Callable[..., Any]) -> list[str]:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The option that `name` may have been meant to be; None where none is like it."""
-    return next(iter(difflib.get_close_matches(name, list(known), 1, 0.5)), None)
+    return next(iter(difflib.get_close_matches(name, list(known), 1, 0.6)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
