@@ -109,7 +109,9 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "softmax": lambda x: torch.softmax(x, -1) + F.softmax(x, dim=1) + x.softmax(2),
     "log_softmax": lambda x: F.log_softmax(100 * x.flatten(1), dim=1),
     "log_softmax_module": lambda x: nn.LogSoftmax(-1)(x),
-    "mean": lambda x: x.mean([2, 3], keepdim=True) + x.mean((-1, -2)).unsqueeze(-1).unsqueeze(-1) + torch.mean(x, -1, True),
+    "mean": lambda x: (
+        x.mean([2, 3], keepdim=True) + x.mean((-1, -2)).unsqueeze(-1).unsqueeze(-1) + torch.mean(x, -1, True)
+    ),
     "sum_negative": lambda x: x.sum(-1) + torch.sum(x, [3]) + x.sum(dim=-1, keepdim=False),
     "max_min": lambda x: torch.max(x, -1, keepdim=True)[0] - x.min(dim=-1, keepdim=True).values + torch.max(x, -x),
     "amax": lambda x: x.amax((2, 3)) - torch.amin(x, dim=(-1, -2)),
@@ -153,6 +155,17 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "bilinear_corners": lambda x: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)(x),
     "bilinear_like": lambda x: F.interpolate(F.avg_pool2d(x, 2), size=x.shape[2:], mode="bilinear"),
     "crop_and_join": _crop_and_join,
+    "batch_norm_plain": lambda x: F.batch_norm(x, x.new_full((8,), 0.5), x.new_full((8,), 2.0)),
+    "batch_norm_1d": lambda x, w: (
+        F.batch_norm(x.flatten(2), w, w.abs() + 0.1, w, -w)
+        + F.batch_norm(x[:, :, 0, 0], w, w.abs() + 1, bias=w)[..., None]
+    ),
+    "group_norm": lambda x, w: F.group_norm(x, 4, w, bias=-w) + F.group_norm(x.flatten(2), 2).view(x.shape),
+    "instance_norm": lambda x, w: F.instance_norm(x, weight=w, bias=-w),
+    "instance_norm_1d": lambda x, w: (
+        nn.InstanceNorm1d(8)(x.flatten(2)) * F.instance_norm(x.flatten(2), None, None, w, -w)
+    ),
+    "instance_norm_tracked": lambda x, w: F.instance_norm(x, w, w.abs() + 0.1, w, -w, use_input_stats=False),
     "conv_transpose": lambda x, w: F.conv_transpose2d(x, w, None, 2),
     "conv_transpose_output_padding": lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, 1),
     "conv_transpose_beyond": lambda x, w: F.conv_transpose2d(x, w, stride=3, output_padding=(2, 1)),
@@ -164,6 +177,11 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 WEIGHTS: dict[str, tuple[int, ...]] = {
     "prelu": (CHANNELS,),
     "l2_norm": (CHANNELS,),
+    "batch_norm_1d": (CHANNELS,),
+    "group_norm": (CHANNELS,),
+    "instance_norm": (CHANNELS,),
+    "instance_norm_1d": (CHANNELS,),
+    "instance_norm_tracked": (CHANNELS,),
     "squeeze_excite": (CHANNELS, CHANNELS),
     "conv_transpose_1d": (CHANNELS, 5, 3),
     "conv_transpose_groups": (CHANNELS, 3, 3, 2),

@@ -14,7 +14,9 @@ Layer = Callable[..., nn.Module]  # Adder2d, or another class with its arguments
 def unit(layer: Layer, c: int, k: int, r: int, act: nn.Module | None = None, **geometry: int) -> nn.Sequential:
     padding = geometry.pop("padding", r // 2)
     return nn.Sequential(
-        layer(c, k, r, padding=padding, bias=False, **geometry), nn.BatchNorm2d(k), nn.ReLU(True) if act is None else act
+        layer(c, k, r, padding=padding, bias=False, **geometry),
+        nn.BatchNorm2d(k),
+        nn.ReLU(True) if act is None else act,
     )
 
 
@@ -75,7 +77,9 @@ class MobileNet(nn.Module):
         super().__init__()
         self.stem = unit(nn.Conv2d, 3, 8, 3, nn.Hardswish(inplace=True), stride=2)
         self.two = nn.Sequential(
-            unit(layer, 8, 16, 1, nn.ReLU6(True)), unit(layer, 16, 16, 3, nn.ReLU6(True), groups=16), unit(layer, 16, 8, 1, nn.Identity())
+            unit(layer, 8, 16, 1, nn.ReLU6(True)),
+            unit(layer, 16, 16, 3, nn.ReLU6(True), groups=16),
+            unit(layer, 16, 8, 1, nn.Identity()),
         )
         self.three = nn.Sequential(
             unit(layer, 8, 16, 1, nn.Hardswish(True)),
@@ -158,7 +162,9 @@ class Yolo(nn.Module):
         a, b = self.down(fine).split(8, dim=1)
         x = torch.cat([a, self.part(b)], 1)
         x = self.pyramid(torch.cat([x, *(F.max_pool2d(x, r, stride=1, padding=r // 2) for r in (3, 5, 7))], 1))
-        return torch.cat([self._decode(self.heads[0](torch.cat([self.up(x), fine], 1))), self._decode(self.heads[1](x))], 1)
+        return torch.cat(
+            [self._decode(self.heads[0](torch.cat([self.up(x), fine], 1))), self._decode(self.heads[1](x))], 1
+        )
 
 
 class Ssd(nn.Module):

@@ -53,7 +53,9 @@ def check(engine: nn.Module, model: nn.Module, x: Tensor, sharp: float = 1e-2) -
     assert y.isfinite().all(), f"{where}: {int((~y.isfinite()).sum())} values are not finite"
     largest, difference = exact.abs().max().item(), (y.double() - exact).abs().max().item()
     assert bound < sharp * largest, f"{where}: the bound {bound:.3g} says nothing, largest value {largest:.3g}"
-    assert difference <= bound, f"{where}: differs by {difference:.3g}, allowed {bound:.3g}, largest value {largest:.3g}"
+    assert difference <= bound, (
+        f"{where}: differs by {difference:.3g}, allowed {bound:.3g}, largest value {largest:.3g}"
+    )
 
 
 # ---- one layer each
@@ -62,7 +64,9 @@ def check(engine: nn.Module, model: nn.Module, x: Tensor, sharp: float = 1e-2) -
 def one_layer(name: str) -> tuple[nn.Module, Callable[..., Tensor]]:
     torch.manual_seed(0)
     channels = layer_cases.CHANNELS
-    model = nn.Sequential(Adder2d(3, channels, 3, padding=1, bias=True), nn.BatchNorm2d(channels), layer_cases.call(name))
+    model = nn.Sequential(
+        Adder2d(3, channels, 3, padding=1, bias=True), nn.BatchNorm2d(channels), layer_cases.call(name)
+    )
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device="cuda")

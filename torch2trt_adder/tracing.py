@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch2trt import get_arg, tensorrt_converter
 
-from . import plugin, torch2trt_converters  # noqa: F401
+from . import plugin, torch2trt_converters, torch2trt_shapes  # noqa: F401
 from .engine import hold_float32
 from .module import Adder2d, _adopt_layer, _layer_fields
 from .options import did_you_mean, nearest, torch2trt_options
@@ -336,7 +336,7 @@ def _checked_converter(converter: Callable[[Any], None]) -> Callable[[Any], None
                     continue
                 try:
                     shape = list(itensor.shape)
-                except ValueError:  # TensorRT has refused a layer, and its log says why
+                except (RuntimeError, ValueError):  # TensorRT has refused a layer, and its log says why
                     shape = None
                 expected = list(output.shape)
                 if shape is None or len(shape) != len(expected) or any(a not in (-1, b) for a, b in zip(shape, expected)):
