@@ -413,6 +413,52 @@ def test_adopted_copy_shares_parameters_and_leaves_the_model_alone() -> None:
     torch.testing.assert_close(ours(x), model(x))
 
 
+class Halved(adder2d):
+    """Looks like an adder layer and computes one, but for a factor that no field tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+class OtherBias(adder2d):
+    """Its bias has another name than `b`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.offset[:, None, None]
+
+
+class Turned(adder2d):
+    """The two axes of its kernels are swapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adder = nn.Parameter(torch.randn(3, 3, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch2trt_adder.adder2d(x, self.adder.mT, None, self.stride, self.padding)
+
+
+@pytest.mark.parametrize("layer", [Halved, OtherBias, Turned])
+@pytest.mark.parametrize("route", ["torch2trt", "onnx"])
+def test_look_alikes_are_compared_with_the_given_network(
+    layer: type[nn.Module], route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine of what the layer's fields tell is not the network that the user gave."""
+    Routes(monkeypatch)
+    through = getattr(converter, f"_through_{route}")
+    monkeypatch.setattr(
+        converter, f"_through_{route}", lambda model, *rest: through(converter._adopted_copy(model), *rest)
+    )
+    x = torch.randn(2, 3, 9, 9)
+    torch2trt_adder.convert(nn.Sequential(adder2d()).eval(), [x], route=route)
+    with pytest.raises(RuntimeError, match="output 0 of the engine differs from PyTorch's"):
+        torch2trt_adder.convert(nn.Sequential(layer()).eval(), [x], route=route)
+
+
 def test_a_model_of_ours_is_not_copied() -> None:
     model = small()
     assert converter._adopted_copy(model) is model
