@@ -122,6 +122,33 @@ for function in (set_item, in_place, in_place_of_a_view, wrong):
     error = attempt(layer_cases.Call(function), [(2, 8, 12, 10)])
     assert error and "torch2trt has no converter for the result of the model (Call)" in error, (function, error)
 
+# An output that is another one, or an input.
+class Repeated(nn.Module):
+    def forward(self, x):
+        y = x * 2
+        return y, y, x, F.dropout(x, training=False)
+
+network = package.torch2trt(Repeated().eval(), [torch.randn(2, 3)]).network
+x = torch.randn(2, 3)
+for y, expected in zip(network_interpreter.run(trt, network, x), (2 * x, 2 * x, x, x), strict=True):
+    assert torch.equal(y, expected)
+assert [network.get_output(i).name for i in range(4)] == ["output_0", "output_1", "output_2", "output_3"]
+assert network.get_input(0).name == "input_0"
+
+# A layer that gives no number where the one that it looks like gives one.
+from torch2trt_adder import Adder2d, tracing
+y = torch.randn(1, 4, 5, 5)
+layer, lost = Adder2d(3, 4, 3), y.clone()
+lost[0, 0, 0, 0] = torch.nan
+tracing._check_close("layer", y, y.clone(), layer)
+for output in (lost, y + 1, y.half(), y[:, :3]):
+    try:
+        tracing._check_close("layer", output, y, layer)
+    except RuntimeError as error:
+        assert "does not compute adder2d" in str(error)
+    else:
+        raise AssertionError(output)
+
 # What an argument asks for and no layer can do is said, not left out.
 for function, words in {
     lambda x: F.max_pool2d(x, 2, dilation=2): "max_pool2d with dilation 2",

@@ -261,7 +261,7 @@ class ConversionContext(host.ConversionContext):
             for output in torch_outputs:
                 if not hasattr(output, "_trt"):
                     self.refuse(self.flow.origin(output))
-        super().mark_outputs(torch_outputs, *args, **kwargs)
+        super().mark_outputs(self._outputs_of_their_own(torch_outputs), *args, **kwargs)
         if len(self.adder_layers) != self.flow.adder_calls:
             raise RuntimeError(
                 f"The model calls adder2d {self.flow.adder_calls} times, but the network has "
@@ -275,6 +275,20 @@ class ConversionContext(host.ConversionContext):
             # strict_type_constraints asks for the same, and excludes this flag.
             if held and not self.torch2trt_kwargs.get("strict_type_constraints"):
                 self.builder_config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+
+    def _outputs_of_their_own(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """`outputs`, those that are an input or another output under a new name as copies: a tensor has one name."""
+        taken, own = set(), []
+        for output in outputs:
+            itensor = output._trt
+            if itensor.is_network_input or itensor.name in taken:
+                with self.unhooked():
+                    output = output.detach()
+                itensor = self.network._network.add_identity(itensor).get_output(0)
+                output._trt = itensor
+            taken.add(itensor.name)
+            own.append(output)
+        return own
 
     @contextlib.contextmanager
     def unhooked(self) -> Iterator[None]:
