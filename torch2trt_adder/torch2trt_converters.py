@@ -25,6 +25,7 @@ from .torch2trt_layers import (
     _reduce,
     _reshape,
     _slice,
+    _traced,
     _unary,
     converts,
     host,
@@ -60,7 +61,7 @@ def convert_div(ctx: Context, input: Any, other: Any, *, rounding_mode: str | No
 @converts("torch.pow", "torch.Tensor.pow", "torch.Tensor.__pow__", "torch.square", "torch.Tensor.square")
 def convert_pow(ctx: Context, input: Any, exponent: Any = 2, *, out: None = None) -> ITensor:
     if isinstance(exponent, (int, float)) and exponent == 2:  # exact for either sign, at any precision
-        return _binary(ctx, input._trt, input._trt, "PROD")
+        return _binary(ctx, _traced(input), _traced(input), "PROD")
     return _arithmetic(ctx, input, exponent, "POW")
 
 
@@ -69,29 +70,29 @@ def convert_pow(ctx: Context, input: Any, exponent: Any = 2, *, out: None = None
 
 @converts("torch.Tensor.relu_")
 def convert_relu_(ctx: Context, input: Tensor) -> ITensor:
-    return _activation(ctx, input._trt, "RELU")
+    return _activation(ctx, _traced(input), "RELU")
 
 
 @converts("torch.Tensor.sigmoid_", "torch.sigmoid_")
 def convert_sigmoid_(ctx: Context, input: Tensor) -> ITensor:
-    return _activation(ctx, input._trt, "SIGMOID")
+    return _activation(ctx, _traced(input), "SIGMOID")
 
 
 @converts("torch.Tensor.tanh", "torch.Tensor.tanh_")
 def convert_tanh(ctx: Context, input: Tensor) -> ITensor:
-    return _activation(ctx, input._trt, "TANH")
+    return _activation(ctx, _traced(input), "TANH")
 
 
 @converts("torch.nn.functional.hardtanh", "torch.nn.functional.hardtanh_")  # nn.ReLU6 calls it
 def convert_hardtanh(
     ctx: Context, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> ITensor:
-    return _activation(ctx, input._trt, "CLIP", min_val, max_val)
+    return _activation(ctx, _traced(input), "CLIP", min_val, max_val)
 
 
 @converts("torch.clamp_", "torch.Tensor.clamp_")
 def convert_clamp_(ctx: Context, input: Tensor, min: Any = None, max: Any = None) -> ITensor:
-    itensor = input._trt
+    itensor = _traced(input)
     for bound, operation in ((min, "MAX"), (max, "MIN")):
         if bound is not None:
             itensor = _binary(ctx, itensor, _itensor(ctx, bound, input, input.dim()), operation)
@@ -100,29 +101,29 @@ def convert_clamp_(ctx: Context, input: Tensor, min: Any = None, max: Any = None
 
 @converts("torch.nn.functional.hardsigmoid")
 def convert_hardsigmoid(ctx: Context, input: Tensor, inplace: bool = False) -> ITensor:
-    return _activation(ctx, input._trt, "HARD_SIGMOID", 1 / 6, 0.5)
+    return _activation(ctx, _traced(input), "HARD_SIGMOID", 1 / 6, 0.5)
 
 
 @converts("torch.nn.functional.hardswish")
 def convert_hardswish(ctx: Context, input: Tensor, inplace: bool = False) -> ITensor:
-    return _binary(ctx, input._trt, _activation(ctx, input._trt, "HARD_SIGMOID", 1 / 6, 0.5), "PROD")
+    return _binary(ctx, _traced(input), _activation(ctx, _traced(input), "HARD_SIGMOID", 1 / 6, 0.5), "PROD")
 
 
 @converts("torch.nn.functional.softplus")
 def convert_softplus(ctx: Context, input: Tensor, beta: float = 1, threshold: float = 20) -> ITensor:
     # PyTorch's threshold only avoids an overflow: the difference beyond it is below 1e-8.
-    return _activation(ctx, input._trt, "SOFTPLUS", 1 / beta, beta)
+    return _activation(ctx, _traced(input), "SOFTPLUS", 1 / beta, beta)
 
 
 @converts("torch.nn.functional.mish")
 def convert_mish(ctx: Context, input: Tensor, inplace: bool = False) -> ITensor:
-    softplus = _activation(ctx, input._trt, "SOFTPLUS", 1, 1)
-    return _binary(ctx, input._trt, _activation(ctx, softplus, "TANH"), "PROD")
+    softplus = _activation(ctx, _traced(input), "SOFTPLUS", 1, 1)
+    return _binary(ctx, _traced(input), _activation(ctx, softplus, "TANH"), "PROD")
 
 
 @converts("torch.nn.functional.gelu")
 def convert_gelu(ctx: Context, input: Tensor, approximate: str = "none") -> ITensor:
-    x, ndim = input._trt, input.dim()
+    x, ndim = _traced(input), input.dim()
 
     def number(value: float) -> ITensor:
         return _itensor(ctx, value, input, ndim)
@@ -146,7 +147,7 @@ def _softmax_axis(dim: int | None, ndim: int) -> int:
 def convert_softmax(
     ctx: Context, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> ITensor:
-    layer = ctx.network.add_softmax(input._trt)
+    layer = ctx.network.add_softmax(_traced(input))
     layer.axes = 1 << _softmax_axis(dim, input.dim())
     return layer.get_output(0)
 
@@ -157,7 +158,7 @@ def convert_log_softmax(
 ) -> ITensor:
     # The logarithm of a softmax would be -inf where the softmax underflows.
     axes = [_softmax_axis(dim, input.dim())]
-    x = _binary(ctx, input._trt, _reduce(ctx, input._trt, "MAX", axes, True), "SUB")
+    x = _binary(ctx, _traced(input), _reduce(ctx, _traced(input), "MAX", axes, True), "SUB")
     total = _reduce(ctx, _unary(ctx, x, "EXP"), "SUM", axes, True)
     return _binary(ctx, x, _unary(ctx, total, "LOG"), "SUB")
 
@@ -169,21 +170,21 @@ def convert_log_softmax(
 def convert_mean(
     ctx: Context, input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> ITensor:
-    return _reduce(ctx, input._trt, "AVG", _axes(dim, input.dim()), keepdim)
+    return _reduce(ctx, _traced(input), "AVG", _axes(dim, input.dim()), keepdim)
 
 
 @converts("torch.sum", "torch.Tensor.sum")
 def convert_sum(
     ctx: Context, input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> ITensor:
-    return _reduce(ctx, input._trt, "SUM", _axes(dim, input.dim()), keepdim)
+    return _reduce(ctx, _traced(input), "SUM", _axes(dim, input.dim()), keepdim)
 
 
 def _extreme(ctx: Context, operation: str, input: Tensor, dim: Any, keepdim: bool) -> ITensor | None:
     if isinstance(dim, Tensor):  # of two tensors, element by element
         return _arithmetic(ctx, input, dim, operation)
     result = ctx.method_return
-    itensor = _reduce(ctx, input._trt, operation, _axes(dim, input.dim()), keepdim)
+    itensor = _reduce(ctx, _traced(input), operation, _axes(dim, input.dim()), keepdim)
     if isinstance(result, Tensor):
         return itensor
     result[0]._trt = itensor  # the indices stay without: whoever uses them is told
@@ -208,7 +209,7 @@ def convert_min(
 def convert_normalize(
     ctx: Context, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: None = None
 ) -> ITensor:
-    x, axes = input._trt, _axes(dim, input.dim())
+    x, axes = _traced(input), _axes(dim, input.dim())
     if p == 2:
         norm = _unary(ctx, _reduce(ctx, _binary(ctx, x, x, "PROD"), "SUM", axes, True), "SQRT")
     elif p == 1:
@@ -252,13 +253,13 @@ def convert_batch_norm(
 ) -> ITensor:
     if running_mean is None or running_var is None:
         axes = [0, *range(2, input.dim())]
-        return _affine(ctx, input, _standardize(ctx, input, input._trt, axes, eps), weight, bias)
+        return _affine(ctx, input, _standardize(ctx, input, _traced(input), axes, eps), weight, bias)
     with ctx.unhooked():
         scale = (running_var.detach().double() + eps).rsqrt() * (1 if weight is None else weight.detach().double())
         shift = (0 if bias is None else bias.detach().double()) - running_mean.detach().double() * scale
         arrays = [values.to(input.dtype).cpu().numpy() for values in (shift, scale, torch.ones_like(scale))]
     extents = _extents(input)
-    x = input._trt if len(extents) > 3 else _reshape(ctx, input._trt, [*extents, *[1] * (4 - len(extents))])
+    x = _traced(input) if len(extents) > 3 else _reshape(ctx, _traced(input), [*extents, *[1] * (4 - len(extents))])
     y = ctx.network.add_scale_nd(x, trt.ScaleMode.CHANNEL, *arrays, 1).get_output(0)
     return y if len(extents) > 3 else _reshape(ctx, y, extents)
 
@@ -275,7 +276,7 @@ def convert_group_norm(
 ) -> ITensor:
     extents = _extents(input)
     grouped = [extents[0], num_groups, extents[1] // num_groups, *extents[2:]]
-    y = _standardize(ctx, input, _reshape(ctx, input._trt, grouped), list(range(2, len(grouped))), eps)
+    y = _standardize(ctx, input, _reshape(ctx, _traced(input), grouped), list(range(2, len(grouped))), eps)
     return _affine(ctx, input, _reshape(ctx, y, extents), weight, bias)
 
 
@@ -294,7 +295,7 @@ def convert_instance_norm(
 ) -> ITensor:
     if not use_input_stats:
         return convert_batch_norm(ctx, input, running_mean, running_var, weight, bias, False, momentum, eps)
-    return _affine(ctx, input, _standardize(ctx, input, input._trt, list(range(2, input.dim())), eps), weight, bias)
+    return _affine(ctx, input, _standardize(ctx, input, _traced(input), list(range(2, input.dim())), eps), weight, bias)
 
 
 # ---- layers with weights
@@ -325,7 +326,7 @@ def convert_conv_transpose(
     with ctx.unhooked():
         kernel = weight.detach().cpu().numpy()
         offset = trt.Weights(host.torch_dtype_to_trt(weight.dtype)) if bias is None else bias.detach().cpu().numpy()
-    x, extents = input._trt, _extents(input)
+    x, extents = _traced(input), _extents(input)
     if n == 1:  # TensorRT has it for two and three axes
         x, extents, kernel = _reshape(ctx, x, [*extents, 1]), [*extents, 1], kernel[..., None]
         step, pad, more, spread = (*step, 1), (*pad, 0), (*more, 0), (*spread, 1)

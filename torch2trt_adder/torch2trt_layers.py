@@ -66,6 +66,11 @@ def converts(*names: str) -> Callable[[Callable[..., ITensor | None]], Callable[
 # ---- shapes: an extent is a plain int where the network's tensor has it fixed
 
 
+def _traced(tensor: Tensor) -> ITensor:
+    """The TensorRT tensor of a tensor of the network."""
+    return tensor._trt  # type: ignore[attr-defined]
+
+
 def _shape(tensor: Tensor) -> list[int]:
     with host.use_shape_wrapping(False):
         return list(tensor.shape)
@@ -76,7 +81,7 @@ def _extents(tensor: Tensor) -> list[Extent]:
     shape = _shape(tensor)
     if not hasattr(tensor, "_trt"):
         return shape
-    fixed = list(tensor._trt.shape)
+    fixed = list(_traced(tensor).shape)
     if min(fixed, default=0) >= 0:
         return shape
     wrapped = host._size_wrapper(tensor)

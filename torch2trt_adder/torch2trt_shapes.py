@@ -30,6 +30,7 @@ from .torch2trt_layers import (
     _reshape,
     _shape,
     _slice,
+    _traced,
     converts,
     host,
 )
@@ -45,7 +46,7 @@ def convert_reshape(ctx: Context, input: Tensor, *size: Any, shape: Any = None) 
     extents = _given(ctx, wanted[0] if len(wanted) == 1 and isinstance(wanted[0], (list, tuple)) else wanted)
     if _is_fixed(_extents(input)):
         extents = list(map(_plain, extents))
-    return _reshape(ctx, input._trt, extents)
+    return _reshape(ctx, _traced(input), extents)
 
 
 @converts("torch.flatten", "torch.Tensor.flatten")
@@ -58,7 +59,7 @@ def convert_flatten(ctx: Context, input: Tensor, start_dim: int = 0, end_dim: in
         merged = middle[0]
         for extent in middle[1:]:
             merged = merged * extent
-    return _reshape(ctx, input._trt, [*extents[:first], merged, *extents[last + 1 :]])
+    return _reshape(ctx, _traced(input), [*extents[:first], merged, *extents[last + 1 :]])
 
 
 @converts("torch.squeeze", "torch.Tensor.squeeze")
@@ -70,20 +71,20 @@ def convert_squeeze(ctx: Context, input: Tensor, dim: Any = None) -> ITensor:
             raise NotImplementedError(
                 f"{ctx.method_str}: axis {axis} has more than one extent in this engine; name the axes to remove."
             )
-    return _reshape(ctx, input._trt, [e for a, e in enumerate(extents) if not (a in axes and _plain(e) == 1)])
+    return _reshape(ctx, _traced(input), [e for a, e in enumerate(extents) if not (a in axes and _plain(e) == 1)])
 
 
 @converts("torch.unsqueeze", "torch.Tensor.unsqueeze")
 def convert_unsqueeze(ctx: Context, input: Tensor, dim: int) -> ITensor:
     extents = _extents(input)
     extents.insert(_axis(dim, len(extents) + 1), 1)
-    return _reshape(ctx, input._trt, extents)
+    return _reshape(ctx, _traced(input), extents)
 
 
 @converts("torch.permute", "torch.Tensor.permute")
 def convert_permute(ctx: Context, input: Tensor, *axes: Any, dims: Any = None) -> ITensor:
     order = dims if dims is not None else axes[0] if isinstance(axes[0], (list, tuple)) else axes
-    layer = ctx.network.add_shuffle(input._trt)
+    layer = ctx.network.add_shuffle(_traced(input))
     layer.second_transpose = tuple(_axis(d, input.dim()) for d in order)
     return layer.get_output(0)
 
@@ -92,7 +93,7 @@ def convert_permute(ctx: Context, input: Tensor, *axes: Any, dims: Any = None) -
 def convert_transpose(ctx: Context, input: Tensor, dim0: int, dim1: int) -> ITensor:
     order = list(range(input.dim()))
     order[dim0], order[dim1] = order[dim1], order[dim0]
-    layer = ctx.network.add_shuffle(input._trt)
+    layer = ctx.network.add_shuffle(_traced(input))
     layer.second_transpose = tuple(order)
     return layer.get_output(0)
 
@@ -100,7 +101,7 @@ def convert_transpose(ctx: Context, input: Tensor, dim0: int, dim1: int) -> ITen
 @converts("torch.nn.functional.channel_shuffle", "torch.channel_shuffle")
 def convert_channel_shuffle(ctx: Context, input: Tensor, groups: int) -> ITensor:
     n, c, *others = _extents(input)
-    layer = ctx.network.add_shuffle(_reshape(ctx, input._trt, [n, groups, c // groups, *others]))
+    layer = ctx.network.add_shuffle(_reshape(ctx, _traced(input), [n, groups, c // groups, *others]))
     layer.second_transpose = (0, 2, 1, *range(3, 3 + len(others)))
     return _reshape(ctx, layer.get_output(0), [n, c, *others])
 
@@ -162,9 +163,9 @@ def convert_split(ctx: Context, input: Tensor, *sizes: Any, dim: int | None = No
         start, size = [0] * len(extents), list(extents)
         start[axis], size[axis] = offset, 1 if unbinds else _shape(output)[axis]
         offset += size[axis]
-        output._trt = _slice(ctx, input._trt, start, size)
+        output._trt = _slice(ctx, _traced(input), start, size)
         if unbinds:
-            output._trt = _reshape(ctx, output._trt, [*size[:axis], *size[axis + 1 :]])
+            output._trt = _reshape(ctx, _traced(output), [*size[:axis], *size[axis + 1 :]])
 
 
 @converts("torch.narrow", "torch.Tensor.narrow")
@@ -172,7 +173,7 @@ def convert_narrow(ctx: Context, input: Tensor, dim: int, start: int, length: in
     size = _extents(input)
     begin, axis = [0] * len(size), _axis(dim, len(size))
     begin[axis], size[axis] = start + size[axis] if start < 0 else start, length
-    return _slice(ctx, input._trt, begin, size)
+    return _slice(ctx, _traced(input), begin, size)
 
 
 @converts("torch.Tensor.__getitem__")
@@ -214,7 +215,7 @@ def convert_getitem(ctx: Context, input: Tensor, index: Any) -> ITensor:
                 gathered = axis, (indices.cpu() % extent).to(torch.int32).numpy()
             result.append(len(gathered[1]))
         axis += 1
-    itensor = input._trt
+    itensor = _traced(input)
     if gathered is not None:  # PyTorch moves the axis to the front where an integer stands apart from the list
         if any(_is_int(part) for part in parts):
             raise NotImplementedError(f"{ctx.method_str}: a list and an integer as indices at once; index twice.")
@@ -263,7 +264,7 @@ def convert_pad(
         start[axis], size[axis] = 0 - before, extents[axis] + before + after
     modes = {"constant": "FILL", "reflect": "REFLECT", "replicate": "CLAMP", "circular": "WRAP"}
     fill = _itensor(ctx, value or 0.0, input, 0) if mode == "constant" else None
-    return _slice(ctx, input._trt, start, size, None, getattr(SLICE_MODES, modes[mode]), fill)
+    return _slice(ctx, _traced(input), start, size, None, getattr(SLICE_MODES, modes[mode]), fill)
 
 
 @converts("torch.nn.functional.interpolate", "torch.nn.functional.upsample")
@@ -283,7 +284,7 @@ def convert_interpolate(
         raise NotImplementedError(
             f"{ctx.method_str}: mode {mode!r}, antialias={antialias}; modes are {', '.join(kinds)}."
         )
-    layer = ctx.network.add_resize(input._trt)
+    layer = ctx.network.add_resize(_traced(input))
     layer.resize_mode = getattr(RESIZE_MODES, kinds[mode])
     transforms = trt.ResizeCoordinateTransformation
     if mode == "nearest":
@@ -332,7 +333,7 @@ def _pool(
         raise NotImplementedError(f"{ctx.method_str} of an input of {input.dim()} axes; add a batch axis.")
     kernel, pad = _pair(kernel_size, n), _pair(padding, n)
     step = kernel if stride is None or stride == [] or stride == () else _pair(stride, n)
-    extents, x = _extents(input), input._trt
+    extents, x = _extents(input), _traced(input)
     outputs = _shape(ctx.method_return)[2:]
     more = []  # padding on the right for the last window
     for i in range(n):
@@ -403,7 +404,7 @@ def _adaptive_pool(ctx: Context, input: Tensor, output_size: Any, average: bool)
         raise NotImplementedError(f"{ctx.method_str} of an input of {input.dim()} axes; add a batch axis.")
     sizes = tuple(output_size) if isinstance(output_size, (list, tuple)) else (output_size,) * n
     extents = _extents(input)
-    x, operation, ndim = input._trt, "AVG" if average else "MAX", len(extents)
+    x, operation, ndim = _traced(input), "AVG" if average else "MAX", len(extents)
     wanted = {axis: _plain(size) for axis, size in enumerate(sizes, ndim - n) if size is not None}
     ones = [axis for axis, size in wanted.items() if size == 1]
     if ones:
