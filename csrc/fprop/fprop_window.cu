@@ -7,7 +7,12 @@
 #include <algorithm>
 #include <numeric>
 
-#include "fprop_tiled.cuh"
+#include "common/cp_async.cuh"
+#include "common/device.h"
+#include "common/launch.cuh"
+#include "fprop/fprop.h"
+#include "tile/arch.h"
+#include "tile/split_k.cuh"
 
 namespace adder2d {
 namespace {
@@ -62,9 +67,9 @@ constexpr size_t smem_size(int32_t tile_k, int32_t patch) {
 
 // The tile's place in the output, and a thread's in the tile. Sums are written four side by side.
 template <class T>
-using View = TurnedTile<T, 4>;
+using OutputTile = EpilogueTile<T, 4>;
 template <class T>
-using Place = ThreadPlace<T, T::kRun>;
+using Thread = ThreadCoord<T, T::kRun>;
 
 // Row of the batch, padding included, of pixel m's window.
 __device__ __forceinline__ int32_t window_row(WindowArgs const& a, int32_t m, int32_t* q) {
@@ -77,16 +82,16 @@ __device__ __forceinline__ int32_t window_row(WindowArgs const& a, int32_t m, in
 
 // The fills of one tile, slice after slice: weights [kTerms][kPitchK], then the image [kTileC][patch].
 template <class T>
-struct Filler {
+struct Loader {
   WindowArgs const& a;
   int32_t const* table;  // where the pixels of the patch lie in x, or kAbsent
   int32_t positions;     // of the table
   int32_t slice, group, first_k;
 
   // Its table is ready behind the next barrier.
-  __device__ __forceinline__ Filler(WindowArgs const& args, View<T> const& view, int32_t first_row, int32_t last_row, int32_t first_slice,
+  __device__ __forceinline__ Loader(WindowArgs const& args, OutputTile<T> const& tile, int32_t first_row, int32_t last_row, int32_t first_slice,
                                     int32_t* places)
-      : a(args), table(places), positions((last_row - first_row + 1) * args.row_pitch), slice(first_slice), group(view.group), first_k(view.first_k) {
+      : a(args), table(places), positions((last_row - first_row + 1) * args.row_pitch), slice(first_slice), group(tile.group), first_k(tile.first_k) {
     for (int32_t i = threadIdx.x; i < positions; i += T::kThreads) {
       int32_t column, h;
       int32_t const n = a.div_rows.divmod(first_row + a.div_row_pitch.divmod(i, &column), &h);
@@ -220,15 +225,15 @@ __device__ __forceinline__ void accumulate(WindowArgs const& a, float const* w, 
 
 // Brings the sums to where they change hands, or adds them to what is there.
 template <class T>
-__device__ __forceinline__ void turn(FpropArgs const& a, Place<T> const& place, float const (&acc)[T::kThreadK][T::kThreadPQ], bool first,
+__device__ __forceinline__ void transpose_sums(FpropArgs const& a, Thread<T> const& thread, float const (&acc)[T::kThreadK][T::kThreadPQ], bool first,
                                      float* sums) {
-  using Turned = typename View<T>::Turned;
+  using Transpose = typename OutputTile<T>::Transpose;
   auto const put4 = [&](int i, int j, float4 v) {
-    float4* const to = reinterpret_cast<float4*>(&sums[Turned::index(a, place.k(i), place.pq(j))]);
+    float4* const to = reinterpret_cast<float4*>(&sums[Transpose::index(a, thread.k(i), thread.pq(j))]);
     if (!first) add(&v, *to);
     *to = v;
   };
-  if (a.y_filters) {
+  if (a.y_channels_last) {
 #pragma unroll
     for (int i = 0; i < T::kThreadK; i += 4)
 #pragma unroll
@@ -243,7 +248,7 @@ __device__ __forceinline__ void turn(FpropArgs const& a, Place<T> const& place, 
     for (int i = 0; i < T::kThreadK; ++i)
 #pragma unroll
       for (int j = 0; j < T::kThreadPQ; ++j) {
-        float* const to = &sums[Turned::index(a, place.k(i), place.pq(j))];
+        float* const to = &sums[Transpose::index(a, thread.k(i), thread.pq(j))];
         *to = first ? acc[i][j] : *to + acc[i][j];
       }
   }
@@ -253,29 +258,29 @@ __device__ __forceinline__ void turn(FpropArgs const& a, Place<T> const& place, 
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
-    adder2d_fprop_window_kernel(__grid_constant__ WindowArgs const a, __grid_constant__ FpropPlan const plan) {
+    adder2d_fprop_window_kernel(__grid_constant__ WindowArgs const a, __grid_constant__ TileConfig const config) {
   extern __shared__ __align__(16) float smem[];
   launch_dependents();
-  Work const work(plan);
+  WorkTile const work(config);
   int32_t const part = threadIdx.x / T::kPartThreads, stage_size = stage_floats(T::kTileK, a.patch);
-  View<T> const view(a, plan, work.tile);
-  Place<T> const place(threadIdx.x % T::kPartThreads);
+  OutputTile<T> const tile(a, config, work.tile);
+  Thread<T> const thread(threadIdx.x % T::kPartThreads);
 
   int32_t q;
-  int32_t const last_pixel = min(view.first_pixel + T::kTilePQ, a.NPQ) - 1;
-  int32_t const first_row = window_row(a, view.first_pixel, &q), last_row = window_row(a, last_pixel, &q) + kR - 1;
-  Filler<T> filler(a, view, first_row, last_row, work.first, reinterpret_cast<int32_t*>(smem + kStages * stage_size));
-  int32_t const first_w = part * T::kPartC * kR * kS * T::kPitchK + place.thread_k;
+  int32_t const last_pixel = min(tile.first_pixel + T::kTilePQ, a.NPQ) - 1;
+  int32_t const first_row = window_row(a, tile.first_pixel, &q), last_row = window_row(a, last_pixel, &q) + kR - 1;
+  Loader<T> loader(a, tile, first_row, last_row, work.first, reinterpret_cast<int32_t*>(smem + kStages * stage_size));
+  int32_t const first_w = part * T::kPartC * kR * kS * T::kPitchK + thread.thread_k;
   int32_t first_x[T::kRuns];
 #pragma unroll
   for (int i = 0; i < T::kRuns; ++i) {
     // Runs behind the last one add up the last one's windows, and are not stored.
-    int32_t const row = window_row(a, min(view.first_pixel + place.pq(i * T::kRun), a.NPQ - T::kRun), &q) - first_row;
+    int32_t const row = window_row(a, min(tile.first_pixel + thread.pq(i * T::kRun), a.NPQ - T::kRun), &q) - first_row;
     first_x[i] = kTerms * T::kPitchK + part * T::kPartC * a.patch + row * a.row_pitch + q;
   }
 
   __syncthreads();
-  filler.fill(smem);
+  loader.fill(smem);
   copy_commit();
   float acc[T::kThreadK][T::kThreadPQ] = {};
   int32_t stage = 0;
@@ -284,7 +289,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     __syncthreads();
     float const* const current = smem + stage;
     stage = stage_size - stage;
-    if (filler.slice < work.last) filler.fill(smem + stage);
+    if (loader.slice < work.last) loader.fill(smem + stage);
     copy_commit();
     float const* windows[T::kRuns];
 #pragma unroll
@@ -296,48 +301,50 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < T::kParts; ++i) {
-    if (part == i) turn<T>(a, place, acc, i == 0, smem);
+    if (part == i) transpose_sums<T>(a, thread, acc, i == 0, smem);
     __syncthreads();
   }
-  finish_turned(a, plan, work, view, smem);
+  store_transposed(a, config, work, tile, smem);
 }
 
 // ---- launcher
 
 template <class T>
-cudaError_t launch_tile(WindowArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  size_t const bytes = std::max<size_t>(smem_size(T::kTileK, args.patch), 16 * View<T>::kItems * T::kThreads);
+cudaError_t launch_tile(WindowArgs const& args, TileConfig const& config, cudaStream_t stream) {
+  size_t const bytes = std::max<size_t>(smem_size(T::kTileK, args.patch), 16 * OutputTile<T>::kItems * T::kThreads);
   size_t const most = std::max(bytes, std::min(smem_size(T::kTileK, kMaxPatch), smem_limit()));
-  return launch_tiled<View<T>>(adder2d_fprop_window_kernel<T>, bytes, most, T::kThreads, false, args, plan, stream);
+  return launch_tiled<OutputTile<T>>(adder2d_fprop_window_kernel<T>, bytes, most, T::kThreads, false, args, config, stream);
 }
 
 // kWide pixels of a thread: 8 in runs of 4 or 2, or one run of 7.
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
-using Tile64x128 = Tile<64, 16 * kWide, kRun, 8, kWide, 4, 1, 3>;
+using Tile64x128 = Tile<64, 16 * kWide, kRun, 8, kWide, 4, 1, kArch.window_blocks_64>;
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
-using Tile32x128 = Tile<32, 16 * kWide, kRun, 4, kWide, 4, 1, 5>;
+using Tile32x128 = Tile<32, 16 * kWide, kRun, 4, kWide, 4, 1, kArch.window_blocks_32>;
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
-using Tile32x64 = Tile<32, 8 * kWide, kRun, 4, kWide, 4, 2, 5>;  // small problems: two parts of a block, and four times as many blocks
+using Tile32x64 = Tile<32, 8 * kWide, kRun, 4, kWide, 4, 2, kArch.window_blocks_32>;  // small problems: two parts of a block, and four times as many blocks
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
-using Tile16x512 = Tile<16, 64 * kWide, kRun, 4, kWide, 4, 1, 2>;
+using Tile16x512 = Tile<16, 64 * kWide, kRun, 4, kWide, 4, 1, kArch.window_blocks_16>;
 
 constexpr int32_t kTileCount = 4;
-// In the order of launch_run. Rates are accumulated terms a cycle and multiprocessor, of 64.
-template <int kRun, int kRate>
+template <int kRun>
+constexpr double kRate = kRun == 4 ? kArch.window_rate_4 : kRun == 7 ? kArch.window_rate_7 : kArch.window_rate_2;
+// In the order of launch_run.
+template <int kRun>
 constexpr TileSize kTiles[kTileCount] = {
-    {64, Tile64x128<kRun>::kTilePQ, kTerms, Tile64x128<kRun>::kBlocksPerSM, kRate},
-    {32, Tile32x128<kRun>::kTilePQ, kTerms, Tile32x128<kRun>::kBlocksPerSM, 54},
-    {32, Tile32x64<kRun>::kTilePQ, kTerms, Tile32x64<kRun>::kBlocksPerSM, kRate - 7},
-    {16, Tile16x512<kRun>::kTilePQ, kTerms, Tile16x512<kRun>::kBlocksPerSM, 46},
+    {64, Tile64x128<kRun>::kTilePQ, kTerms, Tile64x128<kRun>::kBlocksPerSM, kRate<kRun>},
+    {32, Tile32x128<kRun>::kTilePQ, kTerms, Tile32x128<kRun>::kBlocksPerSM, kArch.window_rate_32},
+    {32, Tile32x64<kRun>::kTilePQ, kTerms, Tile32x64<kRun>::kBlocksPerSM, kRate<kRun> - kArch.window_rate_small_less},
+    {16, Tile16x512<kRun>::kTilePQ, kTerms, Tile16x512<kRun>::kBlocksPerSM, kArch.window_rate_16},
 };
 
 template <int kRun>
-cudaError_t launch_run(WindowArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  switch (plan.tile % kTileCount) {
-    case 0: return launch_tile<Tile64x128<kRun>>(args, plan, stream);
-    case 1: return launch_tile<Tile32x128<kRun>>(args, plan, stream);
-    case 2: return launch_tile<Tile32x64<kRun>>(args, plan, stream);
-    case 3: return launch_tile<Tile16x512<kRun>>(args, plan, stream);
+cudaError_t launch_run(WindowArgs const& args, TileConfig const& config, cudaStream_t stream) {
+  switch (config.tile % kTileCount) {
+    case 0: return launch_tile<Tile64x128<kRun>>(args, config, stream);
+    case 1: return launch_tile<Tile32x128<kRun>>(args, config, stream);
+    case 2: return launch_tile<Tile32x64<kRun>>(args, config, stream);
+    case 3: return launch_tile<Tile16x512<kRun>>(args, config, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -346,10 +353,10 @@ cudaError_t launch_run(WindowArgs const& args, FpropPlan const& plan, cudaStream
 struct Run {
   int32_t pixels;
   TileSize const* tiles;
-  cudaError_t (*launch)(WindowArgs const&, FpropPlan const&, cudaStream_t);
+  cudaError_t (*launch)(WindowArgs const&, TileConfig const&, cudaStream_t);
 };
-// FpropPlan::tile is an index of these times kTileCount, and a tile's.
-constexpr Run kRuns[] = {{4, kTiles<4, 57>, launch_run<4>}, {7, kTiles<7, 54>, launch_run<7>}, {2, kTiles<2, 55>, launch_run<2>}};
+// TileConfig::tile is an index of these times kTileCount, and a tile's.
+constexpr Run kRuns[] = {{4, kTiles<4>, launch_run<4>}, {7, kTiles<7>, launch_run<7>}, {2, kTiles<2>, launch_run<2>}};
 
 // Elements of an image row in shared memory.
 int32_t row_pitch_of(FpropArgs const& a, int32_t run) {
@@ -369,7 +376,7 @@ int32_t patch_of(FpropArgs const& a, int32_t run, int32_t pixels) {
 }
 
 // Whether rows hold a whole number of runs, and shared memory all tiles.
-bool suits(FpropArgs const& a, Run const& run) {
+bool can_implement_run(FpropArgs const& a, Run const& run) {
   size_t const limit = smem_limit();
   return a.p.Q % run.pixels == 0 && std::all_of(run.tiles, run.tiles + kTileCount, [&](TileSize const& size) {
     int32_t const patch = patch_of(a, run.pixels, size.pq);
@@ -379,23 +386,23 @@ bool suits(FpropArgs const& a, Run const& run) {
 
 }  // namespace
 
-bool plan_fprop_window(FpropArgs const& args, size_t workspace_bytes, FpropPlan* plan, double* cycles) {
+bool plan_fprop_window(FpropArgs const& args, size_t workspace_bytes, TileConfig* config, double* cycles) {
   Adder2dParams const& p = args.p;
   if (p.x_type != ADDER2D_FLOAT32 || p.w_type != ADDER2D_FLOAT32 || p.R != kR || p.S != kS || p.stride_h != 1 || p.stride_w != 1 ||
       p.dil_h != 1 || p.dil_w != 1 || args.Cg % kTileC != 0)
     return false;
   int64_t const reach = (p.N - 1) * p.x_stride[0] + (p.H - 1) * p.x_stride[2] + (p.W - 1) * p.x_stride[3];
   if (reach > INT32_MAX || int64_t{p.N} * (p.P + kR - 1) > INT32_MAX) return false;
-  auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return static_cast<double>(a.CRS) / size.c; };
+  TileProblem const problem{args.Kg, args.NPQ, args.p.groups, args.CRS};
   bool found = false;
   int32_t first_tile = 0;
   for (Run const& run : kRuns) {
     double predicted = 0;
-    FpropPlan candidate{};
-    if (suits(args, run)) candidate = choose_tile(args, run.tiles, kTileCount, slices_of, workspace_bytes, &predicted, true);
+    TileConfig candidate{};
+    if (can_implement_run(args, run)) candidate = choose_tile(problem, run.tiles, kTileCount, SplitReduce::kForward, workspace_bytes, &predicted);
     if (predicted > 0 && (!found || predicted < *cycles)) {
-      *plan = candidate;
-      plan->tile += first_tile;
+      *config = candidate;
+      config->tile += first_tile;
       *cycles = predicted;
       found = true;
     }
@@ -404,16 +411,16 @@ bool plan_fprop_window(FpropArgs const& args, size_t workspace_bytes, FpropPlan*
   return found;
 }
 
-cudaError_t launch_fprop_window(FpropArgs const& problem, FpropPlan const& plan, cudaStream_t stream) {
-  Run const& run = kRuns[plan.tile / kTileCount];
+cudaError_t launch_fprop_window(FpropArgs const& problem, TileConfig const& config, cudaStream_t stream) {
+  Run const& run = kRuns[config.tile / kTileCount];
   WindowArgs args{problem};
   args.rows = problem.p.P + kR - 1;
   args.row_pitch = row_pitch_of(problem, run.pixels);
-  args.patch = patch_of(problem, run.pixels, run.tiles[plan.tile % kTileCount].pq);
+  args.patch = patch_of(problem, run.pixels, run.tiles[config.tile % kTileCount].pq);
   args.div_rows = FastDiv(args.rows);
   args.div_row_pitch = FastDiv(args.row_pitch);
   args.channels = problem.p.x_stride[1] == 1 && problem.p.x_stride[3] != 1;
-  return run.launch(args, plan, stream);
+  return run.launch(args, config, stream);
 }
 
 }  // namespace adder2d

@@ -6,7 +6,13 @@
 // nor image are packed, and sums are stored as the threads hold them, four pixels or four filters at once.
 #include <algorithm>
 
-#include "fprop_tiled.cuh"
+#include "common/cp_async.cuh"
+#include "common/device.h"
+#include "common/launch.cuh"
+#include "fprop/fprop.h"
+#include "tile/arch.h"
+#include "tile/epilogue.cuh"
+#include "tile/mainloop.cuh"
 
 namespace adder2d {
 namespace {
@@ -25,7 +31,7 @@ struct Tile {
   static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
   static constexpr int kLanesK = 4, kLanesPQ = 8;  // a warp's threads
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
-  static constexpr int kBlocksPerSM = 3;
+  static constexpr int kBlocksPerSM = kArch.pointwise_blocks;
   static constexpr int kRows = kThreads / 8;  // filters, or pixels, copied at once: 8 threads side by side along the channels
   static constexpr int kLanes = kTilePQ / 4;  // where pixels lie side by side: threads along them
   // 8 threads that store 8 channels of a filter, or a pixel, find different banks.
@@ -77,7 +83,7 @@ __device__ __forceinline__ float* at(float* first, int32_t m, int32_t pitch) {
 // The fills of a block, slice after slice and tile after tile: the image [kTileC][kPitchPQ]. Pixels behind the last one are copied
 // from it, and not stored.
 template <class T, bool kChannels>
-struct Filler {
+struct Loader {
   FpropArgs const& a;
   int32_t pixel, tiles;    // of the tile being filled: the thread's first pixel; tiles from this one on
   int32_t channel, slice;  // the next slice's first channel; channels of a slice
@@ -85,7 +91,7 @@ struct Filler {
   float const* x;          // where it comes from, in the first channel of pixel 0 (kChannels), or of the thread's pixels
   float const* group;
 
-  __device__ __forceinline__ Filler(FpropArgs const& args, Ranges const& ranges, int32_t g, int32_t first_pixel, int32_t count)
+  __device__ __forceinline__ Loader(FpropArgs const& args, Ranges const& ranges, int32_t g, int32_t first_pixel, int32_t count)
       : a(args), tiles(count), channel(0), slice(ranges.slice) {
     int32_t const lanes = kChannels ? 8 : T::kLanes, lane = threadIdx.x % lanes, row = threadIdx.x / lanes;
     pixel = first_pixel + (kChannels ? row : 4 * lane);
@@ -146,12 +152,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   int32_t const first_tile = range * ranges.tiles + min(range, ranges.longer);
   int32_t tiles = ranges.tiles + (range < ranges.longer);
   int32_t first_pixel = first_tile * T::kTilePQ;
-  ThreadPlace<T> const place(threadIdx.x);
+  ThreadCoord<T> const thread(threadIdx.x);
 
-  Filler<T, kChannels> filler(a, ranges, group, first_pixel, tiles);
+  Loader<T, kChannels> loader(a, ranges, group, first_pixel, tiles);
   int32_t stage = 0;
   auto const fill = [&] {
-    filler.fill(smem + stage);
+    loader.fill(smem + stage);
     copy_commit();
     stage = T::kStageFloats - stage;
   };
@@ -175,24 +181,24 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     do {
       copy_wait<0>();
       __syncthreads();
-      add_terms<T>(w_smem + channel * T::kPitchK + place.thread_k, smem + (T::kStageFloats - stage) + place.thread_pq, terms, fill, acc);
+      add_terms<T>(w_smem + channel * T::kPitchK + thread.thread_k, smem + (T::kStageFloats - stage) + thread.thread_pq, terms, fill, acc);
       channel += terms;
       terms = min(terms, a.Cg - channel);
     } while (terms > 0);
 
-    int32_t const filters = end_k - first_k - place.thread_k;  // from the thread's first one on
+    int32_t const filters = end_k - first_k - thread.thread_k;  // from the thread's first one on
     alignas(16) float b[T::kThreadK];
 #pragma unroll
-    for (int i = 0; i < T::kThreadK; i += 4) *reinterpret_cast<float4*>(&b[i]) = *reinterpret_cast<float4 const*>(b_smem + place.k(i));
+    for (int i = 0; i < T::kThreadK; i += 4) *reinterpret_cast<float4*>(&b[i]) = *reinterpret_cast<float4 const*>(b_smem + thread.k(i));
     if constexpr (kChannels) {
       int32_t const pitch = 4 * static_cast<int32_t>(a.p.y_stride[3]);
 #pragma unroll
       for (int j = 0; j < T::kThreadPQ; ++j) {
-        int32_t const m = first_pixel + place.pq(j);
-        float* const y = at(static_cast<float*>(a.p.y) + (first_k + place.thread_k), m, pitch);
+        int32_t const m = first_pixel + thread.pq(j);
+        float* const y = at(static_cast<float*>(a.p.y) + (first_k + thread.thread_k), m, pitch);
 #pragma unroll
         for (int i = 0; i < T::kThreadK; i += 4) {
-          int32_t const k = place.k(i) - place.thread_k;
+          int32_t const k = thread.k(i) - thread.thread_k;
           if (m < a.NPQ && k < filters)
             *reinterpret_cast<float4*>(y + k) =
                 make_float4(b[i] - acc[i][j], b[i + 1] - acc[i + 1][j], b[i + 2] - acc[i + 2][j], b[i + 3] - acc[i + 3][j]);
@@ -203,15 +209,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
       int32_t ends[T::kGroupsPQ];
 #pragma unroll
       for (int j = 0; j < T::kGroupsPQ; ++j) {
-        int32_t const m = first_pixel + place.pq(4 * j);
+        int32_t const m = first_pixel + thread.pq(4 * j);
         int32_t pq;
         int32_t const n = a.div_PQ.divmod(m, &pq);
-        y[j] = static_cast<float*>(a.p.y) + (n * a.p.y_stride[0] + pq + (first_k + place.thread_k) * a.p.y_stride[1]);
+        y[j] = static_cast<float*>(a.p.y) + (n * a.p.y_stride[0] + pq + (first_k + thread.thread_k) * a.p.y_stride[1]);
         ends[j] = m < a.NPQ ? filters : 0;
       }
 #pragma unroll
       for (int i = 0; i < T::kThreadK; ++i) {
-        int32_t const k = place.k(i) - place.thread_k;
+        int32_t const k = thread.k(i) - thread.thread_k;
 #pragma unroll
         for (int j = 0; j < T::kGroupsPQ; ++j) {
           float const* const sums = &acc[i][4 * j];
@@ -238,13 +244,13 @@ cudaError_t launch_layout(FpropArgs const& args, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_tile(FpropArgs const& args, cudaStream_t stream) {
-  return args.y_filters ? launch_layout<T, true>(args, stream) : launch_layout<T, false>(args, stream);
+  return args.y_channels_last ? launch_layout<T, true>(args, stream) : launch_layout<T, false>(args, stream);
 }
 
 using Tile64x128 = Tile<64, 128, 32>;
 using Tile32x256 = Tile<32, 256, 16>;
 
-// Predicted cycles, to rank beside those of fprop_plan.cu; 0 where not all blocks run at once, or find no room.
+// Predicted cycles, to rank beside those of choose_tile; 0 where not all blocks run at once, or find no room.
 template <class T>
 double predict(FpropArgs const& args) {
   int32_t const multiprocessors = multiprocessor_count();
@@ -254,15 +260,16 @@ double predict(FpropArgs const& args) {
   // Blocks of the busiest multiprocessor, in turns of which they hide each other's waits: of all ranges, then of the longer ones.
   auto const turns = [&](int64_t blocks) {
     int64_t const sharing = ceil_div(blocks, int64_t{multiprocessors});
-    return blocks > 0 ? sharing + 0.4 * (T::kBlocksPerSM - sharing) : 0.0;
+    return blocks > 0 ? sharing + kArch.pointwise_left_over * (T::kBlocksPerSM - sharing) : 0.0;
   };
   double const tiles = ranges.tiles * turns(heads * ranges.count) + turns(heads * ranges.longer);
-  return tiles * (args.Cg * (T::kTileK * T::kTilePQ / 56.0) + 100 * ceil_div(args.Cg, ranges.slice) + 200) + 4000;
+  double const tile = args.Cg * (T::kTileK * T::kTilePQ / kArch.pointwise_rate) + kArch.pointwise_slice * ceil_div(args.Cg, ranges.slice) + kArch.pointwise_tile;
+  return tiles * tile + kArch.pointwise_start;
 }
 
 }  // namespace
 
-bool plan_fprop_pointwise(FpropArgs const& args, FpropPlan* plan, double* cycles) {
+bool plan_fprop_pointwise(FpropArgs const& args, TileConfig* config, double* cycles) {
   Adder2dParams const& p = args.p;
   bool const singles = p.x_type == ADDER2D_FLOAT32 && p.w_type == ADDER2D_FLOAT32 && p.y_type == ADDER2D_FLOAT32;
   if (!is_pointwise(p) || !singles || args.Cg % 8 != 0 || args.Cg > kMaxChannels || !args.y_vectors) return false;
@@ -270,16 +277,16 @@ bool plan_fprop_pointwise(FpropArgs const& args, FpropPlan* plan, double* cycles
   int64_t const* const stride = p.x_stride;
   bool const channels = stride[1] == 1 && stride[2] == p.W * stride[3] && stride[0] == p.H * stride[2];
   bool const reach = std::max(stride[3], p.y_stride[3]) <= INT32_MAX / 4;  // of at()
-  if (args.y_filters ? !channels || !args.y_linear || !reach : !is_plane(args)) return false;
+  if (args.y_channels_last ? !channels || !args.y_linear || !reach : !is_plane(args)) return false;
   double const wide = predict<Tile64x128>(args), narrow = predict<Tile32x256>(args);
-  *plan = {};
-  plan->tile = wide == 0 || (narrow != 0 && narrow < wide);
-  *cycles = plan->tile == 0 ? wide : narrow;
+  *config = {};
+  config->tile = wide == 0 || (narrow != 0 && narrow < wide);
+  *cycles = config->tile == 0 ? wide : narrow;
   return *cycles != 0;
 }
 
-cudaError_t launch_fprop_pointwise(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  return plan.tile == 0 ? launch_tile<Tile64x128>(args, stream) : launch_tile<Tile32x256>(args, stream);
+cudaError_t launch_fprop_pointwise(FpropArgs const& args, TileConfig const& config, cudaStream_t stream) {
+  return config.tile == 0 ? launch_tile<Tile64x128>(args, stream) : launch_tile<Tile32x256>(args, stream);
 }
 
 }  // namespace adder2d

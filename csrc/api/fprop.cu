@@ -1,9 +1,16 @@
 // Entry points of the forward pass: validation, choice of kernel, batches beyond 2^31 output pixels.
-#include "fprop.h"
+#include "fprop/fprop.h"
 
 #include <algorithm>
 
+#include "common/convert.cuh"
+#include "common/device.h"
+#include "common/plan_cache.h"
+#include "tile/arch.h"
+
 namespace adder2d {
+
+namespace {
 
 FpropArgs make_fprop_args(Adder2dParams const& p) {
   FpropArgs args{};
@@ -20,32 +27,15 @@ FpropArgs make_fprop_args(Adder2dParams const& p) {
   args.step_r = p.dil_h * p.x_stride[2] - p.S * args.step_s;
   args.step_c = p.x_stride[1] - p.dil_h * p.x_stride[2] * p.R;
   int64_t const* const stride = p.y_stride;
-  args.y_filters = stride[1] == 1 && stride[3] != 1;
+  args.y_channels_last = stride[1] == 1 && stride[3] != 1;
   args.y_linear = stride[2] == p.Q * stride[3] && stride[0] == p.P * stride[2];
   bool const aligned = reinterpret_cast<uintptr_t>(p.y) % (4 * type_size(p.y_type)) == 0 && stride[0] % 4 == 0;
-  args.y_vectors = aligned && (args.y_filters ? args.Kg % 4 == 0 && stride[2] % 4 == 0 && stride[3] % 4 == 0
+  args.y_vectors = aligned && (args.y_channels_last ? args.Kg % 4 == 0 && stride[2] % 4 == 0 && stride[3] % 4 == 0
                                               : stride[3] == 1 && stride[2] == p.Q && int64_t{p.P} * p.Q % 4 == 0 && stride[1] % 4 == 0);
   return args;
 }
 
-int32_t multiprocessor_count() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
-size_t smem_limit() {
-  int device = 0, limit = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return static_cast<size_t>(limit);
-}
-
-namespace {
-
 constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, and a tile may overhang the end
-constexpr size_t kMaxWorkspace = 64 << 20;         // so that int32 reaches all that is packed
 
 // Images of one launch: all of them, or as many as keep N * P * Q and N * K an int32, and as find room.
 int32_t images_per_launch(Adder2dParams const& p) {
@@ -55,23 +45,23 @@ int32_t images_per_launch(Adder2dParams const& p) {
 
 // A tiled kernel needs enough filters a group to fill the short side of a tile, enough terms to fill some slices, and enough
 // work to be worth its pipeline.
-bool wants_direct(Adder2dParams const& p) {
+bool prefers_direct(Adder2dParams const& p) {
   int64_t const reduction = int64_t{p.C / p.groups} * p.R * p.S, terms = int64_t{p.N} * p.P * p.Q * p.K * reduction;
   return p.K / p.groups < 8 || (reduction <= 32 && p.K / p.groups <= 32) || terms <= int64_t{multiprocessor_count()} * 32768;
 }
 
-// A plan, and what launches it.
+// A config, and what launches it.
 struct Choice {
-  cudaError_t (*launch)(FpropArgs const&, FpropPlan const&, cudaStream_t);
-  FpropPlan plan;
+  cudaError_t (*launch)(FpropArgs const&, TileConfig const&, cudaStream_t);
+  TileConfig config;
 };
 
 Choice choose(FpropArgs const& args) {
   size_t const bytes = args.p.workspace_bytes;
-  if (takes_fprop_half(args, bytes)) return {launch_fprop_half, plan_fprop_half(args, bytes)};
+  if (can_implement_fprop_half(args, bytes)) return {launch_fprop_half, plan_fprop_half(args, bytes)};
   double cycles, other_cycles;
-  FpropPlan const simt = plan_fprop_simt(args, bytes, &cycles);
-  FpropPlan other;
+  TileConfig const simt = plan_fprop_simt(args, bytes, &cycles);
+  TileConfig other;
   if (plan_fprop_window(args, bytes, &other, &other_cycles) && other_cycles < cycles) return {launch_fprop_window, other};
   if (plan_fprop_pointwise(args, &other, &other_cycles) && other_cycles < cycles) return {launch_fprop_pointwise, other};
   return {launch_fprop_simt, simt};
@@ -91,18 +81,18 @@ Choice choose_cached(FpropArgs const& args) {
 using namespace adder2d;
 
 size_t adder2d_fprop_workspace(Adder2dParams const* params) {
-  if (adder2d_check(params) != nullptr || params->N == 0 || wants_direct(*params)) return 0;
+  if (adder2d_check(params) != nullptr || params->N == 0 || prefers_direct(*params)) return 0;
   Adder2dParams p = *params;
-  p.workspace_bytes = kMaxWorkspace;
+  p.workspace_bytes = kMaxWorkspaceBytes;
   p.N = images_per_launch(p);
-  return choose(make_fprop_args(p)).plan.workspace_bytes;
+  return choose(make_fprop_args(p)).config.workspace_bytes;
 }
 
 int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
   if (adder2d_check(params) != nullptr) return cudaErrorInvalidValue;
   cudaStream_t const stream = static_cast<cudaStream_t>(stream_pointer);
   Adder2dParams p = *params;
-  p.workspace_bytes = std::min(p.workspace_bytes, kMaxWorkspace);
+  p.workspace_bytes = std::min(p.workspace_bytes, kMaxWorkspaceBytes);
   int32_t const step = images_per_launch(p);
   for (int64_t n = 0; n < params->N; n += step) {
     p.N = static_cast<int32_t>(std::min<int64_t>(params->N - n, step));
@@ -110,11 +100,11 @@ int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
     p.y = static_cast<char*>(params->y) + n * p.y_stride[0] * type_size(p.y_type);
     FpropArgs const args = make_fprop_args(p);
     cudaError_t error;
-    if (wants_direct(p)) {
+    if (prefers_direct(p)) {
       error = launch_fprop_direct(args, stream);
     } else {
       Choice const choice = choose_cached(args);
-      error = choice.launch(args, choice.plan, stream);
+      error = choice.launch(args, choice.config, stream);
     }
     if (error != cudaSuccess) return error;
   }

@@ -1,6 +1,7 @@
 // One thread per element of dx: depth-wise layers and groups of few channels, where an implicit GEMM tile would be mostly
 // empty.
-#include "dgrad.h"
+#include "common/launch.cuh"
+#include "dgrad/dgrad.h"
 
 namespace adder2d {
 namespace {
@@ -16,7 +17,7 @@ __global__ void __launch_bounds__(kThreads) adder2d_dgrad_direct_kernel(__grid_c
   int32_t const w = static_cast<int32_t>(hw - int64_t{h} * a.p.W);
   for (int64_t map = blockIdx.y; map < int64_t{a.p.N} * a.p.C; map += gridDim.y) {
     int32_t const n = static_cast<int32_t>(map / a.p.C), c = static_cast<int32_t>(map % a.p.C);
-    store_from_float(a.dx, dx_index(a, n, c, h, w), a.dx_type, dgrad_by_rule<kFloat32>(a, n, c, h, w));
+    store_from_float(a.dx, dx_index(a, n, c, h, w), a.dx_type, dgrad_exact<kFloat32>(a, n, c, h, w));
   }
 }
 

@@ -1,14 +1,16 @@
 // Entry points of the input gradient: validation, choice of kernel, batches beyond 2^31 pixels.
-#include "dgrad.h"
+#include "dgrad/dgrad.h"
 
 #include <algorithm>
 #include <numeric>
+
+#include "common/plan_cache.h"
+#include "tile/arch.h"
 
 namespace adder2d {
 namespace {
 
 constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, and a tile may overhang the end
-constexpr size_t kMaxSplitBytes = 64 << 20;
 constexpr int32_t kMaxPhases = 1024;  // with more, tiles would be mostly empty
 
 DgradAxis make_axis(int32_t size, int32_t taps, int32_t outputs, int32_t stride, int32_t pad, int32_t dilation) {
@@ -74,17 +76,17 @@ int32_t images_per_launch(Adder2dParams const& p) {
 }
 
 // A plan for the workspace that there is; one that needs more where none needs less.
-DgradPlan choose(DgradArgs const& args) {
+DgradConfig choose(DgradArgs const& args) {
   Adder2dParams key = args.p;  // the rest of the arguments follows from it but for addresses, which plans do not depend on
   key.x = key.w = key.b = key.y = key.workspace = nullptr;
-  return cached_plan<DgradPlan>(key, [&] {
-    DgradPlan const plan = plan_dgrad_simt(args, kMaxSplitBytes);
-    return plan.workspace_bytes > key.workspace_bytes ? plan_dgrad_simt(args, 0) : plan;
+  return cached_plan<DgradConfig>(key, [&] {
+    DgradConfig const config = plan_dgrad_simt(args, kMaxWorkspaceBytes);
+    return config.workspace_bytes > key.workspace_bytes ? plan_dgrad_simt(args, 0) : config;
   });
 }
 
 // A tiled kernel needs enough channels a group to fill the short side of a tile, and steps through dy by int32 strides.
-bool wants_direct(DgradArgs const& args) {
+bool prefers_direct(DgradArgs const& args) {
   return args.Cg < 8 || !args.small_steps || int64_t{args.h.phases} * args.w.phases > kMaxPhases ||
          int64_t{args.h.positions} * args.w.positions > kMaxPixels;
 }
@@ -99,7 +101,7 @@ size_t adder2d_dgrad_workspace(Adder2dDgradParams const* params) {
   Adder2dDgradParams part = *params;
   part.layer.N = images_per_launch(part.layer);
   DgradArgs const args = make_args(part);
-  return wants_direct(args) ? 0 : plan_dgrad_simt(args, kMaxSplitBytes).workspace_bytes;
+  return prefers_direct(args) ? 0 : plan_dgrad_simt(args, kMaxWorkspaceBytes).workspace_bytes;
 }
 
 int32_t adder2d_dgrad(Adder2dDgradParams const* params, void* stream_pointer) {
@@ -114,13 +116,13 @@ int32_t adder2d_dgrad(Adder2dDgradParams const* params, void* stream_pointer) {
     part.layer.y = static_cast<char*>(whole.y) + n * whole.y_stride[0] * type_size(whole.y_type);
     part.dx = static_cast<char*>(params->dx) + n * params->dx_stride[0] * type_size(params->dx_type);
     DgradArgs const args = make_args(part);
-    DgradPlan plan{};
-    bool direct = wants_direct(args);
+    DgradConfig config{};
+    bool direct = prefers_direct(args);
     if (!direct) {
-      plan = choose(args);
-      direct = plan.workspace_bytes > whole.workspace_bytes;
+      config = choose(args);
+      direct = config.workspace_bytes > whole.workspace_bytes;
     }
-    cudaError_t const error = direct ? launch_dgrad_direct(args, stream) : launch_dgrad_simt(args, plan, stream);
+    cudaError_t const error = direct ? launch_dgrad_direct(args, stream) : launch_dgrad_simt(args, config, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -1,7 +1,11 @@
 // What the kernels of the input gradient share, and their launchers. dgrad.cu picks one of them.
 #pragma once
 
-#include "fprop_tiled.cuh"
+#include <cuda_runtime_api.h>
+
+#include "common/convert.cuh"
+#include "common/fast_div.h"
+#include "tile/heuristics.h"
 
 namespace adder2d {
 
@@ -43,7 +47,7 @@ struct DgradArgs {
 };
 
 // How the tiled kernel cuts the work.
-struct DgradPlan : FpropPlan {
+struct DgradConfig : TileConfig {
   int32_t last_terms;  // of the slices with the last filters of a group: their number, or a little more
   FastDiv div_tiles_c, div_tiles_hw;
   int32_t least_smem_bytes;  // that a block takes, needed or not; 0 for what it needs
@@ -77,7 +81,7 @@ __device__ __forceinline__ DgradPhase make_phase(DgradAxis const& axis, int32_t 
 
 // dx of one element term by term, NaN and infinity as in the rule. With kFloat32, x, w and dy are float32.
 template <bool kFloat32>
-__device__ float dgrad_by_rule(DgradArgs const& a, int32_t n, int32_t c, int32_t h, int32_t w) {
+__device__ float dgrad_exact(DgradArgs const& a, int32_t n, int32_t c, int32_t h, int32_t w) {
   auto const load = [](void const* base, int64_t index, int32_t type) {
     return kFloat32 ? __ldg(static_cast<float const*>(base) + index) : load_as_float(base, index, type);
   };
@@ -114,7 +118,7 @@ cudaError_t launch_dgrad_direct(DgradArgs const& args, cudaStream_t stream);
 
 // ---- dgrad_simt.cu: implicit GEMM with float32 arithmetic
 // Sums of splits take at most `split_bytes` of the plan's workspace. A tile is of channels (tiles_k) by pixels of one phase.
-DgradPlan plan_dgrad_simt(DgradArgs const& args, size_t split_bytes);
-cudaError_t launch_dgrad_simt(DgradArgs const& args, DgradPlan const& plan, cudaStream_t stream);
+DgradConfig plan_dgrad_simt(DgradArgs const& args, size_t split_bytes);
+cudaError_t launch_dgrad_simt(DgradArgs const& args, DgradConfig const& config, cudaStream_t stream);
 
 }  // namespace adder2d

@@ -1,7 +1,9 @@
 // Depth-wise layers of the common kernels and strides, whose bound is memory: a thread takes a strip of kRows x 2 outputs and
 // reads each row of its window once, several rows ahead. The two are neighbours along the width, or along the channels where
 // these lie side by side (channels_last), so that they are one load. All other layers take fprop_direct.cu.
-#include "fprop.h"
+#include "common/launch.cuh"
+#include "fprop/fprop.h"
+#include "tile/epilogue.cuh"
 
 namespace adder2d {
 namespace {
@@ -251,11 +253,11 @@ bool has_pairs(void const* base, int32_t type, int64_t const (&stride)[4], int a
 
 constexpr int kChannelAxis = 1, kWidthAxis = 3;
 
-bool takes_channels(Adder2dParams const& p) {
+bool can_pair_channels(Adder2dParams const& p) {
   return p.K == p.C && p.C % 2 == 0 && p.C >= 16 && has_pairs(p.x, p.x_type, p.x_stride, kChannelAxis);
 }
 
-bool takes_width(Adder2dParams const& p) {
+bool can_pair_width(Adder2dParams const& p) {
   return p.W % 2 == 0 && p.pad_w % 2 == p.R / 2 % 2 && has_pairs(p.x, p.x_type, p.x_stride, kWidthAxis);
 }
 
@@ -270,7 +272,7 @@ cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
   Strips g{};
   int32_t const strips = static_cast<int32_t>(ceil_div<int64_t>(p.P, kRows));
   g.div_strips = FastDiv(strips);
-  if (takes_channels(p)) {
+  if (can_pair_channels(p)) {
     g.y_pairs = has_pairs(p.y, p.y_type, p.y_stride, kChannelAxis);
     int32_t const pairs = p.C / 2, lanes = pairs > 16 ? 32 : pairs > 8 ? 16 : 8, chunks = ceil_div(pairs, lanes);
     int32_t const blocks = ceil_div(p.Q, kMaxThreads / lanes), columns = ceil_div(p.Q, blocks);
@@ -299,12 +301,12 @@ cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
 
 }  // namespace
 
-bool takes_fprop_depthwise(FpropArgs const& args) {
+bool can_implement_fprop_depthwise(FpropArgs const& args) {
   Adder2dParams const& p = args.p;
   bool const square = p.R == p.S && (p.R == 3 || p.R == 5) && p.stride_h == p.stride_w && p.stride_h <= 2;
   constexpr int64_t kMaxIndex = 0x7fffffff - kMaxThreads;  // the index of a thread, or of a block, is an int32
   return args.Cg == 1 && square && p.dil_h == 1 && p.dil_w == 1 && p.x_type == p.y_type && width_threads(p) <= kMaxIndex &&
-         (takes_channels(p) || takes_width(p));
+         (can_pair_channels(p) || can_pair_width(p));
 }
 
 cudaError_t launch_fprop_depthwise(FpropArgs const& args, cudaStream_t stream) {

@@ -3,7 +3,10 @@
 // that share what is read; where there are too few of these to fill the chip, threads share the reduction as well.
 #include <algorithm>
 
-#include "fprop.h"
+#include "common/device.h"
+#include "common/launch.cuh"
+#include "fprop/fprop.h"
+#include "tile/epilogue.cuh"
 
 namespace adder2d {
 namespace {
@@ -129,7 +132,7 @@ cudaError_t launch_tile(FpropArgs const& args, cudaStream_t stream) {
     for (int64_t first = 0; first < all_sets; first += max_sets) {
       int32_t const sets = static_cast<int32_t>(std::min<int64_t>(all_sets - first, max_sets));
       TileGrid g{};
-      g.sets_first = kFilters == 1 && args.y_filters;
+      g.sets_first = kFilters == 1 && args.y_channels_last;
       g.div_0 = FastDiv(g.sets_first ? sets : args.p.Q);
       g.div_1 = FastDiv(g.sets_first ? args.p.Q : strips);
       g.div_2 = FastDiv(g.sets_first ? strips : sets);
@@ -270,7 +273,7 @@ cudaError_t launch_fprop_direct(FpropArgs const& args, cudaStream_t stream) {
     if (args.CRS >= 16 && args.Kg > 1 && outputs * 4 <= threads) return launch_shared<8, 1, 2>(args, stream);
     if (args.CRS >= 16 && args.Kg == 1 && outputs * 8 <= threads) return launch_shared<8, 1, 1>(args, stream);
   }
-  if (takes_fprop_depthwise(args)) return launch_fprop_depthwise(args, stream);
+  if (can_implement_fprop_depthwise(args)) return launch_fprop_depthwise(args, stream);
   return args.Kg > 2 ? launch_tile<2, 4>(args, stream) : launch_tile<4, 1>(args, stream);
 }
 

@@ -1,13 +1,16 @@
 // What wgrad.cu, the entry points of the weight gradient, asks of the kernel for layers with few channels.
 #pragma once
 
-#include "fprop.h"
+#include <cuda_runtime_api.h>
+
+#include "adder2d.h"
+#include "common/fast_div.h"
 
 namespace adder2d {
 
 // How wgrad_simt.cu cuts the work: dw into tiles of filters by channels, the pixels of dy into chunks, which the splits of a
 // tile share out.
-struct WgradPlan {
+struct WgradConfig {
   bool taken;  // else the rest is not set
   int32_t tile;  // index into the table of tiles
   int32_t tiles_k, tiles_c, tiles;  // of a group; of all groups
@@ -21,10 +24,18 @@ struct WgradPlan {
   size_t squares_bytes, partial_bytes, workspace_bytes;
 };
 
-// The plan for sum(dy * x), and for the sum of dy beside it; not taken where a convolution is as fast or the kernel does not fit.
-WgradPlan plan_wgrad_simt(Adder2dWgradParams const& params);
+// ---- wgrad_convolved.cu
+size_t wgrad_convolved_workspace(Adder2dWgradParams const& params);
+// Enqueues dw = convolved - w * sum(dy), scaled where eta asks for it.
+cudaError_t launch_wgrad_convolved(Adder2dWgradParams const& params, cudaStream_t stream);
+// Enqueues the division of dw to the wanted norm. The workspace begins with `count` sums of squares of dw.
+cudaError_t launch_wgrad_scale(Adder2dWgradParams const& params, int64_t count, cudaStream_t stream);
 
-// Enqueues dw = sum(dy * (x - w)). The workspace then begins with plan.reduce_blocks sums of squares of dw.
-cudaError_t launch_wgrad_simt(Adder2dWgradParams const& params, WgradPlan const& plan, cudaStream_t stream);
+// ---- wgrad_simt.cu
+// The plan for sum(dy * x), and for the sum of dy beside it; not taken where a convolution is as fast or the kernel does not fit.
+WgradConfig plan_wgrad_simt(Adder2dWgradParams const& params);
+
+// Enqueues dw = sum(dy * (x - w)). The workspace then begins with config.reduce_blocks sums of squares of dw.
+cudaError_t launch_wgrad_simt(Adder2dWgradParams const& params, WgradConfig const& config, cudaStream_t stream);
 
 }  // namespace adder2d

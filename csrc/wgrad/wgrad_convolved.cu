@@ -1,11 +1,12 @@
-// Entry points of the weight gradient, and what follows on a convolution, in three kernels: sums of dy a filter and chunk;
-// dw = convolved - w * sum(dy) and sums of its squares a block; dw divided to the wanted norm. Where wgrad_simt.cu needs no
-// convolution, the third alone. Every sum runs in one fixed order.
+// The weight gradient from that of a convolution, in three kernels: sums of dy per filter and chunk; dw = convolved - w * sum(dy)
+// and sums of its squares per block; dw divided to the wanted norm, which wgrad_simt.cu uses as well. Every sum runs in one fixed
+// order.
 #include <algorithm>
 #include <cmath>
 
-#include "common.cuh"
-#include "wgrad.h"
+#include "common/convert.cuh"
+#include "common/launch.cuh"
+#include "wgrad/wgrad.h"
 
 namespace adder2d {
 namespace {
@@ -264,14 +265,6 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += int64_t{gridDim.x} * kThreads) dw[i] /= divisor;
 }
 
-cudaError_t launch_scale(Adder2dWgradParams const& params, int64_t squares, cudaStream_t stream) {
-  int64_t const size = params.layer.K * filter_size(params.layer);
-  uint32_t const blocks = static_cast<uint32_t>(std::min<int64_t>(ceil_div<int64_t>(size, kThreads * kLoads), kBlocks / 4));
-  return launch_dependent(adder2d_wgrad_scale_kernel, dim3(blocks), dim3(kThreads), 0, stream, params.dw, size,
-                          static_cast<double const*>(params.layer.workspace), squares,
-                          params.eta * std::sqrt(static_cast<double>(size)));
-}
-
 // The workspace holds the squares, then the sums.
 int64_t squares_count(DwArgs const& args) { return args.p.eta > 0 ? int64_t{args.p.layer.K} * args.blocks : 0; }
 
@@ -279,7 +272,27 @@ size_t workspace_bytes(DwArgs const& args) {
   return squares_count(args) * sizeof(double) + int64_t{args.p.layer.K} * args.chunks * sizeof(float);
 }
 
-cudaError_t finish(Adder2dWgradParams const& params, cudaStream_t stream) {
+}  // namespace
+
+cudaError_t launch_wgrad_scale(Adder2dWgradParams const& params, int64_t squares, cudaStream_t stream) {
+  int64_t const size = params.layer.K * filter_size(params.layer);
+  uint32_t const blocks = static_cast<uint32_t>(std::min<int64_t>(ceil_div<int64_t>(size, kThreads * kLoads), kBlocks / 4));
+  return launch_dependent(adder2d_wgrad_scale_kernel, dim3(blocks), dim3(kThreads), 0, stream, params.dw, size,
+                          static_cast<double const*>(params.layer.workspace), squares,
+                          params.eta * std::sqrt(static_cast<double>(size)));
+}
+
+size_t wgrad_convolved_workspace(Adder2dWgradParams const& params) {
+  Adder2dParams either = params.layer;
+  int32_t chunks = 0;
+  for (uintptr_t address : {0, 1}) {  // dy aligned, and not
+    either.y = reinterpret_cast<void*>(address);
+    chunks = std::max(chunks, make_sum_args(either).chunks);
+  }
+  return workspace_bytes(make_dw_args(params, chunks));
+}
+
+cudaError_t launch_wgrad_convolved(Adder2dWgradParams const& params, cudaStream_t stream) {
   SumArgs sum = make_sum_args(params.layer);
   DwArgs dw = make_dw_args(params, sum.chunks);
   int64_t const count = squares_count(dw), blocks = int64_t{params.layer.K} * dw.blocks;
@@ -291,35 +304,7 @@ cudaError_t finish(Adder2dWgradParams const& params, cudaStream_t stream) {
                                                                : launch_sum<__nv_bfloat16>(sum, stream);
   if (error != cudaSuccess) return error;
   error = launch_dependent(adder2d_wgrad_kernel, dim3(static_cast<uint32_t>(blocks)), dim3(kThreads), 0, stream, dw);
-  return error != cudaSuccess || count == 0 ? error : launch_scale(params, count, stream);
+  return error != cudaSuccess || count == 0 ? error : launch_wgrad_scale(params, count, stream);
 }
 
-}  // namespace
 }  // namespace adder2d
-
-using namespace adder2d;
-
-int32_t adder2d_wgrad_takes(Adder2dWgradParams const* params) {
-  return adder2d_wgrad_check(params) == nullptr && plan_wgrad_simt(*params).taken;
-}
-
-size_t adder2d_wgrad_workspace(Adder2dWgradParams const* params) {
-  if (adder2d_wgrad_check(params) != nullptr) return 0;
-  Adder2dParams either = params->layer;
-  int32_t chunks = 0;
-  for (uintptr_t address : {0, 1}) {  // dy aligned, and not
-    either.y = reinterpret_cast<void*>(address);
-    chunks = std::max(chunks, make_sum_args(either).chunks);
-  }
-  return std::max(workspace_bytes(make_dw_args(*params, chunks)), plan_wgrad_simt(*params).workspace_bytes);
-}
-
-int32_t adder2d_wgrad(Adder2dWgradParams const* params, void* stream_pointer) {
-  if (adder2d_wgrad_check(params) != nullptr) return cudaErrorInvalidValue;
-  cudaStream_t const stream = static_cast<cudaStream_t>(stream_pointer);
-  if (params->convolved != nullptr) return finish(*params, stream);
-  WgradPlan const plan = plan_wgrad_simt(*params);
-  if (!plan.taken || plan.workspace_bytes > params->layer.workspace_bytes) return cudaErrorInvalidValue;
-  cudaError_t const error = launch_wgrad_simt(*params, plan, stream);
-  return error != cudaSuccess || params->eta == 0 ? error : launch_scale(*params, plan.reduce_blocks, stream);
-}
