@@ -25,6 +25,19 @@ __device__ __forceinline__ void store_from_float(void* base, int64_t index, int3
   }
 }
 
+// Two elements side by side on an address aligned to both.
+template <int32_t kType>
+__device__ __forceinline__ void store2_from_float(void* base, int64_t index, float2 const& v) {
+  if constexpr (kType == ADDER2D_FLOAT32) {
+    *reinterpret_cast<float2*>(static_cast<float*>(base) + index) = v;
+  } else {
+    alignas(4) uint16_t halves[2];
+    store_from_float(halves, 0, kType, v.x);
+    store_from_float(halves, 1, kType, v.y);
+    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(base) + index) = *reinterpret_cast<uint32_t*>(halves);
+  }
+}
+
 // Four elements side by side on an address aligned to all of them.
 __device__ __forceinline__ void store4_from_float(void* base, int64_t index, int32_t type, float4 const& v) {
   if (type == ADDER2D_FLOAT32) {

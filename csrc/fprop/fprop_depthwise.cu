@@ -25,12 +25,6 @@ struct Element {  // 16 bits
     if (kType == ADDER2D_BFLOAT16) return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
     return make_float2(to_float(static_cast<uint16_t>(bits)), to_float(static_cast<uint16_t>(bits >> 16)));
   }
-  __device__ __forceinline__ static void store(void* base, int64_t index, float2 const& v) {
-    alignas(4) uint16_t halves[2];
-    store_from_float(halves, 0, kType, v.x);
-    store_from_float(halves, 1, kType, v.y);
-    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(base) + index) = *reinterpret_cast<uint32_t*>(halves);
-  }
 };
 
 template <>
@@ -40,9 +34,6 @@ struct Element<ADDER2D_FLOAT32> {
 
   __device__ __forceinline__ static float to_float(float v) { return v; }
   __device__ __forceinline__ static float2 to_floats(float2 v) { return v; }
-  __device__ __forceinline__ static void store(void* base, int64_t index, float2 const& v) {
-    *reinterpret_cast<float2*>(static_cast<float*>(base) + index) = v;
-  }
 };
 
 // *pointer, or zero where `valid` is false.
@@ -62,17 +53,6 @@ struct Strips {
   FastDiv div_chunks; // channels: blocks side by side along the channels
   bool y_pairs;       // the two outputs may be stored at once
 };
-
-// Stores outputs p, q, k and their neighbours; the neighbour lies at `next`, where it is `present`.
-template <int32_t kType>
-__device__ __forceinline__ void store_two(FpropArgs const& a, bool pairs, int64_t index, int64_t next, bool present, float2 const& y) {
-  if (pairs) {
-    Element<kType>::store(a.p.y, index, y);
-  } else {
-    store_from_float(a.p.y, index, kType, y.x);
-    if (present) store_from_float(a.p.y, index + next, kType, y.y);
-  }
-}
 
 // Whether the row or column `offset` behind `start` is one of `size`.
 __device__ __forceinline__ bool inside(int32_t start, int offset, int32_t size) {
@@ -139,7 +119,7 @@ __global__ void __launch_bounds__(128) adder2d_fprop_depthwise_width_kernel(__gr
   } else {
     load_weights(ADDER2D_BFLOAT16);
   }
-  float const bias = load_bias(a, k);
+  Epilogue::Filter const filter = Epilogue::filter(a, k), filters[2] = {filter, filter};
   int64_t const y = n * a.p.y_stride[0] + k * a.p.y_stride[1] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
 
   float sum[kRows][2] = {};
@@ -165,8 +145,8 @@ __global__ void __launch_bounds__(128) adder2d_fprop_depthwise_width_kernel(__gr
         add_term(&sum[i][1], x_row[kStride + s], w[r * kKernel + s]);
       }
       if (r == kKernel - 1 && p + i < a.p.P)
-        store_two<kType>(a, g.y_pairs, y + i * a.p.y_stride[2], a.p.y_stride[3], q + 1 < a.p.Q,
-                         make_float2(bias - sum[i][0], bias - sum[i][1]));
+        store2<kType>(a, g.y_pairs, y + i * a.p.y_stride[2], a.p.y_stride[3], q + 1 < a.p.Q, filters,
+                      make_float2(sum[i][0], sum[i][1]));
     }
   }
 }
@@ -215,8 +195,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   float2 w[S::kTaps];
 #pragma unroll
   for (int j = 0; j < S::kTaps; ++j) w[j] = w_smem[j][threadIdx.x];
-  float2 bias = make_float2(-0.f, -0.f);  // as load_bias, with one branch for both
-  if (a.p.b != nullptr) bias = make_float2(load_as_float(a.p.b, c, a.p.w_type), load_as_float(a.p.b, c + 1, a.p.w_type));
+  Epilogue::Filter filters[2];
+  Epilogue::filters(a, c, filters);
   int64_t const y = n * a.p.y_stride[0] + c * a.p.y_stride[1] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
 
   float sum[kRows][2] = {};
@@ -236,8 +216,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         add_term(&sum[i][1], x_row[s].y, w[r * kKernel + s].y);
       }
       if (r == kKernel - 1 && p + i < a.p.P)
-        store_two<kType>(a, g.y_pairs, y + i * a.p.y_stride[2], a.p.y_stride[1], true,
-                         make_float2(bias.x - sum[i][0], bias.y - sum[i][1]));
+        store2<kType>(a, g.y_pairs, y + i * a.p.y_stride[2], a.p.y_stride[1], true, filters, make_float2(sum[i][0], sum[i][1]));
     }
   }
 }

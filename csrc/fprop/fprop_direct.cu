@@ -48,11 +48,6 @@ struct FilterSet {
   __device__ __forceinline__ int64_t weights(FpropArgs const& a, int f) const { return int64_t{k + min(f, count - 1)} * a.CRS; }
 };
 
-__device__ __forceinline__ void store_output(FpropArgs const& a, int32_t k, int64_t offset, float sum) {
-  float const bias = load_bias(a, k);
-  store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, bias - sum);
-}
-
 // ---- one thread an output
 
 constexpr int kTileThreads = 256;
@@ -112,7 +107,7 @@ __global__ void __launch_bounds__(kTileThreads, 3)
   for (int i = 0; i < kRows; ++i) {
 #pragma unroll
     for (int f = 0; f < kFilters; ++f)
-      if (i < rows && f < set.count) store_output(a, set.k + f, y + i * a.p.y_stride[2], sum[i][f]);
+      if (i < rows && f < set.count) store1(a, set.k + f, y + i * a.p.y_stride[2], Epilogue::filter(a, set.k + f), sum[i][f]);
   }
 }
 
@@ -242,7 +237,7 @@ __global__ void __launch_bounds__(kSharedThreads, 4)
   int64_t output = outputs[0];
 #pragma unroll
   for (int i = 1; i < kPixels; ++i) output = pixel == i ? outputs[i] : output;
-  store_output(a, set.k + f, output, total);
+  store1(a, set.k + f, output, Epilogue::filter(a, set.k + f), total);
 }
 
 template <int kShares, int kPixels, int kFilters>

@@ -45,10 +45,10 @@ struct Tile {
 
 constexpr int32_t kStages = 2;  // slices in flight
 
-// The stages, the bias, the weights.
+// The stages, the epilogue's filters, the weights.
 template <class T>
 constexpr size_t smem_size(int32_t channels) {
-  return sizeof(float) * (kStages * T::kStageFloats + T::kTileK + channels * T::kPitchK);
+  return sizeof(float) * (kStages * T::kStageFloats + channels * T::kPitchK) + sizeof(Epilogue::Filter) * T::kTileK;
 }
 
 // How the output is shared out. Blocks of a range of pixels lie side by side, so that they read the same image at the same time; the
@@ -144,8 +144,10 @@ template <class T, bool kChannels>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     adder2d_fprop_pointwise_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ Ranges const ranges) {
   extern __shared__ __align__(16) float smem[];
-  float* const b_smem = smem + kStages * T::kStageFloats;
-  float* const w_smem = b_smem + T::kTileK;
+  static_assert(sizeof(Epilogue::Filter) == sizeof(float), "four of them are one read of shared memory");
+  constexpr int kFilterFloats = T::kTileK * sizeof(Epilogue::Filter) / sizeof(float);
+  float* const filters_smem = smem + kStages * T::kStageFloats;
+  float* const w_smem = filters_smem + kFilterFloats;
   int32_t const k_tile = blockIdx.x % ranges.tiles_k, rest = blockIdx.x / ranges.tiles_k;
   int32_t const group = rest % a.p.groups, range = rest / a.p.groups;
   int32_t const first_k = group * a.Kg + k_tile * T::kTileK, end_k = (group + 1) * a.Kg;
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     }
   }
   copy_commit();
-  if (threadIdx.x < T::kTileK) b_smem[threadIdx.x] = load_bias(a, min(first_k + static_cast<int32_t>(threadIdx.x), end_k - 1));
+  if (threadIdx.x < T::kTileK) reinterpret_cast<Epilogue::Filter*>(filters_smem)[threadIdx.x] = Epilogue::filter(a, min(first_k + static_cast<int32_t>(threadIdx.x), end_k - 1));
 
 #pragma unroll 1
   for (; tiles > 0; --tiles, first_pixel += T::kTilePQ) {
@@ -186,10 +188,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
       terms = min(terms, a.Cg - channel);
     } while (terms > 0);
 
-    int32_t const filters = end_k - first_k - thread.thread_k;  // from the thread's first one on
-    alignas(16) float b[T::kThreadK];
+    int32_t const count = end_k - first_k - thread.thread_k;  // from the thread's first one on
+    alignas(16) Epilogue::Filter f[T::kThreadK];
 #pragma unroll
-    for (int i = 0; i < T::kThreadK; i += 4) *reinterpret_cast<float4*>(&b[i]) = *reinterpret_cast<float4 const*>(b_smem + thread.k(i));
+    for (int i = 0; i < T::kThreadK; i += 4) *reinterpret_cast<float4*>(&f[i]) = *reinterpret_cast<float4 const*>(filters_smem + thread.k(i));
     if constexpr (kChannels) {
       int32_t const pitch = 4 * static_cast<int32_t>(a.p.y_stride[3]);
 #pragma unroll
@@ -199,9 +201,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
 #pragma unroll
         for (int i = 0; i < T::kThreadK; i += 4) {
           int32_t const k = thread.k(i) - thread.thread_k;
-          if (m < a.NPQ && k < filters)
-            *reinterpret_cast<float4*>(y + k) =
-                make_float4(b[i] - acc[i][j], b[i + 1] - acc[i + 1][j], b[i + 2] - acc[i + 2][j], b[i + 3] - acc[i + 3][j]);
+          if (m < a.NPQ && k < count)
+            store4_at<false>(y + k, {f[i], f[i + 1], f[i + 2], f[i + 3]}, make_float4(acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j]));
         }
       }
     } else {
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
         int32_t pq;
         int32_t const n = a.div_PQ.divmod(m, &pq);
         y[j] = static_cast<float*>(a.p.y) + (n * a.p.y_stride[0] + pq + (first_k + thread.thread_k) * a.p.y_stride[1]);
-        ends[j] = m < a.NPQ ? filters : 0;
+        ends[j] = m < a.NPQ ? count : 0;
       }
 #pragma unroll
       for (int i = 0; i < T::kThreadK; ++i) {
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
 #pragma unroll
         for (int j = 0; j < T::kGroupsPQ; ++j) {
           float const* const sums = &acc[i][4 * j];
-          if (k < ends[j]) store16(y[j], make_float4(b[i] - sums[0], b[i] - sums[1], b[i] - sums[2], b[i] - sums[3]));
+          if (k < ends[j]) store4_at<true>(y[j], {f[i], f[i], f[i], f[i]}, make_float4(sums[0], sums[1], sums[2], sums[3]));
           y[j] += (i % 4 == 3 ? T::kTileK / T::kGroupsK - 3 : 1) * a.p.y_stride[1];
         }
       }

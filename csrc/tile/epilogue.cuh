@@ -2,13 +2,42 @@
 #pragma once
 
 #include "common/convert.cuh"
+#include "common/cp_async.cuh"
 #include "tile/coord.cuh"
 
 namespace adder2d {
 
-__device__ __forceinline__ float load_bias(FpropArgs const& a, int32_t k) {
-  return a.p.b != nullptr ? load_as_float(a.p.b, k, a.p.w_type) : -0.f;  // -0 - sum is -sum, with its sign of zero
-}
+// ---- epilogue
+
+// Makes outputs of sums: y = b[k] - sum. All forward kernels do it here, so a scale, a residual, an activation or a quantisation of
+// the output belongs here too: its parameters into FpropArgs and the constructor, what depends on the filter into Filter, the
+// arithmetic into finish(), and another type of y into common/convert.cuh.
+struct Epilogue {
+  // Of one filter; kernels that hold a filter's outputs together load it once.
+  struct Filter {
+    float bias;
+  };
+
+  __device__ __forceinline__ static Filter filter(FpropArgs const& a, int32_t k) {
+    return {a.p.b != nullptr ? load_as_float(a.p.b, k, a.p.w_type) : -0.f};  // -0 - sum is -sum, with its sign of zero
+  }
+  // Filters k and k + 1, by one branch.
+  __device__ __forceinline__ static void filters(FpropArgs const& a, int32_t k, Filter (&two)[2]) {
+    two[0] = two[1] = {-0.f};
+    if (a.p.b != nullptr) {
+      two[0] = {load_as_float(a.p.b, k, a.p.w_type)};
+      two[1] = {load_as_float(a.p.b, k + 1, a.p.w_type)};
+    }
+  }
+
+  __device__ __forceinline__ static float finish(Filter const& filter, float sum) { return filter.bias - sum; }
+  __device__ __forceinline__ static float2 finish(Filter const (&f)[2], float2 const& sum) {
+    return make_float2(finish(f[0], sum.x), finish(f[1], sum.y));
+  }
+  __device__ __forceinline__ static float4 finish(Filter const (&f)[4], float4 const& sum) {
+    return make_float4(finish(f[0], sum.x), finish(f[1], sum.y), finish(f[2], sum.z), finish(f[3], sum.w));
+  }
+};
 
 // ---- store
 
@@ -21,13 +50,30 @@ __device__ __forceinline__ int64_t output_offset(FpropArgs const& a, int32_t m) 
   return n * a.p.y_stride[0] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
 }
 
-// Writes y = b - sum for filter k and a pixel.
+// Writes the output of filter k and a pixel, whose output_offset is `offset`.
+__device__ __forceinline__ void store1(FpropArgs const& a, int32_t k, int64_t offset, Epilogue::Filter const& filter, float sum) {
+  store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, Epilogue::finish(filter, sum));
+}
 __device__ __forceinline__ void store1(FpropArgs const& a, int32_t k, int64_t offset, float sum) {
-  store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, load_bias(a, k) - sum);
+  store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, Epilogue::finish(Epilogue::filter(a, k), sum));
 }
 
-// The same for four filters from k on (kFilters), or for four pixels from m on, one by one; `end_k` is the end of the tile's
-// filters. Not inlined: kernels would be twice as long.
+// Writes two outputs of type kType, the first of them at element `index` of y: at once (`pairs`), or one by one, the second where it
+// is `present` and `next` elements on.
+template <int32_t kType>
+__device__ __forceinline__ void store2(FpropArgs const& a, bool pairs, int64_t index, int64_t next, bool present,
+                                       Epilogue::Filter const (&filters)[2], float2 const& sum) {
+  float2 const y = Epilogue::finish(filters, sum);
+  if (pairs) {
+    store2_from_float<kType>(a.p.y, index, y);
+  } else {
+    store_from_float(a.p.y, index, kType, y.x);
+    if (present) store_from_float(a.p.y, index + next, kType, y.y);
+  }
+}
+
+// Writes the outputs of four filters from k on (kFilters), or of four pixels from m on, one by one; `end_k` is the end of the
+// tile's filters. Not inlined: kernels would be twice as long.
 template <bool kFilters>
 __device__ __noinline__ void store4_singly(FpropArgs const& a, int32_t k, int32_t end_k, int32_t m, float4 sum) {
   float const sums[] = {sum.x, sum.y, sum.z, sum.w};
@@ -44,12 +90,20 @@ template <bool kFilters>
 __device__ __forceinline__ void store4(FpropArgs const& a, int32_t k, int32_t end_k, int32_t m, int64_t offset, float4 const& sum) {
   if (k >= end_k || m >= a.NPQ) return;
   if (!a.y_vectors || a.y_channels_last != kFilters) return store4_singly<kFilters>(a, k, end_k, m, sum);
-  float4 b;
-  b.x = load_bias(a, k);
-  b.y = kFilters ? load_bias(a, k + 1) : b.x;
-  b.z = kFilters ? load_bias(a, k + 2) : b.x;
-  b.w = kFilters ? load_bias(a, k + 3) : b.x;
-  store4_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, make_float4(b.x - sum.x, b.y - sum.y, b.z - sum.z, b.w - sum.w));
+  Epilogue::Filter const f = Epilogue::filter(a, k);
+  Epilogue::Filter const filters[4] = {f, kFilters ? Epilogue::filter(a, k + 1) : f, kFilters ? Epilogue::filter(a, k + 2) : f,
+                                       kFilters ? Epilogue::filter(a, k + 3) : f};
+  store4_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, Epilogue::finish(filters, sum));
+}
+
+// The same for float32, at an address of y. With kForced the compiler may not make four stores of it (store16).
+template <bool kForced>
+__device__ __forceinline__ void store4_at(float* y, Epilogue::Filter const (&filters)[4], float4 const& sum) {
+  if constexpr (kForced) {
+    store16(y, Epilogue::finish(filters, sum));
+  } else {
+    *reinterpret_cast<float4*>(y) = Epilogue::finish(filters, sum);
+  }
 }
 
 // A tile's sums in shared memory, where they change hands so that a thread gets what lies side by side in y: rows of pixels
