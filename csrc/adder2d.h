@@ -56,6 +56,18 @@ __attribute__((visibility("default"))) size_t adder2d_fprop_workspace(Adder2dPar
 // and enqueue nothing. Never synchronises or allocates; may be captured into a CUDA graph.
 __attribute__((visibility("default"))) int32_t adder2d_fprop(Adder2dParams const* params, void* stream);
 
+// The kernel that adder2d_fprop takes for this problem on the current device, the first one where it takes several, as
+// "family:tile" or "family:tile:splits:full_tiles:packed": e.g. "simt:64x128:3:132:unpacked", tiles of 64 filters by 128 pixels, of
+// which the first 132 are whole and the others split in three along the reduction. Null where there is none: for invalid params, an
+// empty batch, or a forced kernel that cannot implement the problem. The text lives until the next call on the same thread.
+__attribute__((visibility("default"))) char const* adder2d_fprop_describe(Adder2dParams const* params);
+
+// For tests and measurements: makes all later calls in this process take one kernel, given as adder2d_fprop_describe tells it; what
+// lacks, or is empty ("simt", "simt:64x128", "half::3"), is chosen as ever. Null or "" ends it. Returns null, or, where the text names
+// no kernel, one sentence on why; then nothing changes. A problem that the kernel cannot implement, or not in the given workspace, then
+// gives cudaErrorNotSupported (801). Ask for the workspace anew: it depends on the kernel.
+__attribute__((visibility("default"))) char const* adder2d_fprop_force(char const* choice);
+
 // The text of a cudaError_t returned above.
 __attribute__((visibility("default"))) char const* adder2d_error_string(int32_t error);
 
@@ -77,10 +89,12 @@ typedef struct Adder2dDgradParams {
 // sizeof(Adder2dDgradParams)
 __attribute__((visibility("default"))) size_t adder2d_dgrad_params_size(void);
 
-// As adder2d_check, adder2d_fprop_workspace, adder2d_fprop and adder2d_fprop_cpu.
+// As their namesakes of the forward pass.
 __attribute__((visibility("default"))) char const* adder2d_dgrad_check(Adder2dDgradParams const* params);
 __attribute__((visibility("default"))) size_t adder2d_dgrad_workspace(Adder2dDgradParams const* params);
 __attribute__((visibility("default"))) int32_t adder2d_dgrad(Adder2dDgradParams const* params, void* stream);
+__attribute__((visibility("default"))) char const* adder2d_dgrad_describe(Adder2dDgradParams const* params);
+__attribute__((visibility("default"))) char const* adder2d_dgrad_force(char const* choice);
 __attribute__((visibility("default"))) int32_t adder2d_dgrad_cpu(Adder2dDgradParams const* params, int32_t threads);
 
 // The gradient of the weight, by the rule of AdderNet:
@@ -111,6 +125,11 @@ __attribute__((visibility("default"))) int32_t adder2d_wgrad_takes(Adder2dWgradP
 __attribute__((visibility("default"))) char const* adder2d_wgrad_check(Adder2dWgradParams const* params);
 __attribute__((visibility("default"))) size_t adder2d_wgrad_workspace(Adder2dWgradParams const* params);
 __attribute__((visibility("default"))) int32_t adder2d_wgrad(Adder2dWgradParams const* params, void* stream);
+
+// As adder2d_fprop_describe and adder2d_fprop_force. "convolved" stands for the kernels that need `convolved`, "simt:tile" for the one
+// that does not; adder2d_wgrad_takes then tells whether the forced one can do without it.
+__attribute__((visibility("default"))) char const* adder2d_wgrad_describe(Adder2dWgradParams const* params);
+__attribute__((visibility("default"))) char const* adder2d_wgrad_force(char const* choice);
 
 // Number of output positions along one axis; below 1 where the kernel does not fit.
 static inline int64_t adder2d_output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "api/forced.h"
 #include "common/convert.cuh"
 #include "common/device.h"
 #include "common/plan_cache.h"
@@ -43,36 +44,55 @@ int32_t images_per_launch(Adder2dParams const& p) {
   return images_of_fprop_half(p, static_cast<int32_t>(std::clamp<int64_t>(images, 1, std::max(p.N, 1))));
 }
 
-// A tiled kernel needs enough filters a group to fill the short side of a tile, enough terms to fill some slices, and enough
-// work to be worth its pipeline.
-bool prefers_direct(Adder2dParams const& p) {
-  int64_t const reduction = int64_t{p.C / p.groups} * p.R * p.S, terms = int64_t{p.N} * p.P * p.Q * p.K * reduction;
-  return p.K / p.groups < 8 || (reduction <= 32 && p.K / p.groups <= 32) || terms <= int64_t{multiprocessor_count()} * 32768;
-}
+// In the order of preference; those without is_preferred are compared by their predictions, and the first of equal ones is taken.
+constexpr FpropFamily const* kFamilies[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,   &kFpropHalf,
+                                            &kFpropSimt,   &kFpropWindow,    &kFpropPointwise};
+constexpr int32_t kFamilyCount = sizeof(kFamilies) / sizeof(kFamilies[0]);
+constexpr FamilyNames const* kNames[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,   &kFpropHalf,
+                                         &kFpropSimt,   &kFpropWindow,    &kFpropPointwise};
 
-// A config, and what launches it.
+ForcedChoice forced_choice;
+
 struct Choice {
-  cudaError_t (*launch)(FpropArgs const&, TileConfig const&, cudaStream_t);
+  FpropFamily const* family;  // null where the forced one cannot implement the problem
   TileConfig config;
 };
 
-Choice choose(FpropArgs const& args) {
+Choice choose(FpropArgs const& args, Forced const& forced) {
   size_t const bytes = args.p.workspace_bytes;
-  if (can_implement_fprop_half(args, bytes)) return {launch_fprop_half, plan_fprop_half(args, bytes)};
-  double cycles, other_cycles;
-  TileConfig const simt = plan_fprop_simt(args, bytes, &cycles);
-  TileConfig other;
-  if (plan_fprop_window(args, bytes, &other, &other_cycles) && other_cycles < cycles) return {launch_fprop_window, other};
-  if (plan_fprop_pointwise(args, &other, &other_cycles) && other_cycles < cycles) return {launch_fprop_pointwise, other};
-  return {launch_fprop_simt, simt};
+  Choice best{};
+  double best_cycles = 0;
+  for (int32_t i = 0; i < kFamilyCount; ++i) {
+    FpropFamily const* const family = kFamilies[i];
+    bool const is_forced = i == forced.family;
+    if (forced.family >= 0 && !is_forced) continue;
+    if (!is_forced && family->is_preferred != nullptr && !family->is_preferred(args)) continue;
+    TileConfig config;
+    double cycles = 0;
+    if (!family->can_implement(args, bytes) || !family->plan(args, bytes, forced.tile, &config, &cycles)) continue;
+    if (is_forced || family->is_preferred != nullptr) return {family, config};
+    if (best.family != nullptr && cycles >= best_cycles) continue;
+    best = {family, config};
+    best_cycles = cycles;
+  }
+  return best;
 }
 
-Choice choose_cached(FpropArgs const& args) {
+Choice choose_cached(FpropArgs const& args, Forced const& forced) {
+  if (forced.family >= 0) return choose(args, forced);
   Adder2dParams key = args.p;
   key.x = reinterpret_cast<void const*>(reinterpret_cast<uintptr_t>(key.x) % 16);  // plans do not depend on other addresses
   key.y = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(key.y) % 16);
   key.w = key.b = key.workspace = nullptr;
-  return cached_plan<Choice>(key, [&] { return choose(args); });
+  return cached_plan<Choice>(key, [&] { return choose(args, forced); });
+}
+
+// The problem of the first launch of adder2d_fprop.
+Adder2dParams first_launch(Adder2dParams const& params, size_t workspace_bytes) {
+  Adder2dParams p = params;
+  p.workspace_bytes = workspace_bytes;
+  p.N = std::min(p.N, images_per_launch(p));
+  return p;
 }
 
 }  // namespace
@@ -81,16 +101,14 @@ Choice choose_cached(FpropArgs const& args) {
 using namespace adder2d;
 
 size_t adder2d_fprop_workspace(Adder2dParams const* params) {
-  if (adder2d_check(params) != nullptr || params->N == 0 || prefers_direct(*params)) return 0;
-  Adder2dParams p = *params;
-  p.workspace_bytes = kMaxWorkspaceBytes;
-  p.N = images_per_launch(p);
-  return choose(make_fprop_args(p)).config.workspace_bytes;
+  if (adder2d_check(params) != nullptr || params->N == 0) return 0;
+  return choose(make_fprop_args(first_launch(*params, kMaxWorkspaceBytes)), forced_choice.get()).config.workspace_bytes;
 }
 
 int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
   if (adder2d_check(params) != nullptr) return cudaErrorInvalidValue;
   cudaStream_t const stream = static_cast<cudaStream_t>(stream_pointer);
+  Forced const forced = forced_choice.get();
   Adder2dParams p = *params;
   p.workspace_bytes = std::min(p.workspace_bytes, kMaxWorkspaceBytes);
   int32_t const step = images_per_launch(p);
@@ -99,16 +117,21 @@ int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
     p.x = static_cast<char const*>(params->x) + n * p.x_stride[0] * type_size(p.x_type);
     p.y = static_cast<char*>(params->y) + n * p.y_stride[0] * type_size(p.y_type);
     FpropArgs const args = make_fprop_args(p);
-    cudaError_t error;
-    if (prefers_direct(p)) {
-      error = launch_fprop_direct(args, stream);
-    } else {
-      Choice const choice = choose_cached(args);
-      error = choice.launch(args, choice.config, stream);
-    }
+    Choice const choice = choose_cached(args, forced);
+    if (choice.family == nullptr) return cudaErrorNotSupported;
+    cudaError_t const error = choice.family->launch(args, choice.config, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
+
+char const* adder2d_fprop_describe(Adder2dParams const* params) {
+  if (adder2d_check(params) != nullptr || params->N == 0) return nullptr;
+  size_t const bytes = std::min(params->workspace_bytes, kMaxWorkspaceBytes);
+  Choice const choice = choose(make_fprop_args(first_launch(*params, bytes)), forced_choice.get());
+  return choice.family == nullptr ? nullptr : describe_choice(*choice.family, choice.config);
+}
+
+char const* adder2d_fprop_force(char const* choice) { return forced_choice.set(choice, kNames, kFamilyCount); }
 
 char const* adder2d_error_string(int32_t error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

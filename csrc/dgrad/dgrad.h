@@ -114,11 +114,14 @@ __device__ __forceinline__ int64_t dx_index(DgradArgs const& a, int32_t n, int32
 }
 
 // ---- dgrad_direct.cu: one thread per element of dx, any problem; the path of depth-wise layers
+extern FamilyNames const kDgradDirect;
 cudaError_t launch_dgrad_direct(DgradArgs const& args, cudaStream_t stream);
 
 // ---- dgrad_simt.cu: implicit GEMM with float32 arithmetic
+extern FamilyNames const kDgradSimt;
 // Sums of splits take at most `split_bytes` of the plan's workspace. A tile is of channels (tiles_k) by pixels of one phase.
-DgradConfig plan_dgrad_simt(DgradArgs const& args, size_t split_bytes);
+// False where no tile fits `force`.
+bool plan_dgrad_simt(DgradArgs const& args, size_t split_bytes, TileForce const& force, DgradConfig* config);
 cudaError_t launch_dgrad_simt(DgradArgs const& args, DgradConfig const& config, cudaStream_t stream);
 
 }  // namespace adder2d

@@ -21,7 +21,11 @@ __global__ void __launch_bounds__(kThreads) adder2d_dgrad_direct_kernel(__grid_c
   }
 }
 
+constexpr char const* kTileNames[] = {"1x1"};
+
 }  // namespace
+
+FamilyNames const kDgradDirect{"direct", kTileNames, 1};
 
 cudaError_t launch_dgrad_direct(DgradArgs const& args, cudaStream_t stream) {
   int64_t const maps = int64_t{args.p.N} * args.p.C, blocks = ceil_div<int64_t>(int64_t{args.p.H} * args.p.W, kThreads);

@@ -74,11 +74,6 @@ struct Smem {
   alignas(16) Window window[kFill != Fill::kPixels ? T::kTileHW : 1];  // kPixels has them in registers
 };
 
-// float16 or bfloat16 bits.
-__device__ __forceinline__ float half_as_float(uint16_t bits, int32_t type) {
-  return type == ADDER2D_FLOAT16 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(uint32_t{bits} << 16);
-}
-
 // ---- place of a tile
 
 template <class T>
@@ -132,23 +127,6 @@ struct TileCoord {
     return channels ? item % 4 : element;
   }
 };
-
-template <typename Element>
-constexpr int32_t kTypeOf = std::is_same_v<Element, float>    ? ADDER2D_FLOAT32
-                            : std::is_same_v<Element, __half> ? ADDER2D_FLOAT16
-                                                              : ADDER2D_BFLOAT16;
-
-// Calls f with a value of the type.
-template <typename F>
-__device__ __forceinline__ void with_type(int32_t type, F const& f) {
-  if (type == ADDER2D_FLOAT32) {
-    f(float{});
-  } else if (type == ADDER2D_FLOAT16) {
-    f(__half{});
-  } else {
-    f(__nv_bfloat16{});
-  }
-}
 
 // Stores the thread's outputs.
 template <typename Element, class T>
@@ -398,7 +376,7 @@ struct Loader {
             for (int k = 0; k < 8; ++k) v[k] = valid && first + begin + k < filters ? __ldg(src + (begin + k) * step) : uint16_t{0};
           }
 #pragma unroll
-          for (int k = 0; k < 8; ++k) dst[(begin + k) * T::kPitchHW] = half_as_float(v[k], a.p.y_type);
+          for (int k = 0; k < 8; ++k) dst[(begin + k) * T::kPitchHW] = bits_as_float(v[k], a.p.y_type);
         }
       } else {
         constexpr int kUnrolled = kWhole ? kTerms : 1;
@@ -447,7 +425,7 @@ __device__ __forceinline__ void load_x(DgradArgs const& a, TileCoord<T> const& c
     if constexpr (sizeof(Element) == 4) {
       return __ldg(base + index);
     } else {
-      return half_as_float(__ldg(base + index), kType);
+      return bits_as_float(__ldg(base + index), kType);
     }
   };
   auto const four = [&](int64_t index) {
@@ -455,8 +433,8 @@ __device__ __forceinline__ void load_x(DgradArgs const& a, TileCoord<T> const& c
       return __ldg(reinterpret_cast<float4 const*>(base + index));
     } else {
       uint2 const v = __ldg(reinterpret_cast<uint2 const*>(base + index));
-      return make_float4(half_as_float(v.x & 0xffff, kType), half_as_float(v.x >> 16, kType), half_as_float(v.y & 0xffff, kType),
-                         half_as_float(v.y >> 16, kType));
+      return make_float4(bits_as_float(v.x & 0xffff, kType), bits_as_float(v.x >> 16, kType), bits_as_float(v.y & 0xffff, kType),
+                         bits_as_float(v.y >> 16, kType));
     }
   };
   auto const channel = [&](int32_t i) {
@@ -725,23 +703,27 @@ constexpr TileSize kSizeOf{T::kTileC, T::kTileHW, T::kTileK, kArch.dgrad_hiding_
 // In the order of launch_dgrad_simt.
 constexpr TileSize kTiles[] = {kSizeOf<Tile64x64>, kSizeOf<Tile128x32>, kSizeOf<Tile32x128>, kSizeOf<Tile16x256>};
 constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
+constexpr char const* kTileNames[] = {"64x64", "128x32", "32x128", "16x256"};  // channels x pixels
+static_assert(sizeof(kTileNames) / sizeof(kTileNames[0]) == kTileCount, "one name a tile");
 
 template <class T>
 cudaError_t launch_any_fill(DgradArgs const& args, DgradConfig const& config, cudaStream_t stream) {
-  if (args.p.y_type != ADDER2D_FLOAT32) return launch_tile<T, Fill::kConvert>(args, config, stream);
+  if (is_16_bit(args.p.y_type)) return launch_tile<T, Fill::kConvert>(args, config, stream);
   bool const filters = args.p.y_stride[1] == 1 && args.p.y_stride[3] != 1;
   return filters ? launch_tile<T, Fill::kFilters>(args, config, stream) : launch_tile<T, Fill::kPixels>(args, config, stream);
 }
 
 }  // namespace
 
-DgradConfig plan_dgrad_simt(DgradArgs const& args, size_t split_bytes) {
+bool plan_dgrad_simt(DgradArgs const& args, size_t split_bytes, TileForce const& force, DgradConfig* plan) {
   // Each phase is a group with the pixels of one phase; its share of the taps is taken to be the average.
   int32_t const phases = args.h.phases * args.w.phases;
   TileProblem const problem{args.Cg, args.NIJ, args.p.groups * phases,
                             static_cast<int32_t>(int64_t{args.Kg} * args.p.R * args.p.S / phases)};
   double cycles;
-  DgradConfig config{choose_tile(problem, kTiles, kTileCount, SplitReduce::kAllOrNone, split_bytes, &cycles)};
+  DgradConfig& config = *plan;
+  config = {choose_tile(problem, kTiles, kTileCount, SplitReduce::kAllOrNone, split_bytes, force, &cycles)};
+  if (cycles == 0) return false;
   config.last_terms = args.Kg - (ceil_div(args.Kg, kTiles[config.tile].c) - 1) * kTiles[config.tile].c;
   config.last_terms = ceil_div(config.last_terms, kUnroll) * kUnroll;
   config.div_tiles_c = FastDiv(config.tiles_k);
@@ -749,7 +731,7 @@ DgradConfig plan_dgrad_simt(DgradArgs const& args, size_t split_bytes) {
   config.packed_bytes = Packed(args, config, kTiles[config.tile].k, kTiles[config.tile].c).bytes(args, config);
   config.workspace_bytes += config.packed_bytes;
   spread_blocks(&config);
-  return config;
+  return true;
 }
 
 cudaError_t launch_dgrad_simt(DgradArgs const& args, DgradConfig const& config, cudaStream_t stream) {
@@ -761,5 +743,7 @@ cudaError_t launch_dgrad_simt(DgradArgs const& args, DgradConfig const& config, 
   }
   return cudaErrorInvalidValue;
 }
+
+FamilyNames const kDgradSimt{"simt", kTileNames, kTileCount};
 
 }  // namespace adder2d

@@ -20,31 +20,30 @@ inline bool is_plane(FpropArgs const& a) {
          p.x_stride[0] % 4 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
 }
 
-// ---- fprop_direct.cu: any problem; the path of few filters a group and of very small layers
-cudaError_t launch_fprop_direct(FpropArgs const& args, cudaStream_t stream);
+// A family of kernels: what api/fprop.cu chooses from.
+struct FpropFamily : FamilyNames {
+  // Whether the kernels accept the problem, with so much workspace.
+  bool (*can_implement)(FpropArgs const& args, size_t workspace_bytes);
+  // Whether they are to be preferred to all families after them in the table, without a prediction. Null: predictions are compared.
+  bool (*is_preferred)(FpropArgs const& args);
+  // The best config that `force` allows, and its predicted cycles where predictions are compared. False where there is none.
+  bool (*plan)(FpropArgs const& args, size_t workspace_bytes, TileForce const& force, TileConfig* config, double* cycles);
+  cudaError_t (*launch)(FpropArgs const& args, TileConfig const& config, cudaStream_t stream);
+};
 
-// ---- fprop_depthwise.cu: depth-wise layers of the common kernels and strides; fprop_direct.cu hands them on
-bool can_implement_fprop_depthwise(FpropArgs const& args);
-cudaError_t launch_fprop_depthwise(FpropArgs const& args, cudaStream_t stream);
+extern FpropFamily const kFpropShared;     // fprop_direct.cu: very small layers, whose reductions threads share
+extern FpropFamily const kFpropDepthwise;  // fprop_depthwise.cu: depth-wise layers of the common kernels and strides
+extern FpropFamily const kFpropDirect;     // fprop_direct.cu: any problem; the path of few filters a group and of small layers
+extern FpropFamily const kFpropHalf;       // fprop_half.cu: implicit GEMM with half pairs
+extern FpropFamily const kFpropSimt;       // fprop_simt.cu: implicit GEMM with float32 arithmetic, any problem
+extern FpropFamily const kFpropWindow;     // fprop_window.cu: 3 x 3 kernels at stride 1, float32
+extern FpropFamily const kFpropPointwise;  // fprop_pointwise.cu: 1 x 1 kernels at stride 1, float32, few channels
 
-// ---- fprop_simt.cu: implicit GEMM with float32 arithmetic
-TileConfig plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes, double* cycles);
-cudaError_t launch_fprop_simt(FpropArgs const& args, TileConfig const& config, cudaStream_t stream);
+// Whether a layer has too few filters a group to fill the short side of a tile, too few terms to fill some slices, or too little work
+// to be worth a tiled kernel's pipeline.
+bool prefers_direct(FpropArgs const& args);
 
-// ---- fprop_window.cu: 3 x 3 kernels at stride 1, float32
-// False for what it does not take. *cycles, here and below, is the predicted time of the config.
-bool plan_fprop_window(FpropArgs const& args, size_t workspace_bytes, TileConfig* config, double* cycles);
-cudaError_t launch_fprop_window(FpropArgs const& args, TileConfig const& config, cudaStream_t stream);
-
-// ---- fprop_pointwise.cu: 1 x 1 kernels at stride 1, float32, few channels
-bool plan_fprop_pointwise(FpropArgs const& args, TileConfig* config, double* cycles);
-cudaError_t launch_fprop_pointwise(FpropArgs const& args, TileConfig const& config, cudaStream_t stream);
-
-// ---- fprop_half.cu: implicit GEMM with half pairs
-// How many of `images` images to launch at a time, so that their packed copies find room in p's workspace.
+// fprop_half.cu: how many of `images` images to launch at a time, so that their packed copies find room in p's workspace.
 int32_t images_of_fprop_half(Adder2dParams const& p, int32_t images);
-bool can_implement_fprop_half(FpropArgs const& args, size_t workspace_bytes);
-TileConfig plan_fprop_half(FpropArgs const& args, size_t workspace_bytes);
-cudaError_t launch_fprop_half(FpropArgs const& args, TileConfig const& config, cudaStream_t stream);
 
 }  // namespace adder2d

@@ -1,6 +1,6 @@
 // Depth-wise layers of the common kernels and strides, whose bound is memory: a thread takes a strip of kRows x 2 outputs and
 // reads each row of its window once, several rows ahead. The two are neighbours along the width, or along the channels where
-// these lie side by side (channels_last), so that they are one load. All other layers take fprop_direct.cu.
+// these lie side by side (channels_last), so that they are one load. fprop_direct.cu has all other layers.
 #include "common/launch.cuh"
 #include "fprop/fprop.h"
 #include "tile/epilogue.cuh"
@@ -18,9 +18,8 @@ struct Element {  // 16 bits
   using One = uint16_t;
   using Two = uint32_t;
 
-  __device__ __forceinline__ static float to_float(uint16_t bits) {
-    return kType == ADDER2D_BFLOAT16 ? __uint_as_float(uint32_t{bits} << 16) : __half2float(__ushort_as_half(bits));
-  }
+  static_assert(is_16_bit(kType), "two elements are 32 bits");
+  __device__ __forceinline__ static float to_float(uint16_t bits) { return bits_as_float(bits, kType); }
   __device__ __forceinline__ static float2 to_floats(uint32_t bits) {
     if (kType == ADDER2D_BFLOAT16) return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
     return make_float2(to_float(static_cast<uint16_t>(bits)), to_float(static_cast<uint16_t>(bits >> 16)));
@@ -116,8 +115,10 @@ __global__ void __launch_bounds__(128) adder2d_fprop_depthwise_width_kernel(__gr
     load_weights(ADDER2D_FLOAT32);
   } else if (a.p.w_type == ADDER2D_FLOAT16) {
     load_weights(ADDER2D_FLOAT16);
-  } else {
+  } else if (a.p.w_type == ADDER2D_BFLOAT16) {
     load_weights(ADDER2D_BFLOAT16);
+  } else {
+    __builtin_unreachable();
   }
   Epilogue::Filter const filter = Epilogue::filter(a, k), filters[2] = {filter, filter};
   int64_t const y = n * a.p.y_stride[0] + k * a.p.y_stride[1] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
@@ -278,9 +279,9 @@ cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
   return one ? launch_strips<kType, 5, 1>(args, stream) : launch_strips<kType, 5, 2>(args, stream);
 }
 
-}  // namespace
+constexpr char const* kTileNames[] = {"7x2"};
 
-bool can_implement_fprop_depthwise(FpropArgs const& args) {
+bool can_implement(FpropArgs const& args, size_t) {
   Adder2dParams const& p = args.p;
   bool const square = p.R == p.S && (p.R == 3 || p.R == 5) && p.stride_h == p.stride_w && p.stride_h <= 2;
   constexpr int64_t kMaxIndex = 0x7fffffff - kMaxThreads;  // the index of a thread, or of a block, is an int32
@@ -288,12 +289,22 @@ bool can_implement_fprop_depthwise(FpropArgs const& args) {
          (can_pair_channels(p) || can_pair_width(p));
 }
 
-cudaError_t launch_fprop_depthwise(FpropArgs const& args, cudaStream_t stream) {
-  switch (args.p.x_type) {
+bool plan(FpropArgs const&, size_t, TileForce const& force, TileConfig* config, double*) {
+  *config = {};
+  return force.splits <= 1 && force.packed != 1;
+}
+
+cudaError_t launch_plan(FpropArgs const& args, TileConfig const&, cudaStream_t stream) {
+  switch (static_cast<Adder2dType>(args.p.x_type)) {
     case ADDER2D_FLOAT32: return launch_strips<ADDER2D_FLOAT32>(args, stream);
     case ADDER2D_FLOAT16: return launch_strips<ADDER2D_FLOAT16>(args, stream);
-    default: return launch_strips<ADDER2D_BFLOAT16>(args, stream);
+    case ADDER2D_BFLOAT16: return launch_strips<ADDER2D_BFLOAT16>(args, stream);
   }
+  return cudaErrorInvalidValue;
 }
+
+}  // namespace
+
+FpropFamily const kFpropDepthwise{{"depthwise", kTileNames, 1}, can_implement, prefers_direct, plan, launch_plan};
 
 }  // namespace adder2d

@@ -257,19 +257,58 @@ bool has_small_image(Adder2dParams const& p) {
              span(int64_t{p.S} * p.dil_w, p.x_stride[3]) <= 0x7fffffff;
 }
 
+// ---- families
+
+constexpr char const* kDirectNames[] = {"2x4", "4x1"};                              // rows x filters
+constexpr char const* kSharedNames[] = {"128x2x4", "128x4x1", "8x1x2", "8x1x1"};  // threads x pixels x filters
+
+bool can_implement_direct(FpropArgs const&, size_t) { return true; }
+
+bool plan_direct(FpropArgs const& args, size_t, TileForce const& force, TileConfig* config, double*) {
+  *config = {};
+  config->tile = force.tile >= 0 ? force.tile : args.Kg > 2 ? 0 : 1;
+  return force.splits <= 1 && force.packed != 1;
+}
+
+cudaError_t launch_direct(FpropArgs const& args, TileConfig const& config, cudaStream_t stream) {
+  return config.tile == 0 ? launch_tile<2, 4>(args, stream) : launch_tile<4, 1>(args, stream);
+}
+
+// The index of a thread is an int32, whatever the tile.
+bool can_implement_shared(FpropArgs const& args, size_t) {
+  return has_small_image(args.p) && int64_t{args.NPQ} * args.p.K <= kMaxIndex / kSharedThreads;
+}
+
+// Reductions are shared out, as long as that does not need more threads than the chip runs at once.
+bool plan_shared(FpropArgs const& args, size_t, TileForce const& force, TileConfig* config, double*) {
+  *config = {};
+  if (force.splits > 1 || force.packed == 1) return false;
+  int64_t const outputs = int64_t{args.NPQ} * args.p.K, threads = int64_t{multiprocessor_count()} * 2048;
+  int32_t tile = force.tile;
+  if (tile < 0 && args.CRS >= 128 && outputs * 16 <= threads) tile = args.Kg > 2 ? 0 : 1;
+  if (tile < 0 && args.CRS >= 16 && outputs * (args.Kg > 1 ? 4 : 8) <= threads) tile = args.Kg > 1 ? 2 : 3;
+  config->tile = tile;
+  return tile >= 0;
+}
+
+cudaError_t launch_shared_plan(FpropArgs const& args, TileConfig const& config, cudaStream_t stream) {
+  switch (config.tile) {
+    case 0: return launch_shared<128, 2, 4>(args, stream);
+    case 1: return launch_shared<128, 4, 1>(args, stream);
+    case 2: return launch_shared<8, 1, 2>(args, stream);
+    case 3: return launch_shared<8, 1, 1>(args, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace
 
-cudaError_t launch_fprop_direct(FpropArgs const& args, cudaStream_t stream) {
-  // Reductions are shared out, as long as that does not need more threads than the chip runs at once.
-  int64_t const outputs = int64_t{args.NPQ} * args.p.K, threads = int64_t{multiprocessor_count()} * 2048;
-  if (has_small_image(args.p)) {
-    if (args.CRS >= 128 && outputs * 16 <= threads)
-      return args.Kg > 2 ? launch_shared<128, 2, 4>(args, stream) : launch_shared<128, 4, 1>(args, stream);
-    if (args.CRS >= 16 && args.Kg > 1 && outputs * 4 <= threads) return launch_shared<8, 1, 2>(args, stream);
-    if (args.CRS >= 16 && args.Kg == 1 && outputs * 8 <= threads) return launch_shared<8, 1, 1>(args, stream);
-  }
-  if (can_implement_fprop_depthwise(args)) return launch_fprop_depthwise(args, stream);
-  return args.Kg > 2 ? launch_tile<2, 4>(args, stream) : launch_tile<4, 1>(args, stream);
+bool prefers_direct(FpropArgs const& args) {
+  int64_t const reduction = args.CRS, terms = int64_t{args.NPQ} * args.p.K * reduction;
+  return args.Kg < 8 || (reduction <= 32 && args.Kg <= 32) || terms <= int64_t{multiprocessor_count()} * 32768;
 }
+
+FpropFamily const kFpropShared{{"shared", kSharedNames, 4}, can_implement_shared, prefers_direct, plan_shared, launch_shared_plan};
+FpropFamily const kFpropDirect{{"direct", kDirectNames, 2}, can_implement_direct, prefers_direct, plan_direct, launch_direct};
 
 }  // namespace adder2d

@@ -486,7 +486,7 @@ template <class T>
 constexpr double kRate = T::kThreadK < 8 ? kArch.half_rate_small : T::kTileK < 32 ? kArch.half_rate_thin : kArch.half_rate;
 template <class T>
 constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate<T>};
-// In the order of launch_fprop_half.
+// In the order of launch_plan.
 constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile32x256>, kSizeOf<Tile16x256>, kSizeOf<Tile32x64>};
 constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 constexpr int32_t kTileC = Tile64x128::kTileC;
@@ -494,7 +494,7 @@ constexpr int32_t kMaxTileK = 64;
 
 // Whether these kernels take the layer, device and workspace aside.
 bool has_half_shape(Adder2dParams const& p) {
-  return p.x_type != ADDER2D_FLOAT32 && p.C / p.groups >= kMinChannels && p.R * p.S <= kPackElements / kVector;
+  return is_16_bit(p.x_type) && p.C / p.groups >= kMinChannels && p.R * p.S <= kPackElements / kVector;
 }
 
 // Vectors of a tap and group.
@@ -584,6 +584,37 @@ cudaError_t launch_tile(HalfArgs const& args, TileConfig const& config, cudaStre
   return launch_tiled<OutputCoord<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), sizeof(Smem<T>), T::kThreads, true, args, config, stream);
 }
 
+constexpr char const* kTileNames[] = {"64x128", "32x256", "16x256", "32x64"};
+static_assert(sizeof(kTileNames) / sizeof(kTileNames[0]) == kTileCount, "one name a tile");
+
+bool can_implement(FpropArgs const& args, size_t workspace_bytes) {
+  // Weights and image must find room.
+  return has_half_shape(args.p) && weight_bytes(args.p) + image_bytes(args.p, args.p.N) <= workspace_bytes && compute_capability_major() >= 8;
+}
+
+bool is_preferred(FpropArgs const&) { return true; }
+
+bool plan(FpropArgs const& args, size_t workspace_bytes, TileForce const& force, TileConfig* config, double* cycles) {
+  if (force.packed == 0) return false;
+  size_t const packed_bytes = weight_bytes(args.p) + image_bytes(args.p, args.p.N);
+  TileProblem const problem{args.Kg, args.NPQ, args.p.groups, slices_of(args.p) * kTileC};
+  *config = choose_tile(problem, kTiles, kTileCount, SplitReduce::kForward, workspace_bytes - packed_bytes, force, cycles);
+  config->packed_bytes = packed_bytes;
+  config->workspace_bytes += packed_bytes;
+  return *cycles != 0;
+}
+
+cudaError_t launch_plan(FpropArgs const& problem, TileConfig const& config, cudaStream_t stream) {
+  HalfArgs const args = make_half_args(problem, config);
+  switch (config.tile) {
+    case 0: return launch_tile<Tile64x128>(args, config, stream);
+    case 1: return launch_tile<Tile32x256>(args, config, stream);
+    case 2: return launch_tile<Tile16x256>(args, config, stream);
+    case 3: return launch_tile<Tile32x64>(args, config, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace
 
 int32_t images_of_fprop_half(Adder2dParams const& p, int32_t images) {
@@ -595,31 +626,6 @@ int32_t images_of_fprop_half(Adder2dParams const& p, int32_t images) {
   return static_cast<int32_t>(ceil_div<int64_t>(images, ceil_div<int64_t>(images, room)));  // of about equal size
 }
 
-bool can_implement_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
-  // Weights and image must find room.
-  if (!has_half_shape(args.p) || weight_bytes(args.p) + image_bytes(args.p, args.p.N) > workspace_bytes) return false;
-  return compute_capability_major() >= 8;
-}
-
-TileConfig plan_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
-  size_t const packed_bytes = weight_bytes(args.p) + image_bytes(args.p, args.p.N);
-  TileProblem const problem{args.Kg, args.NPQ, args.p.groups, slices_of(args.p) * kTileC};
-  double cycles;
-  TileConfig config = choose_tile(problem, kTiles, kTileCount, SplitReduce::kForward, workspace_bytes - packed_bytes, &cycles);
-  config.packed_bytes = packed_bytes;
-  config.workspace_bytes += packed_bytes;
-  return config;
-}
-
-cudaError_t launch_fprop_half(FpropArgs const& problem, TileConfig const& config, cudaStream_t stream) {
-  HalfArgs const args = make_half_args(problem, config);
-  switch (config.tile) {
-    case 0: return launch_tile<Tile64x128>(args, config, stream);
-    case 1: return launch_tile<Tile32x256>(args, config, stream);
-    case 2: return launch_tile<Tile16x256>(args, config, stream);
-    case 3: return launch_tile<Tile32x64>(args, config, stream);
-  }
-  return cudaErrorInvalidValue;
-}
+FpropFamily const kFpropHalf{{"half", kTileNames, kTileCount}, can_implement, is_preferred, plan, launch_plan};
 
 }  // namespace adder2d

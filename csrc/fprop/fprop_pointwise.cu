@@ -268,9 +268,9 @@ double predict(FpropArgs const& args) {
   return tiles * tile + kArch.pointwise_start;
 }
 
-}  // namespace
+constexpr char const* kTileNames[] = {"64x128", "32x256"};
 
-bool plan_fprop_pointwise(FpropArgs const& args, TileConfig* config, double* cycles) {
+bool can_implement(FpropArgs const& args, size_t) {
   Adder2dParams const& p = args.p;
   bool const singles = p.x_type == ADDER2D_FLOAT32 && p.w_type == ADDER2D_FLOAT32 && p.y_type == ADDER2D_FLOAT32;
   if (!is_pointwise(p) || !singles || args.Cg % 8 != 0 || args.Cg > kMaxChannels || !args.y_vectors) return false;
@@ -278,16 +278,24 @@ bool plan_fprop_pointwise(FpropArgs const& args, TileConfig* config, double* cyc
   int64_t const* const stride = p.x_stride;
   bool const channels = stride[1] == 1 && stride[2] == p.W * stride[3] && stride[0] == p.H * stride[2];
   bool const reach = std::max(stride[3], p.y_stride[3]) <= INT32_MAX / 4;  // of at()
-  if (args.y_channels_last ? !channels || !args.y_linear || !reach : !is_plane(args)) return false;
-  double const wide = predict<Tile64x128>(args), narrow = predict<Tile32x256>(args);
+  return args.y_channels_last ? channels && args.y_linear && reach : is_plane(args);
+}
+
+bool plan(FpropArgs const& args, size_t, TileForce const& force, TileConfig* config, double* cycles) {
+  if (force.splits > 1 || force.packed == 1) return false;
+  double const wide = force.tile == 1 ? 0 : predict<Tile64x128>(args), narrow = force.tile == 0 ? 0 : predict<Tile32x256>(args);
   *config = {};
   config->tile = wide == 0 || (narrow != 0 && narrow < wide);
   *cycles = config->tile == 0 ? wide : narrow;
   return *cycles != 0;
 }
 
-cudaError_t launch_fprop_pointwise(FpropArgs const& args, TileConfig const& config, cudaStream_t stream) {
+cudaError_t launch_plan(FpropArgs const& args, TileConfig const& config, cudaStream_t stream) {
   return config.tile == 0 ? launch_tile<Tile64x128>(args, stream) : launch_tile<Tile32x256>(args, stream);
 }
+
+}  // namespace
+
+FpropFamily const kFpropPointwise{{"pointwise", kTileNames, 2}, can_implement, nullptr, plan, launch_plan};
 
 }  // namespace adder2d

@@ -439,7 +439,7 @@ template <class T>
 constexpr double kRate = T::kThreadK != 8 ? kArch.simt_rate_small : T::kTileC < 16 ? kArch.simt_rate_short_slices : kArch.simt_rate;
 template <class T>
 constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate<T>};
-// In the order of launch_fprop_simt.
+// In the order of launch_plan.
 constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile128x64>, kSizeOf<Tile32x256>, kSizeOf<Tile16x256>, kSizeOf<Tile32x64>};
 constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -470,21 +470,28 @@ cudaError_t launch_any_fill(FpropArgs const& args, TileConfig const& config, cud
   return cudaErrorInvalidValue;
 }
 
-}  // namespace
+constexpr char const* kTileNames[] = {"64x128", "128x64", "32x256", "16x256", "32x64"};
+static_assert(sizeof(kTileNames) / sizeof(kTileNames[0]) == kTileCount, "one name a tile");
 
-TileConfig plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes, double* cycles) {
+bool can_implement(FpropArgs const&, size_t) { return true; }
+
+bool plan(FpropArgs const& args, size_t workspace_bytes, TileForce const& force, TileConfig* config, double* cycles) {
   TileProblem const problem{args.Kg, args.NPQ, args.p.groups, args.CRS};
-  TileConfig config = choose_tile(problem, kTiles, kTileCount, SplitReduce::kForward, workspace_bytes, cycles);
-  size_t const packed_bytes = size_t{4} * args.p.groups * args.CRS * config.tiles_k * kTiles[config.tile].k;
-  if (args.Cg % kTiles[config.tile].c == 0 && args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 &&
-      (is_channels_last(args) || *cycles > kArch.simt_pack_cycles) && config.workspace_bytes + packed_bytes <= workspace_bytes) {
-    config.packed_bytes = packed_bytes;
-    config.workspace_bytes += packed_bytes;
+  *config = choose_tile(problem, kTiles, kTileCount, SplitReduce::kForward, workspace_bytes, force, cycles);
+  if (*cycles == 0) return false;
+  size_t const packed_bytes = size_t{4} * args.p.groups * args.CRS * config->tiles_k * kTiles[config->tile].k;
+  bool const can_pack = args.Cg % kTiles[config->tile].c == 0 && args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 &&
+                        config->workspace_bytes + packed_bytes <= workspace_bytes;
+  bool const packs = force.packed >= 0 ? force.packed == 1 : can_pack && (is_channels_last(args) || *cycles > kArch.simt_pack_cycles);
+  if (packs && !can_pack) return false;
+  if (packs) {
+    config->packed_bytes = packed_bytes;
+    config->workspace_bytes += packed_bytes;
   }
-  return config;
+  return true;
 }
 
-cudaError_t launch_fprop_simt(FpropArgs const& args, TileConfig const& config, cudaStream_t stream) {
+cudaError_t launch_plan(FpropArgs const& args, TileConfig const& config, cudaStream_t stream) {
   switch (config.tile) {
     case 0: return launch_any_fill<Tile64x128>(args, config, stream);
     case 1: return launch_any_fill<Tile128x64>(args, config, stream);
@@ -494,5 +501,9 @@ cudaError_t launch_fprop_simt(FpropArgs const& args, TileConfig const& config, c
   }
   return cudaErrorInvalidValue;
 }
+
+}  // namespace
+
+FpropFamily const kFpropSimt{{"simt", kTileNames, kTileCount}, can_implement, nullptr, plan, launch_plan};
 
 }  // namespace adder2d

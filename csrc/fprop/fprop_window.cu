@@ -384,22 +384,34 @@ bool can_implement_run(FpropArgs const& a, Run const& run) {
   });
 }
 
-}  // namespace
+// By run, then by tile.
+constexpr char const* kTileNames[] = {"64x128r4", "32x128r4", "32x64r4", "16x512r4", "64x112r7", "32x112r7",
+                                      "32x56r7",  "16x448r7", "64x128r2", "32x128r2", "32x64r2", "16x512r2"};
+constexpr int32_t kNameCount = sizeof(kTileNames) / sizeof(kTileNames[0]);
+static_assert(kNameCount == kTileCount * sizeof(kRuns) / sizeof(kRuns[0]), "one name a tile and run");
 
-bool plan_fprop_window(FpropArgs const& args, size_t workspace_bytes, TileConfig* config, double* cycles) {
+bool can_implement(FpropArgs const& args, size_t) {
   Adder2dParams const& p = args.p;
   if (p.x_type != ADDER2D_FLOAT32 || p.w_type != ADDER2D_FLOAT32 || p.R != kR || p.S != kS || p.stride_h != 1 || p.stride_w != 1 ||
       p.dil_h != 1 || p.dil_w != 1 || args.Cg % kTileC != 0)
     return false;
   int64_t const reach = (p.N - 1) * p.x_stride[0] + (p.H - 1) * p.x_stride[2] + (p.W - 1) * p.x_stride[3];
-  if (reach > INT32_MAX || int64_t{p.N} * (p.P + kR - 1) > INT32_MAX) return false;
+  return reach <= INT32_MAX && int64_t{p.N} * (p.P + kR - 1) <= INT32_MAX;
+}
+
+bool plan(FpropArgs const& args, size_t workspace_bytes, TileForce const& force, TileConfig* config, double* cycles) {
+  if (force.packed == 1) return false;
   TileProblem const problem{args.Kg, args.NPQ, args.p.groups, args.CRS};
   bool found = false;
   int32_t first_tile = 0;
   for (Run const& run : kRuns) {
     double predicted = 0;
     TileConfig candidate{};
-    if (can_implement_run(args, run)) candidate = choose_tile(problem, run.tiles, kTileCount, SplitReduce::kForward, workspace_bytes, &predicted);
+    TileForce own = force;
+    if (force.tile >= 0) own.tile = force.tile - first_tile;
+    bool const allowed = force.tile < 0 || (own.tile >= 0 && own.tile < kTileCount);
+    if (allowed && can_implement_run(args, run))
+      candidate = choose_tile(problem, run.tiles, kTileCount, SplitReduce::kForward, workspace_bytes, own, &predicted);
     if (predicted > 0 && (!found || predicted < *cycles)) {
       *config = candidate;
       config->tile += first_tile;
@@ -411,7 +423,7 @@ bool plan_fprop_window(FpropArgs const& args, size_t workspace_bytes, TileConfig
   return found;
 }
 
-cudaError_t launch_fprop_window(FpropArgs const& problem, TileConfig const& config, cudaStream_t stream) {
+cudaError_t launch_plan(FpropArgs const& problem, TileConfig const& config, cudaStream_t stream) {
   Run const& run = kRuns[config.tile / kTileCount];
   WindowArgs args{problem};
   args.rows = problem.p.P + kR - 1;
@@ -422,5 +434,9 @@ cudaError_t launch_fprop_window(FpropArgs const& problem, TileConfig const& conf
   args.channels = problem.p.x_stride[1] == 1 && problem.p.x_stride[3] != 1;
   return run.launch(args, config, stream);
 }
+
+}  // namespace
+
+FpropFamily const kFpropWindow{{"window", kTileNames, kNameCount}, can_implement, nullptr, plan, launch_plan};
 
 }  // namespace adder2d

@@ -37,12 +37,13 @@ double predict(TileConfig const& config, TileSize const& size, double slices, in
 }  // namespace
 
 TileConfig choose_tile(TileProblem const& problem, TileSize const* sizes, int32_t count, SplitReduce reduce, size_t workspace_bytes,
-                       double* cycles) {
+                       TileForce const& force, double* cycles) {
   bool const forward = reduce == SplitReduce::kForward;
   int32_t const multiprocessors = multiprocessor_count();
   TileConfig best{};
   *cycles = 0;
   for (int32_t index = 0; index < count; ++index) {
+    if (force.tile >= 0 && index != force.tile) continue;
     TileSize const& size = sizes[index];
     TileConfig config{};
     config.tile = index;
@@ -52,16 +53,20 @@ TileConfig choose_tile(TileProblem const& problem, TileSize const* sizes, int32_
     double const exact = static_cast<double>(problem.reduction) / size.c;
     config.slices = std::max(1, static_cast<int32_t>(std::ceil(exact)));
     double const slices = forward ? exact : config.slices;
-    int32_t const slots = multiprocessors * size.blocks_per_sm, full = config.tiles / slots * slots;
+    int32_t const slots = multiprocessors * size.blocks_per_sm;
+    int32_t const full = force.full_tiles >= 0 ? force.full_tiles : config.tiles / slots * slots;
     for (config.splits = 1; config.splits <= std::min(config.slices, kMaxSplits); ++config.splits) {
+      if (force.splits > 0 && config.splits != force.splits) continue;
       bool const both = forward && config.splits > 1 && full > 0 && full < config.tiles;
       for (int32_t choice = 0; choice <= both; ++choice) {
         config.full_tiles = config.splits == 1 ? config.tiles : choice == 1 ? full : 0;
+        if (force.full_tiles >= 0 && config.splits > 1 && config.full_tiles != force.full_tiles) continue;
         int64_t const blocks = int64_t{config.tiles - config.full_tiles} * config.splits;
         int32_t const floats = forward ? split_floats(size.k, size.pq) : size.k * size.pq;
         config.workspace_bytes = static_cast<size_t>(blocks) * floats * sizeof(float);
         if (forward) config.workspace_bytes += (config.tiles - config.full_tiles) * sizeof(uint64_t);  // a count for each tile
-        if (blocks > int64_t{kArch.max_split_blocks} * multiprocessors || config.workspace_bytes > workspace_bytes) continue;
+        if (config.workspace_bytes > workspace_bytes) continue;
+        if (force.splits == 0 && blocks > int64_t{kArch.max_split_blocks} * multiprocessors) continue;
         double const predicted = predict(config, size, slices, multiprocessors, reduce);
         if (*cycles != 0 && predicted >= *cycles) continue;
         best = config;

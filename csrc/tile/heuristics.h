@@ -38,6 +38,21 @@ struct TileProblem {
   int32_t reduction;              // terms of an output
 };
 
+// What a kernel family is called, and its tiles in the order of TileConfig::tile.
+struct FamilyNames {
+  char const* name;
+  char const* const* tiles;
+  int32_t tile_count;
+};
+
+// What of a TileConfig is fixed, for tests and measurements; the rest is chosen.
+struct TileForce {
+  int32_t tile = -1;        // below 0 for any
+  int32_t splits = 0;       // 0 for any
+  int32_t full_tiles = -1;  // below 0 for any; of a forced number of splits above 1
+  int32_t packed = -1;      // 0 or 1: without or with packed weights; below 0 for either
+};
+
 // How the sums of splits meet.
 enum class SplitReduce {
   kForward,    // tile/split_k.cuh: any number of tiles is split; sums are padded, and each tile has a count in the workspace
@@ -49,9 +64,9 @@ __host__ __device__ constexpr int32_t split_floats(int32_t tile_k, int32_t tile_
   return ceil_div((tile_k + 8) * (tile_pq + 8), 1024) * 1024;
 }
 
-// The best tile and number of splits, with split sums in at most `workspace_bytes`. Sets all of the config but packed_bytes and
-// launch. *cycles is the prediction, 0 where nothing fits.
+// The best tile and number of splits that `force` allows, with split sums in at most `workspace_bytes`. Sets all of the config but
+// packed_bytes and launch. *cycles is the prediction, 0 where nothing fits.
 TileConfig choose_tile(TileProblem const& problem, TileSize const* sizes, int32_t count, SplitReduce reduce, size_t workspace_bytes,
-                       double* cycles);
+                       TileForce const& force, double* cycles);
 
 }  // namespace adder2d

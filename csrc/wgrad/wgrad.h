@@ -5,6 +5,7 @@
 
 #include "adder2d.h"
 #include "common/fast_div.h"
+#include "tile/heuristics.h"
 
 namespace adder2d {
 
@@ -25,6 +26,7 @@ struct WgradConfig {
 };
 
 // ---- wgrad_convolved.cu
+extern FamilyNames const kWgradConvolved;
 size_t wgrad_convolved_workspace(Adder2dWgradParams const& params);
 // Enqueues dw = convolved - w * sum(dy), scaled where eta asks for it.
 cudaError_t launch_wgrad_convolved(Adder2dWgradParams const& params, cudaStream_t stream);
@@ -32,8 +34,10 @@ cudaError_t launch_wgrad_convolved(Adder2dWgradParams const& params, cudaStream_
 cudaError_t launch_wgrad_scale(Adder2dWgradParams const& params, int64_t count, cudaStream_t stream);
 
 // ---- wgrad_simt.cu
-// The plan for sum(dy * x), and for the sum of dy beside it; not taken where a convolution is as fast or the kernel does not fit.
-WgradConfig plan_wgrad_simt(Adder2dWgradParams const& params);
+extern FamilyNames const kWgradSimt;
+// The plan for sum(dy * x), and for the sum of dy beside it; not taken where a convolution is as fast or the kernel cannot do it. With
+// `force`, only the latter counts.
+WgradConfig plan_wgrad_simt(Adder2dWgradParams const& params, TileForce const* force = nullptr);
 
 // Enqueues dw = sum(dy * (x - w)). The workspace then begins with config.reduce_blocks sums of squares of dw.
 cudaError_t launch_wgrad_simt(Adder2dWgradParams const& params, WgradConfig const& config, cudaStream_t stream);

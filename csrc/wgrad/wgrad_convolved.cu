@@ -282,6 +282,8 @@ cudaError_t launch_wgrad_scale(Adder2dWgradParams const& params, int64_t squares
                           params.eta * std::sqrt(static_cast<double>(size)));
 }
 
+FamilyNames const kWgradConvolved{"convolved", nullptr, 0};
+
 size_t wgrad_convolved_workspace(Adder2dWgradParams const& params) {
   Adder2dParams either = params.layer;
   int32_t chunks = 0;
@@ -299,9 +301,12 @@ cudaError_t launch_wgrad_convolved(Adder2dWgradParams const& params, cudaStream_
   if (workspace_bytes(dw) > params.layer.workspace_bytes || blocks > 0x7fffffff) return cudaErrorInvalidValue;
   dw.squares = count > 0 ? static_cast<double*>(params.layer.workspace) : nullptr;
   dw.sums = sum.sums = reinterpret_cast<float*>(static_cast<double*>(params.layer.workspace) + count);
-  cudaError_t error = params.layer.y_type == ADDER2D_FLOAT32   ? launch_sum<float>(sum, stream)
-                      : params.layer.y_type == ADDER2D_FLOAT16 ? launch_sum<__half>(sum, stream)
-                                                               : launch_sum<__nv_bfloat16>(sum, stream);
+  cudaError_t error = cudaErrorInvalidValue;
+  switch (static_cast<Adder2dType>(params.layer.y_type)) {
+    case ADDER2D_FLOAT32: error = launch_sum<float>(sum, stream); break;
+    case ADDER2D_FLOAT16: error = launch_sum<__half>(sum, stream); break;
+    case ADDER2D_BFLOAT16: error = launch_sum<__nv_bfloat16>(sum, stream); break;
+  }
   if (error != cudaSuccess) return error;
   error = launch_dependent(adder2d_wgrad_kernel, dim3(static_cast<uint32_t>(blocks)), dim3(kThreads), 0, stream, dw);
   return error != cudaSuccess || count == 0 ? error : launch_wgrad_scale(params, count, stream);

@@ -57,6 +57,9 @@ template <class T>
 constexpr TileSize kSizeOf{T::kTileK, T::kTileC, T::kGroups};
 // In the order of launch_wgrad_simt.
 constexpr TileSize kTiles[] = {kSizeOf<Tile16x16>, kSizeOf<Tile32x16>, kSizeOf<Tile32x32>};
+constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
+constexpr char const* kTileNames[] = {"16x16", "32x16", "32x32"};  // filters x channels
+static_assert(sizeof(kTileNames) / sizeof(kTileNames[0]) == kTileCount, "one name a tile");
 constexpr int32_t kWarps = Tile16x16::kWarps;
 constexpr size_t kTurnBytes = Tile16x16::kTurnFloats * sizeof(float);
 static_assert(Tile32x16::kTurnFloats == Tile16x16::kTurnFloats && Tile32x32::kTurnFloats == Tile16x16::kTurnFloats, "kTurnBytes");
@@ -84,19 +87,15 @@ struct Args {
 
 // ---- fill
 
-__device__ __forceinline__ float convert(uint16_t bits, int32_t type) {
-  return type == ADDER2D_FLOAT16 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(uint32_t{bits} << 16);
-}
-
 __device__ __forceinline__ void copy1(float* dst, float const* src, bool valid, int32_t) { copy4_async(dst, src, valid); }
 __device__ __forceinline__ void copy1(float* dst, uint16_t const* src, bool valid, int32_t type) {
-  *dst = convert(valid ? __ldg(src) : uint16_t{0}, type);
+  *dst = bits_as_float(valid ? __ldg(src) : uint16_t{0}, type);
 }
 __device__ __forceinline__ void copy4(float* dst, float const* src, bool valid, int32_t) { copy16_async(dst, src, valid); }
 __device__ __forceinline__ void copy4(float* dst, uint16_t const* src, bool valid, int32_t type) {
   uint2 const v = valid ? __ldg(reinterpret_cast<uint2 const*>(src)) : uint2{};
-  *reinterpret_cast<float4*>(dst) = make_float4(convert(v.x & 0xffff, type), convert(v.x >> 16, type),
-                                                convert(v.y & 0xffff, type), convert(v.y >> 16, type));
+  *reinterpret_cast<float4*>(dst) = make_float4(bits_as_float(v.x & 0xffff, type), bits_as_float(v.x >> 16, type),
+                                                bits_as_float(v.y & 0xffff, type), bits_as_float(v.y >> 16, type));
 }
 
 // A warp copies a row of pixels with kTile channels each, of which `channels` exist. Zeros go where there is no element.
@@ -393,13 +392,17 @@ Args make_args(Adder2dWgradParams const& params) {
   return args;
 }
 
-// Where this kernel is faster than a convolution (docs/performance.md): 3x3 and at most 64 channels and filters a group; with halves,
-// which a convolution multiplies on tensor cores, not the largest of these.
-bool can_implement_simt(Args const& args) {
+bool can_implement(Args const& args) {
   Adder2dParams const& p = args.p.layer;
-  if (p.x_type != ADDER2D_FLOAT32 && args.Cg * args.Kg > 2048 && int64_t{p.N} * p.P * p.Q > 65536) return false;
-  return p.N > 0 && p.R == kTaps && p.S == kTaps && p.dil_w == 1 && p.stride_w <= 2 && args.Cg >= 8 && args.Cg <= 64 &&
-         args.Kg >= 8 && args.Kg <= 64;
+  return p.N > 0 && p.R == kTaps && p.S == kTaps && p.dil_w == 1 && p.stride_w <= 2;
+}
+
+// Where this kernel is faster than a convolution (docs/performance.md): at most 64 channels and filters a group; with halves, which a
+// convolution multiplies on tensor cores, not the largest of these.
+bool is_preferred(Args const& args) {
+  Adder2dParams const& p = args.p.layer;
+  if (is_16_bit(p.x_type) && args.Cg * args.Kg > 2048 && int64_t{p.N} * p.P * p.Q > 65536) return false;
+  return args.Cg >= 8 && args.Cg <= 64 && args.Kg >= 8 && args.Kg <= 64;
 }
 
 // Predicted cycles of the fill of a row, of one warp. The constants here and below only have to rank.
@@ -411,7 +414,8 @@ double predict_row(Source const& source, int32_t columns, int32_t tile) {
 // Of a block, whatever the config.
 size_t most_smem() { return std::min(smem_limit(), kArch.wgrad_max_smem); }
 
-WgradConfig choose(Args const& args) {
+// `tile` is an index into kTiles, or below 0 for the best one.
+WgradConfig choose(Args const& args, int32_t tile) {
   Adder2dParams const& p = args.p.layer;
   size_t const smem_bytes = most_smem();
   int32_t const multiprocessors = multiprocessor_count();
@@ -465,6 +469,7 @@ WgradConfig choose(Args const& args) {
   for (TileSize const& size : kTiles) {
     WgradConfig config{};
     config.tile = static_cast<int32_t>(&size - kTiles);
+    if (tile >= 0 && config.tile != tile) continue;
     config.tiles_k = ceil_div(args.Kg, size.k);
     config.tiles_c = ceil_div(args.Cg, size.c);
     if (int64_t{config.tiles_k} * config.tiles_c * p.groups > INT32_MAX) continue;
@@ -504,16 +509,20 @@ cudaError_t launch_any_stride(Args const& args, WgradConfig const& config, cudaS
 
 }  // namespace
 
-WgradConfig plan_wgrad_simt(Adder2dWgradParams const& params) {
-  Adder2dParams key = params.layer;  // what a config depends on
+FamilyNames const kWgradSimt{"simt", kTileNames, kTileCount};
+
+WgradConfig plan_wgrad_simt(Adder2dWgradParams const& params, TileForce const* force) {
+  Adder2dParams key = params.layer;  // what a plan depends on
   key.x = key.w = key.b = key.y = key.workspace = nullptr;
   key.workspace_bytes = 0;
-  return cached_plan<WgradConfig>(key, [&] {
+  auto const plan = [&](int32_t tile) {
     Adder2dWgradParams problem = params;
     problem.layer = key;
     Args const args = make_args(problem);
-    return can_implement_simt(args) ? choose(args) : WgradConfig{};
-  });
+    return can_implement(args) && (force != nullptr || is_preferred(args)) ? choose(args, tile) : WgradConfig{};
+  };
+  if (force != nullptr) return plan(force->tile);
+  return cached_plan<WgradConfig>(key, [&] { return plan(-1); });
 }
 
 cudaError_t launch_wgrad_simt(Adder2dWgradParams const& params, WgradConfig const& config, cudaStream_t stream) {
