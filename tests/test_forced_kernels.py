@@ -3,7 +3,8 @@
 import contextlib
 import ctypes
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def tiles(name: str, family: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("tile", TILES[name][family])
 
 
-def entry(name: str) -> Callable[..., bytes | int | None]:
+def entry(name: str) -> Any:
     return getattr(library.load(), f"adder2d_{name}")
 
 
@@ -182,7 +183,9 @@ def test_a_description_can_be_forced(case, dtype):
         assert entry("wgrad_describe")(ctypes.byref(wgrad)) == text
 
 
-@pytest.mark.parametrize("choice", ["window", "pointwise", "depthwise", "half", "simt:64x128:9", "direct::2", "simt::::packed"])
+@pytest.mark.parametrize(
+    "choice", ["window", "pointwise", "depthwise", "half", "simt:64x128:9", "direct::2", "simt::::packed"]
+)
 def test_kernels_that_cannot_implement_a_problem(choice):
     """It is refused before anything is launched, and no other kernel takes its place."""
     params = problem(SMALL)  # float32, 3x3, 21 channels: 189 terms are six slices of 32
@@ -266,7 +269,9 @@ def test_depthwise(memory_format, dtype):
 
 
 @gpu
-@pytest.mark.parametrize("choice", [f"{family}:{tile}" for family in ("direct", "shared") for tile in TILES["fprop"][family]])
+@pytest.mark.parametrize(
+    "choice", [f"{family}:{tile}" for family in ("direct", "shared") for tile in TILES["fprop"][family]]
+)
 @formats
 @dtypes
 def test_direct(choice, memory_format, dtype):
@@ -299,7 +304,9 @@ def test_splits_in_a_cuda_graph(choice):
 
 def dgrad(case: Case, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, str]:
     dx = torch.empty_like(x)
-    params = library.Adder2dDgradParams(layer_params(case, x, w, dy), TYPES[x.dtype], 0, tuple(dx.stride()), dx.data_ptr())
+    params = library.Adder2dDgradParams(
+        layer_params(case, x, w, dy), TYPES[x.dtype], 0, tuple(dx.stride()), dx.data_ptr()
+    )
     return dx, launch("dgrad", params, params.layer)
 
 

@@ -12,12 +12,21 @@ namespace adder2d {
 namespace {
 
 constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, and a tile may overhang the end
-constexpr int32_t kMaxPhases = 1024;  // with more, tiles would be mostly empty
+constexpr int32_t kMaxPhases = 1024;               // with more, tiles would be mostly empty
 
 DgradAxis make_axis(int32_t size, int32_t taps, int32_t outputs, int32_t stride, int32_t pad, int32_t dilation) {
   int32_t const common = std::gcd(stride, dilation);
   int32_t const phases = std::min(stride, size);
-  return {stride, pad, dilation, size, taps, outputs, phases, ceil_div(size, stride), stride / common, dilation / common,
+  return {stride,
+          pad,
+          dilation,
+          size,
+          taps,
+          outputs,
+          phases,
+          ceil_div(size, stride),
+          stride / common,
+          dilation / common,
           FastDiv(phases)};
 }
 
@@ -81,7 +90,8 @@ constexpr int32_t kFamilyCount = sizeof(kFamilies) / sizeof(kFamilies[0]);
 
 ForcedChoice forced_choice;
 
-// Whether the tiled kernel accepts the problem: it steps through dy by int32 strides, and counts pixels and phases as int32.
+// Whether the tiled kernel accepts the problem: it steps through dy by int32 strides, and counts pixels and phases as
+// int32.
 bool can_implement_simt(DgradArgs const& args) {
   return args.small_steps && int64_t{args.h.phases} * args.w.phases <= kMaxPhases &&
          int64_t{args.h.positions} * args.w.positions <= kMaxPixels;
@@ -106,13 +116,15 @@ Choice choose(DgradArgs const& args, Forced const& forced) {
   Choice simt{&kDgradSimt, {}};
   size_t const bytes = args.p.workspace_bytes;
   for (size_t const split_bytes : {kMaxWorkspaceBytes, size_t{0}})  // splits, where there is room for their sums
-    if (plan_dgrad_simt(args, split_bytes, forced.tile, &simt.config) && simt.config.workspace_bytes <= bytes) return simt;
+    if (plan_dgrad_simt(args, split_bytes, forced.tile, &simt.config) && simt.config.workspace_bytes <= bytes)
+      return simt;
   return forces_simt ? Choice{} : direct;
 }
 
 Choice choose_cached(DgradArgs const& args, Forced const& forced) {
   if (forced.family >= 0) return choose(args, forced);
-  Adder2dParams key = args.p;  // the rest of the arguments follows from it but for addresses, which plans do not depend on
+  // The rest of the arguments follows from it but for addresses, which plans do not depend on.
+  Adder2dParams key = args.p;
   key.x = key.w = key.b = key.y = key.workspace = nullptr;
   return cached_plan<Choice>(key, [&] { return choose(args, forced); });
 }
@@ -151,7 +163,8 @@ int32_t adder2d_dgrad(Adder2dDgradParams const* params, void* stream_pointer) {
     Choice const choice = choose_cached(args, forced);
     if (choice.family == nullptr) return cudaErrorNotSupported;
     bool const direct = choice.family == &kDgradDirect;
-    cudaError_t const error = direct ? launch_dgrad_direct(args, stream) : launch_dgrad_simt(args, choice.config, stream);
+    cudaError_t const error =
+        direct ? launch_dgrad_direct(args, stream) : launch_dgrad_simt(args, choice.config, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

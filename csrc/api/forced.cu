@@ -53,8 +53,9 @@ constexpr int32_t kMaxFullTiles = 0x7fffffff;
 uint64_t encode(Forced const& forced) {
   if (forced.family < 0) return 0;
   TileForce const& tile = forced.tile;
-  return static_cast<uint64_t>(forced.family + 1) | static_cast<uint64_t>(tile.tile + 1) << 8 | static_cast<uint64_t>(tile.splits) << 16 |
-         static_cast<uint64_t>(tile.packed + 1) << 24 | static_cast<uint64_t>(int64_t{tile.full_tiles} + 1) << 32;
+  return static_cast<uint64_t>(forced.family + 1) | static_cast<uint64_t>(tile.tile + 1) << 8 |
+         static_cast<uint64_t>(tile.splits) << 16 | static_cast<uint64_t>(tile.packed + 1) << 24 |
+         static_cast<uint64_t>(int64_t{tile.full_tiles} + 1) << 32;
 }
 
 }  // namespace
@@ -82,7 +83,8 @@ char const* ForcedChoice::set(char const* text, FamilyNames const* const* famili
       if (parts[0] == families[i]->name) forced.family = i;
     }
     if (forced.family < 0)
-      return sentence("'%s' is not a kernel family: choose one of %s", parts[0].c_str(), list(names.data(), count).c_str());
+      return sentence("'%s' is not a kernel family: choose one of %s", parts[0].c_str(),
+                      list(names.data(), count).c_str());
     FamilyNames const& family = *families[forced.family];
     if (parts.size() > 1 && !parts[1].empty()) {
       for (int32_t i = 0; i < family.tile_count; ++i)
@@ -108,7 +110,8 @@ char const* ForcedChoice::set(char const* text, FamilyNames const* const* famili
 
 char const* describe_choice(FamilyNames const& family, TileConfig const& config) {
   if (family.tile_count == 0) return sentence("%s", family.name);
-  if (config.splits == 0) return sentence("%s:%s", family.name, family.tiles[config.tile]);  // a family that does not split
+  // A family that does not split.
+  if (config.splits == 0) return sentence("%s:%s", family.name, family.tiles[config.tile]);
   return sentence("%s:%s:%d:%d:%s", family.name, family.tiles[config.tile], config.splits, config.full_tiles,
                   config.packed_bytes > 0 ? "packed" : "unpacked");
 }

@@ -19,8 +19,8 @@ struct Forced {
 class ForcedChoice {
  public:
   Forced get() const;
-  // Reads "family[:tile[:splits[:full_tiles[:packed]]]]", or null or "" for no choice, and stores it. Returns null, or why it could
-  // not: one sentence that lives until the next call on the same thread, in which case nothing is changed.
+  // Reads "family[:tile[:splits[:full_tiles[:packed]]]]", or null or "" for no choice, and stores it. Returns null, or
+  // why it could not: one sentence that lives until the next call on the same thread, in which case nothing is changed.
   char const* set(char const* text, FamilyNames const* const* families, int32_t count);
 
  private:

@@ -32,7 +32,8 @@ FpropArgs make_fprop_args(Adder2dParams const& p) {
   args.y_linear = stride[2] == p.Q * stride[3] && stride[0] == p.P * stride[2];
   bool const aligned = reinterpret_cast<uintptr_t>(p.y) % (4 * type_size(p.y_type)) == 0 && stride[0] % 4 == 0;
   args.y_vectors = aligned && (args.y_channels_last ? args.Kg % 4 == 0 && stride[2] % 4 == 0 && stride[3] % 4 == 0
-                                              : stride[3] == 1 && stride[2] == p.Q && int64_t{p.P} * p.Q % 4 == 0 && stride[1] % 4 == 0);
+                                                    : stride[3] == 1 && stride[2] == p.Q &&
+                                                          int64_t{p.P} * p.Q % 4 == 0 && stride[1] % 4 == 0);
   return args;
 }
 
@@ -44,7 +45,8 @@ int32_t images_per_launch(Adder2dParams const& p) {
   return images_of_fprop_half(p, static_cast<int32_t>(std::clamp<int64_t>(images, 1, std::max(p.N, 1))));
 }
 
-// In the order of preference; those without is_preferred are compared by their predictions, and the first of equal ones is taken.
+// In the order of preference; those without is_preferred are compared by their predictions, and the first of equal ones
+// is taken.
 constexpr FpropFamily const* kFamilies[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,   &kFpropHalf,
                                             &kFpropSimt,   &kFpropWindow,    &kFpropPointwise};
 constexpr int32_t kFamilyCount = sizeof(kFamilies) / sizeof(kFamilies[0]);
@@ -81,7 +83,8 @@ Choice choose(FpropArgs const& args, Forced const& forced) {
 Choice choose_cached(FpropArgs const& args, Forced const& forced) {
   if (forced.family >= 0) return choose(args, forced);
   Adder2dParams key = args.p;
-  key.x = reinterpret_cast<void const*>(reinterpret_cast<uintptr_t>(key.x) % 16);  // plans do not depend on other addresses
+  // Plans do not depend on other addresses.
+  key.x = reinterpret_cast<void const*>(reinterpret_cast<uintptr_t>(key.x) % 16);
   key.y = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(key.y) % 16);
   key.w = key.b = key.workspace = nullptr;
   return cached_plan<Choice>(key, [&] { return choose(args, forced); });

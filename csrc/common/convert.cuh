@@ -10,7 +10,8 @@
 namespace adder2d {
 
 // Every type is named in a branch of its own. The last one is assumed and not compared with, so that loops are
-// compiled for each type apart: adder2d_check refuses all other types. Who adds a type starts at the compiler's warning in type_size().
+// compiled for each type apart: adder2d_check refuses all other types. Who adds a type starts at the compiler's warning
+// in type_size().
 
 inline int32_t type_size(int32_t type) {
   switch (static_cast<Adder2dType>(type)) {
@@ -20,7 +21,9 @@ inline int32_t type_size(int32_t type) {
   }
   return 0;
 }
-__host__ __device__ constexpr bool is_16_bit(int32_t type) { return type == ADDER2D_FLOAT16 || type == ADDER2D_BFLOAT16; }
+__host__ __device__ constexpr bool is_16_bit(int32_t type) {
+  return type == ADDER2D_FLOAT16 || type == ADDER2D_BFLOAT16;
+}
 
 template <typename Element>
 struct TypeOf;

@@ -14,8 +14,8 @@ __device__ __forceinline__ uint32_t smem_address(void const* p) {
 __device__ __forceinline__ void copy4_async(float* dst_smem, float const* src, uint32_t valid) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
-      "{\n  .reg .pred ignore;\n  setp.eq.u32 ignore, %2, 0;\n  cp.async.ca.shared.global [%0], [%1], 4, ignore;\n}\n" ::"r"(
-          smem_address(dst_smem)),
+      "{\n  .reg .pred ignore;\n  setp.eq.u32 ignore, %2, 0;\n  cp.async.ca.shared.global [%0], [%1], 4, "
+      "ignore;\n}\n" ::"r"(smem_address(dst_smem)),
       "l"(src), "r"(valid));
 #else
   *dst_smem = valid != 0 ? *src : 0.f;
@@ -26,8 +26,8 @@ __device__ __forceinline__ void copy4_async(float* dst_smem, float const* src, u
 __device__ __forceinline__ void copy4_async_unless(float* dst_smem, float const* src, uint32_t absent) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
-      "{\n  .reg .pred ignore;\n  setp.ne.u32 ignore, %2, 0;\n  cp.async.ca.shared.global [%0], [%1], 4, ignore;\n}\n" ::"r"(
-          smem_address(dst_smem)),
+      "{\n  .reg .pred ignore;\n  setp.ne.u32 ignore, %2, 0;\n  cp.async.ca.shared.global [%0], [%1], 4, "
+      "ignore;\n}\n" ::"r"(smem_address(dst_smem)),
       "l"(src), "r"(absent));
 #else
   *dst_smem = absent == 0 ? *src : 0.f;
@@ -47,18 +47,20 @@ __device__ __forceinline__ void copy16_async(void* dst_smem, void const* src) {
 __device__ __forceinline__ void copy16_async(void* dst_smem, void const* src, bool valid) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
-      "{\n  .reg .pred ignore;\n  setp.eq.u32 ignore, %2, 0;\n  cp.async.cg.shared.global [%0], [%1], 16, ignore;\n}\n" ::"r"(
-          smem_address(dst_smem)),
+      "{\n  .reg .pred ignore;\n  setp.eq.u32 ignore, %2, 0;\n  cp.async.cg.shared.global [%0], [%1], 16, "
+      "ignore;\n}\n" ::"r"(smem_address(dst_smem)),
       "l"(src), "r"(static_cast<uint32_t>(valid)));
 #else
   *static_cast<float4*>(dst_smem) = valid ? *static_cast<float4 const*>(src) : float4{};
 #endif
 }
 
-// Stores at a 16-byte address of global memory. Left to itself, the compiler makes four stores of it behind some conditions.
+// Stores at a 16-byte address of global memory. Left to itself, the compiler makes four stores of it behind some
+// conditions.
 __device__ __forceinline__ void store16(float* to, float4 const& v) {
 #ifdef __CUDA_ARCH__
-  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
 #else
   *reinterpret_cast<float4*>(to) = v;
 #endif

@@ -17,11 +17,12 @@ __device__ __forceinline__ void wait_for_primary() {
 #endif
 }
 
-// Launches a kernel; with `dependent`, before the one before it on the stream has finished: it calls wait_for_primary before it
-// reads what that wrote. Errors are returned, and not left behind for the next to ask the runtime, nor are theirs taken.
+// Launches a kernel; with `dependent`, before the one before it on the stream has finished: it calls wait_for_primary
+// before it reads what that wrote. Errors are returned, and not left behind for the next to ask the runtime, nor are
+// theirs taken.
 template <typename... Params, typename... Args>
-cudaError_t launch_kernel(bool dependent, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
-                          Args const&... args) {
+cudaError_t launch_kernel(bool dependent, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
+                          cudaStream_t stream, Args const&... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -37,7 +38,8 @@ cudaError_t launch_kernel(bool dependent, void (*kernel)(Params...), dim3 grid, 
   return error;
 }
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream, Args const&... args) {
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
+                   Args const&... args) {
   return launch_kernel(false, kernel, grid, block, smem_bytes, stream, args...);
 }
 template <typename... Params, typename... Args>
@@ -50,7 +52,8 @@ cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, s
 template <typename... Params>
 cudaError_t allow_smem(void (*kernel)(Params...), size_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
-  cudaError_t const error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  cudaError_t const error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }

@@ -1,5 +1,5 @@
-// One thread per element of dx: depth-wise layers and groups of few channels, where an implicit GEMM tile would be mostly
-// empty.
+// One thread per element of dx: depth-wise layers and groups of few channels, where an implicit GEMM tile would be
+// mostly empty.
 #include "common/launch.cuh"
 #include "dgrad/dgrad.h"
 
@@ -30,7 +30,8 @@ FamilyNames const kDgradDirect{"direct", kTileNames, 1};
 cudaError_t launch_dgrad_direct(DgradArgs const& args, cudaStream_t stream) {
   int64_t const maps = int64_t{args.p.N} * args.p.C, blocks = ceil_div<int64_t>(int64_t{args.p.H} * args.p.W, kThreads);
   dim3 const grid(static_cast<uint32_t>(blocks), static_cast<uint32_t>(maps < 65535 ? maps : 65535));
-  bool const float32 = args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 && args.p.y_type == ADDER2D_FLOAT32;
+  bool const float32 =
+      args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 && args.p.y_type == ADDER2D_FLOAT32;
   auto const kernel = float32 ? adder2d_dgrad_direct_kernel<true> : adder2d_dgrad_direct_kernel<false>;
   return launch(kernel, grid, dim3(kThreads), 0, stream, args);
 }

@@ -1,17 +1,19 @@
 // Implicit GEMM for the input gradient on float32 arithmetic: channels by input pixels, reduced over taps and filters.
 //
-// With w' = w / 2 and x' = x / 2 - 1 / 2, clamp(w - x, -1, 1) = 2 * sat(w' - x') - 1, where sat clamps to [0, 1] as a free
-// modifier of an addition. So dx = 2 * sum(dy * sat(w' - x')) - sum(dy): two instructions a term, and the second sum
-// is one for all channels of a pixel. Rounding: w' is exact; x' is rounded once, by at most 2^-24 * (|x| + 1) / 2, and the
-// difference once more, by at most 2^-25 where it is not clamped, so that a term is off by at most
-// 2^-23 * (1 + |x| / 2) * |dy|; and the terms of both sums are at most |dy| each, which bounds what their cancelling costs.
+// With w' = w / 2 and x' = x / 2 - 1 / 2, clamp(w - x, -1, 1) = 2 * sat(w' - x') - 1, where sat clamps to [0, 1] as a
+// free modifier of an addition. So dx = 2 * sum(dy * sat(w' - x')) - sum(dy): two instructions a term, and the second
+// sum is one for all channels of a pixel. Rounding: w' is exact; x' is rounded once, by at most 2^-24 * (|x| + 1) / 2,
+// and the difference once more, by at most 2^-25 where it is not clamped, so that a term is off by at most 2^-23 * (1 +
+// |x| / 2) * |dy|; and the terms of both sums are at most |dy| each, which bounds what their cancelling costs.
 //
 // A block owns a tile of kTileC channels by kTileHW pixels of one phase (dgrad.h), so that strides leave no idle taps,
-// and steps through the reduction kTileK filters of one tap at a time: asynchronous copies fill a ring of kStages slices in
-// shared memory, of packed weights and of dy, while a thread accumulates its 8 x 4 outputs, whose x' it keeps in registers.
+// and steps through the reduction kTileK filters of one tap at a time: asynchronous copies fill a ring of kStages
+// slices in shared memory, of packed weights and of dy, while a thread accumulates its 8 x 4 outputs, whose x' it keeps
+// in registers.
 //
-// sat turns NaN into 0. Outputs that the rule may want NaN or infinite come out as NaN here: x is added to them times zero,
-// weights with a NaN mark the tiles that read them, and sums of infinite dy are NaN. These few are computed again by the rule.
+// sat turns NaN into 0. Outputs that the rule may want NaN or infinite come out as NaN here: x is added to them times
+// zero, weights with a NaN mark the tiles that read them, and sums of infinite dy are NaN. These few are computed again
+// by the rule.
 #include <algorithm>
 #include <type_traits>
 
@@ -54,7 +56,8 @@ struct Tile {
   static constexpr int kStageFloats = kTileK * (kPitchC + kPitchHW);
 
   static_assert(kThreads == 128, "the fill loops are laid out for 128 threads");
-  static_assert(kTileC % (kLanesC * kThreadC) == 0 && kTileHW % (kLanesHW * kThreadHW) == 0, "warps must tile the block");
+  static_assert(kTileC % (kLanesC * kThreadC) == 0 && kTileHW % (kLanesHW * kThreadHW) == 0,
+                "warps must tile the block");
   static_assert(kTileK % 8 == 0, "the fills take filters eight at a time");
   static_assert(kTileK % kUnroll == 0 && kUnroll % 2 == 0, "fragments alternate between two buffers");
   static_assert(kTileK % kRows == 0, "threads must divide the sums of dy evenly");
@@ -78,7 +81,8 @@ struct Smem {
 
 template <class T>
 struct TileCoord {
-  int32_t group, tile_c, first_c, end_c, first_pixel;  // channels first_c .. end_c - 1 of the whole layer, pixels of the phase
+  // The tile has channels first_c .. end_c - 1 of the whole layer, pixels of the phase.
+  int32_t group, tile_c, first_c, end_c, first_pixel;
   int32_t thread_c, thread_hw;  // first output of the thread; the second half of its channels is kTileC / 2 on
   int32_t row;                  // of the threads with the same pixels
   DgradPhase h, w;
@@ -100,7 +104,9 @@ struct TileCoord {
   }
 
   // The thread's channel i of 8 and pixel j of 4.
-  __device__ __forceinline__ int32_t channel(int32_t i) const { return first_c + thread_c + i / 4 * (T::kTileC / 2) + i % 4; }
+  __device__ __forceinline__ int32_t channel(int32_t i) const {
+    return first_c + thread_c + i / 4 * (T::kTileC / 2) + i % 4;
+  }
   __device__ __forceinline__ int32_t pixel(int32_t j) const { return first_pixel + thread_hw + j; }
   // Whether pixel m exists, and its place: image, row and column of the phase.
   __device__ __forceinline__ bool locate(DgradArgs const& a, int32_t m, int32_t* n, int32_t* i, int32_t* j) const {
@@ -110,7 +116,8 @@ struct TileCoord {
     return m < a.NIJ && h.phase + *i * a.h.stride < a.h.size && w.phase + *j * a.w.stride < a.w.size;
   }
   // The same as the element of channel 0 in a tensor of x's shape; where there is no such pixel, that of another one.
-  __device__ __forceinline__ bool locate(DgradArgs const& a, int32_t m, int64_t const (&stride)[4], int64_t* index) const {
+  __device__ __forceinline__ bool locate(DgradArgs const& a, int32_t m, int64_t const (&stride)[4],
+                                         int64_t* index) const {
     int32_t n, i, j;
     bool const present = locate(a, m, &n, &i, &j);
     n = present ? n : 0;
@@ -130,7 +137,8 @@ struct TileCoord {
 
 // Stores the thread's outputs.
 template <typename Element, class T>
-__device__ __forceinline__ void store_tile(DgradArgs const& a, TileCoord<T> const& coord, float const (&v)[T::kThreadC][T::kThreadHW]) {
+__device__ __forceinline__ void store_tile(DgradArgs const& a, TileCoord<T> const& coord,
+                                           float const (&v)[T::kThreadC][T::kThreadHW]) {
   Element* const dx = static_cast<Element*>(a.dx);
   int64_t index[T::kThreadHW];
   bool present[T::kThreadHW];
@@ -140,7 +148,8 @@ __device__ __forceinline__ void store_tile(DgradArgs const& a, TileCoord<T> cons
     for (int i = 0; i < T::kThreadC; ++i) {
       int32_t const c = coord.channel(i);
       if (present[0] && c < coord.end_c)
-        store4_from_float(dx, index[0] + c * a.dx_stride[1], kTypeOf<Element>, make_float4(v[i][0], v[i][1], v[i][2], v[i][3]));
+        store4_from_float(dx, index[0] + c * a.dx_stride[1], kTypeOf<Element>,
+                          make_float4(v[i][0], v[i][1], v[i][2], v[i][3]));
     }
     return;
   }
@@ -153,7 +162,8 @@ __device__ __forceinline__ void store_tile(DgradArgs const& a, TileCoord<T> cons
 #pragma unroll
       for (int j = 0; j < T::kThreadHW; ++j)
         if (present[j] && c < coord.end_c)
-          store4_from_float(dx, index[j] + c, kTypeOf<Element>, make_float4(v[i][j], v[i + 1][j], v[i + 2][j], v[i + 3][j]));
+          store4_from_float(dx, index[j] + c, kTypeOf<Element>,
+                            make_float4(v[i][j], v[i + 1][j], v[i + 2][j], v[i + 3][j]));
     }
     return;
   }
@@ -168,7 +178,8 @@ __device__ __forceinline__ void store_tile(DgradArgs const& a, TileCoord<T> cons
 
 // Stores one item of the thread's outputs.
 template <typename Element, class T>
-__device__ __forceinline__ void store_item(DgradArgs const& a, TileCoord<T> const& coord, int32_t item, float const (&v)[4]) {
+__device__ __forceinline__ void store_item(DgradArgs const& a, TileCoord<T> const& coord, int32_t item,
+                                           float const (&v)[4]) {
   bool const channels = a.dx_vectors == DgradVectors::kChannels;
   int32_t const c = coord.channel(TileCoord<T>::item_channel(channels, item, 0));
   if (c >= coord.end_c) return;
@@ -189,7 +200,8 @@ __device__ __forceinline__ uint32_t non_finite(float4 const& v) {
   return !isfinite(v.x) | !isfinite(v.y) << 1 | !isfinite(v.z) << 2 | !isfinite(v.w) << 3;
 }
 
-// Computes those of the thread's outputs by the rule that `repairs` names, four bits an item. Few threads ever come here.
+// Computes those of the thread's outputs by the rule that `repairs` names, four bits an item. Few threads ever come
+// here.
 template <class T>
 __device__ __noinline__ void repair(DgradArgs const& a, DgradConfig const& config, uint32_t repairs) {
   TileCoord<T> const coord(a, config, blockIdx.x);
@@ -197,7 +209,9 @@ __device__ __noinline__ void repair(DgradArgs const& a, DgradConfig const& confi
   for (; repairs != 0; repairs &= repairs - 1) {
     int32_t const bit = __ffs(repairs) - 1, c = coord.channel(TileCoord<T>::item_channel(channels, bit / 4, bit % 4));
     int32_t n, i, j;
-    if (c >= coord.end_c || !coord.locate(a, coord.pixel(TileCoord<T>::item_pixel(channels, bit / 4, bit % 4)), &n, &i, &j)) continue;
+    if (c >= coord.end_c ||
+        !coord.locate(a, coord.pixel(TileCoord<T>::item_pixel(channels, bit / 4, bit % 4)), &n, &i, &j))
+      continue;
     int32_t const y = coord.h.phase + i * a.h.stride, x = coord.w.phase + j * a.w.stride;
     store_from_float(a.dx, dx_index(a, n, c, y, x), a.dx_type, dgrad_exact<false>(a, n, c, y, x));
   }
@@ -205,9 +219,9 @@ __device__ __noinline__ void repair(DgradArgs const& a, DgradConfig const& confi
 
 // ---- packed weights
 
-// w / 2 as [groups][tiles of channels][phases][slices of filters][taps of the phase][kTileK][kTileC], which is the order in
-// which a tile reads them, with zeros where there is no filter or channel; then, as [groups][tiles of channels][blocks], NaN
-// where one of the blocks that packed for a tile has met a NaN, else 0.
+// w / 2 as [groups][tiles of channels][phases][slices of filters][taps of the phase][kTileK][kTileC], which is the
+// order in which a tile reads them, with zeros where there is no filter or channel; then, as [groups][tiles of
+// channels][blocks], NaN where one of the blocks that packed for a tile has met a NaN, else 0.
 struct Packed {
   static constexpr int kThreads = 256, kBlockK = 8;  // filters of a block
 
@@ -217,15 +231,19 @@ struct Packed {
   int32_t blocks;  // of filters
 
   __host__ __device__ Packed(DgradArgs const& a, TileConfig const& config, int32_t tile_c, int32_t tile_k)
-      : weights(static_cast<float*>(a.p.workspace)), slices(ceil_div(a.Kg, tile_k)), blocks(slices * (tile_k / kBlockK)) {
+      : weights(static_cast<float*>(a.p.workspace)),
+        slices(ceil_div(a.Kg, tile_k)),
+        blocks(slices * (tile_k / kBlockK)) {
     marks = weights + int64_t{a.p.groups} * config.tiles_k * slices * a.p.R * a.p.S * tile_k * tile_c;
   }
   size_t bytes(DgradArgs const& a, TileConfig const& config) const {
     int64_t const floats = marks - weights + int64_t{a.p.groups} * config.tiles_k * blocks;
     return ceil_div<size_t>(floats * sizeof(float), 16) * 16;
   }
-  // Slices before those of the phase with these first taps, of height `taps_h`; `tile` counts groups and tiles of channels.
-  __device__ __forceinline__ int32_t phase(DgradArgs const& a, int32_t tile, int32_t before_h, int32_t taps_h, int32_t before_w) const {
+  // Slices before those of the phase with these first taps, of height `taps_h`; `tile` counts groups and tiles of
+  // channels.
+  __device__ __forceinline__ int32_t phase(DgradArgs const& a, int32_t tile, int32_t before_h, int32_t taps_h,
+                                           int32_t before_w) const {
     return ((tile * a.p.R + before_h) * a.p.S + taps_h * before_w) * slices;
   }
 };
@@ -275,7 +293,8 @@ struct Loader {
   int32_t filters;               // from the slice's first one on
   int32_t dp, dq, end_p, end_q;  // outputs from a window's start to the slice's tap, at most 0; where the taps end
 
-  __device__ __forceinline__ Loader(DgradArgs const& args, DgradConfig const& config, Smem<T, kFill>& shared, TileCoord<T> const& coord, int32_t first)
+  __device__ __forceinline__ Loader(DgradArgs const& args, DgradConfig const& config, Smem<T, kFill>& shared,
+                                    TileCoord<T> const& coord, int32_t first)
       : a(args), smem(shared), dp(0), dq(0), end_p(-coord.h.taps * args.h.lag), end_q(-coord.w.taps * args.w.lag) {
     int32_t slice = 0;  // of filters
     if (first != 0) {
@@ -286,13 +305,16 @@ struct Loader {
     }
     filters = a.Kg - slice * T::kTileK;
     Packed const packed(a, config, T::kTileC, T::kTileK);
-    int32_t const begin = packed.phase(a, coord.group * config.tiles_k + coord.tile_c, coord.h.before, coord.h.taps, coord.w.before) + first;
+    int32_t const begin =
+        packed.phase(a, coord.group * config.tiles_k + coord.tile_c, coord.h.before, coord.h.taps, coord.w.before) +
+        first;
     weights = packed.weights + int64_t{begin} * kFloats + threadIdx.x * 4;
 
     int32_t const own = kFill == Fill::kFilters ? threadIdx.x % 8 : threadIdx.x / T::kTileHW * kTerms;
     first_filter = int64_t{slice * T::kTileK + own} * a.dy_step[0];
     if constexpr (kFill != Fill::kPixels) {
-      for (int i = threadIdx.x; i < T::kTileHW; i += T::kThreads) smem.window[i] = make_window(coord, coord.first_pixel + i);
+      for (int i = threadIdx.x; i < T::kTileHW; i += T::kThreads)
+        smem.window[i] = make_window(coord, coord.first_pixel + i);
     } else {
 #pragma unroll
       for (int i = 0; i < T::kPixels; ++i) {
@@ -307,7 +329,8 @@ struct Loader {
     bool const present = coord.locate(a, m, &n, &i, &j);
     Window result{nullptr, i + coord.h.start, j + coord.w.start};
     int32_t const size = kFill == Fill::kConvert ? 2 : 4;
-    result.dy = static_cast<char const*>(a.p.y) + size * (n * a.p.y_stride[0] + int64_t{coord.group} * a.Kg * a.p.y_stride[1]) +
+    result.dy = static_cast<char const*>(a.p.y) +
+                size * (n * a.p.y_stride[0] + int64_t{coord.group} * a.Kg * a.p.y_stride[1]) +
                 int64_t{result.p0} * a.dy_step[1] + int64_t{result.q0} * a.dy_step[2];
     if (!present) result.p0 = result.q0 = kNoOutput;
     return result;
@@ -317,7 +340,8 @@ struct Loader {
     constexpr int kStep = T::kThreads * 4;
 #pragma unroll
     for (int i = 0; i < kFloats; i += kStep)
-      if (i + kStep <= kFloats || i + threadIdx.x * 4 < kFloats) copy16_async(w_smem + threadIdx.x * 4 + i, weights + i);
+      if (i + kStep <= kFloats || i + threadIdx.x * 4 < kFloats)
+        copy16_async(w_smem + threadIdx.x * 4 + i, weights + i);
   }
 
   __device__ __forceinline__ uint32_t inside(Window const& at) const {
@@ -325,7 +349,8 @@ struct Loader {
            static_cast<uint32_t>(at.q0 + dq) < static_cast<uint32_t>(a.p.Q);
   }
   __device__ __forceinline__ char const* source(Window const& at) const {
-    return at.dy + int64_t{dp} * a.dy_step[1] + int64_t{dq} * a.dy_step[2] + (kFill == Fill::kPixels ? 0 : first_filter);
+    return at.dy + int64_t{dp} * a.dy_step[1] + int64_t{dq} * a.dy_step[2] +
+           (kFill == Fill::kPixels ? 0 : first_filter);
   }
 
   // Filters behind the last one are copied as zeros, so that they add nothing; with kWhole there are none.
@@ -349,7 +374,8 @@ struct Loader {
         for (int b = 0; b < kBatch; ++b)
 #pragma unroll
           for (int k = 0; k < T::kTileK; k += 8)
-            copy4_async(dy_smem + (k + lane) * T::kPitchHW + i + b * kStep, src[b] + k, valid[b] & (kWhole || k + lane < filters));
+            copy4_async(dy_smem + (k + lane) * T::kPitchHW + i + b * kStep, src[b] + k,
+                        valid[b] & (kWhole || k + lane < filters));
       }
       return;
     }
@@ -373,7 +399,8 @@ struct Loader {
                 valid && first + begin < filters ? __ldg(reinterpret_cast<uint4 const*>(src + begin)) : zero;
           } else {
 #pragma unroll
-            for (int k = 0; k < 8; ++k) v[k] = valid && first + begin + k < filters ? __ldg(src + (begin + k) * step) : uint16_t{0};
+            for (int k = 0; k < 8; ++k)
+              v[k] = valid && first + begin + k < filters ? __ldg(src + (begin + k) * step) : uint16_t{0};
           }
 #pragma unroll
           for (int k = 0; k < 8; ++k) dst[(begin + k) * T::kPitchHW] = bits_as_float(v[k], a.p.y_type);
@@ -382,7 +409,8 @@ struct Loader {
         constexpr int kUnrolled = kWhole ? kTerms : 1;
 #pragma unroll kUnrolled
         for (int k = 0; k < kTerms; ++k, base += a.dy_step[0])
-          copy4_async(dst + k * T::kPitchHW, reinterpret_cast<float const*>(base), valid & (kWhole || first + k < filters));
+          copy4_async(dst + k * T::kPitchHW, reinterpret_cast<float const*>(base),
+                      valid & (kWhole || first + k < filters));
       }
     }
   }
@@ -418,7 +446,8 @@ struct Loader {
 
 // x of the thread's outputs, not converted where it is float32. Where there is no output, some other element of x.
 template <class T, typename Element>
-__device__ __forceinline__ void load_x(DgradArgs const& a, TileCoord<T> const& coord, float (&x)[T::kThreadC][T::kThreadHW], Element) {
+__device__ __forceinline__ void load_x(DgradArgs const& a, TileCoord<T> const& coord,
+                                       float (&x)[T::kThreadC][T::kThreadHW], Element) {
   auto const* const base = static_cast<std::conditional_t<sizeof(Element) == 4, float, uint16_t> const*>(a.p.x);
   constexpr int32_t kType = kTypeOf<Element>;
   auto const one = [&](int64_t index) {
@@ -433,8 +462,8 @@ __device__ __forceinline__ void load_x(DgradArgs const& a, TileCoord<T> const& c
       return __ldg(reinterpret_cast<float4 const*>(base + index));
     } else {
       uint2 const v = __ldg(reinterpret_cast<uint2 const*>(base + index));
-      return make_float4(bits_as_float(v.x & 0xffff, kType), bits_as_float(v.x >> 16, kType), bits_as_float(v.y & 0xffff, kType),
-                         bits_as_float(v.y >> 16, kType));
+      return make_float4(bits_as_float(v.x & 0xffff, kType), bits_as_float(v.x >> 16, kType),
+                         bits_as_float(v.y & 0xffff, kType), bits_as_float(v.y >> 16, kType));
     }
   };
   auto const channel = [&](int32_t i) {
@@ -489,10 +518,12 @@ __device__ __forceinline__ void add_row(float (*sum)[4], float4 const& v) {
   (*sum)[3] += v.w;
 }
 
-// Accumulates slices first .. last - 1 of one tile: acc[channel][pixel] = sum(dy * sat(w' - x')), dy_sum[pixel] = sum(dy).
+// Accumulates slices first .. last - 1 of one tile: acc[channel][pixel] = sum(dy * sat(w' - x')), dy_sum[pixel] =
+// sum(dy).
 template <class T, Fill kFill>
-__device__ __forceinline__ void accumulate(DgradArgs const& a, DgradConfig const& config, TileCoord<T> const& coord, int32_t first,
-                                           int32_t last, Smem<T, kFill>& smem, float (&x)[T::kThreadC][T::kThreadHW],
+__device__ __forceinline__ void accumulate(DgradArgs const& a, DgradConfig const& config, TileCoord<T> const& coord,
+                                           int32_t first, int32_t last, Smem<T, kFill>& smem,
+                                           float (&x)[T::kThreadC][T::kThreadHW],
                                            float (&acc)[T::kThreadC][T::kThreadHW], float (&dy_sum)[T::kThreadHW]) {
   with_type(a.p.x_type, [&](auto element) { load_x<T>(a, coord, x, element); });
   Loader<T, kFill> loader(a, config, smem, coord, first);
@@ -522,7 +553,8 @@ __device__ __forceinline__ void accumulate(DgradArgs const& a, DgradConfig const
     *reinterpret_cast<float4*>(&w_frag[buffer][4]) = *reinterpret_cast<float4 const*>(w_smem + T::kTileC / 2);
     *reinterpret_cast<float4*>(&dy_frag[buffer][0]) = *reinterpret_cast<float4 const*>(dy_smem);
   };
-  int32_t const last_slices = (ceil_div(a.Kg, T::kTileK) - 1) * coord.h.taps * coord.w.taps;  // of filters, which may have few
+  // The last filters of a group may be few.
+  int32_t const last_slices = (ceil_div(a.Kg, T::kTileK) - 1) * coord.h.taps * coord.w.taps;
   int32_t thread_c = coord.thread_c, thread_hw = coord.thread_hw;
   int32_t share = coord.row * (T::kTileK / T::kRows) * T::kPitchHW + thread_hw;  // of dy, whose sums it adds
   keep(&thread_c);
@@ -548,8 +580,8 @@ __device__ __forceinline__ void accumulate(DgradArgs const& a, DgradConfig const
       terms -= kUnroll;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        // The fragments of the next term are on their way while this one is added. Behind the slice's last term lies what is
-        // being filled: terms that are there already are read again.
+        // The fragments of the next term are on their way while this one is added. Behind the slice's last term lies
+        // what is being filled: terms that are there already are read again.
         if (u + 1 < kUnroll) {
           load(w_smem + (u + 1) * T::kPitchC, dy_smem + (u + 1) * T::kPitchHW, (u + 1) % 2);
         } else {
@@ -584,14 +616,16 @@ __device__ __forceinline__ void accumulate(DgradArgs const& a, DgradConfig const
 #pragma unroll
     for (int j = 0; j < T::kThreadHW; ++j) dy_sum[j] = 0.f;
 #pragma unroll
-    for (int row = 0; row < T::kWarpsC; ++row) add_row(&dy_sum, *reinterpret_cast<float4 const*>(rows + row * T::kTileHW));
+    for (int row = 0; row < T::kWarpsC; ++row)
+      add_row(&dy_sum, *reinterpret_cast<float4 const*>(rows + row * T::kTileHW));
   }
 }
 
 // ---- kernels
 
 template <class T>
-__device__ __forceinline__ float4* partial_sum(DgradArgs const& a, DgradConfig const& config, int32_t split, int32_t item) {
+__device__ __forceinline__ float4* partial_sum(DgradArgs const& a, DgradConfig const& config, int32_t split,
+                                               int32_t item) {
   int64_t const index = ((int64_t{split} * config.tiles + blockIdx.x) * T::kItems + item) * T::kThreads + threadIdx.x;
   return reinterpret_cast<float4*>(static_cast<char*>(a.p.workspace) + config.packed_bytes) + index;
 }
@@ -660,8 +694,8 @@ __global__ void __launch_bounds__(T::kThreads)
 
 // ---- launcher
 
-// Sets the shared memory that a block takes, so that a multiprocessor takes no more blocks than suit their number. The main
-// kernel starts while the one that packs still runs, where blocks come to lie as they find room: 392 blocks on 132
+// Sets the shared memory that a block takes, so that a multiprocessor takes no more blocks than suit their number. The
+// main kernel starts while the one that packs still runs, where blocks come to lie as they find room: 392 blocks on 132
 // multiprocessors that take four would be four here and two there, and take a third longer than three everywhere.
 void spread_blocks(DgradConfig* config) {
   constexpr int32_t kMost = kArch.dgrad_blocks, kFewest = kArch.dgrad_fewest_blocks;
@@ -683,14 +717,17 @@ cudaError_t launch_tile(DgradArgs const& args, DgradConfig const& config, cudaSt
   constexpr int32_t kSmemBytes = sizeof(Smem<T, kFill>);
   int32_t const smem_bytes = std::max(kSmemBytes, config.least_smem_bytes);
   // As much for every such plan: else a thread could lower what another one is about to launch with.
-  cudaError_t error = allow_smem(kernel, config.least_smem_bytes == 0 ? kSmemBytes : std::max(kSmemBytes, config.most_smem_bytes));
+  cudaError_t error =
+      allow_smem(kernel, config.least_smem_bytes == 0 ? kSmemBytes : std::max(kSmemBytes, config.most_smem_bytes));
   if (error != cudaSuccess) return error;
   int32_t const pack_blocks = Packed(args, config, T::kTileC, T::kTileK).blocks * config.tiles_k * args.p.groups;
   error = launch(adder2d_dgrad_pack_kernel<T>, dim3(pack_blocks), dim3(Packed::kThreads), 0, stream, args, config);
   if (error != cudaSuccess) return error;
-  error = launch_dependent(kernel, dim3(config.tiles, config.splits), dim3(T::kThreads), smem_bytes, stream, args, config);
+  error =
+      launch_dependent(kernel, dim3(config.tiles, config.splits), dim3(T::kThreads), smem_bytes, stream, args, config);
   if (error != cudaSuccess || config.splits == 1) return error;
-  return launch_dependent(adder2d_dgrad_reduce_kernel<T>, dim3(config.tiles, T::kItems), dim3(T::kThreads), 0, stream, args, config);
+  return launch_dependent(adder2d_dgrad_reduce_kernel<T>, dim3(config.tiles, T::kItems), dim3(T::kThreads), 0, stream,
+                          args, config);
 }
 
 using Tile128x32 = Tile<128, 32, 32, 2>;
@@ -710,7 +747,8 @@ template <class T>
 cudaError_t launch_any_fill(DgradArgs const& args, DgradConfig const& config, cudaStream_t stream) {
   if (is_16_bit(args.p.y_type)) return launch_tile<T, Fill::kConvert>(args, config, stream);
   bool const filters = args.p.y_stride[1] == 1 && args.p.y_stride[3] != 1;
-  return filters ? launch_tile<T, Fill::kFilters>(args, config, stream) : launch_tile<T, Fill::kPixels>(args, config, stream);
+  return filters ? launch_tile<T, Fill::kFilters>(args, config, stream)
+                 : launch_tile<T, Fill::kPixels>(args, config, stream);
 }
 
 }  // namespace

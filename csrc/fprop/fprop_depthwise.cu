@@ -1,6 +1,7 @@
-// Depth-wise layers of the common kernels and strides, whose bound is memory: a thread takes a strip of kRows x 2 outputs and
-// reads each row of its window once, several rows ahead. The two are neighbours along the width, or along the channels where
-// these lie side by side (channels_last), so that they are one load. fprop_direct.cu has all other layers.
+// Depth-wise layers of the common kernels and strides, whose bound is memory: a thread takes a strip of kRows x 2
+// outputs and reads each row of its window once, several rows ahead. The two are neighbours along the width, or along
+// the channels where these lie side by side (channels_last), so that they are one load. fprop_direct.cu has all other
+// layers.
 #include "common/launch.cuh"
 #include "fprop/fprop.h"
 #include "tile/epilogue.cuh"
@@ -8,7 +9,7 @@
 namespace adder2d {
 namespace {
 
-constexpr int kRows = 7;       // outputs of a strip along the height: maps of 7, 14, 28, 56, 112 rows divide evenly
+constexpr int kRows = 7;  // outputs of a strip along the height: maps of 7, 14, 28, 56, 112 rows divide evenly
 constexpr int kMaxThreads = 256;
 
 // ---- elements
@@ -48,9 +49,9 @@ __device__ __forceinline__ T load_if(bool valid, Pointer const* pointer) {
 // What the kernels know of the launch beyond FpropArgs.
 struct Strips {
   FastDiv div_columns, div_strips, div_K, div_Kg;  // columns: of pairs (width), or of blocks (channels)
-  int32_t threads;    // width: of all blocks
-  FastDiv div_chunks; // channels: blocks side by side along the channels
-  bool y_pairs;       // the two outputs may be stored at once
+  int32_t threads;                                 // width: of all blocks
+  FastDiv div_chunks;                              // channels: blocks side by side along the channels
+  bool y_pairs;                                    // the two outputs may be stored at once
 };
 
 // Whether the row or column `offset` behind `start` is one of `size`.
@@ -66,14 +67,15 @@ struct Strip {
   static constexpr int kTall = (kRows - 1) * kStride + kKernel;
   static constexpr int kWide = kStride + kKernel;  // of two outputs side by side
   static constexpr int kTaps = kKernel * kKernel;
-  static constexpr int kPad = kKernel / 2;         // width: padding is as even as this one
+  static constexpr int kPad = kKernel / 2;  // width: padding is as even as this one
 };
 
 // ---- pairs along the width
 
 // Threads side by side take pairs side by side, then strips below each other, then maps.
 template <int32_t kType, int kKernel, int kStride>
-__global__ void __launch_bounds__(128) adder2d_fprop_depthwise_width_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ Strips const g) {
+__global__ void __launch_bounds__(128)
+    adder2d_fprop_depthwise_width_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ Strips const g) {
   using E = Element<kType>;
   using One = typename E::One;
   using Two = typename E::Two;
@@ -86,7 +88,8 @@ __global__ void __launch_bounds__(128) adder2d_fprop_depthwise_width_kernel(__gr
   int32_t pair, strip, k;
   int32_t const map = g.div_strips.divmod(g.div_columns.divmod(index, &pair), &strip), n = g.div_K.divmod(map, &k);
   int32_t const p = strip * kRows, q = 2 * pair, h0 = p * kStride - a.p.pad_h, w0 = q * kStride - a.p.pad_w;
-  One const* const x = static_cast<One const*>(a.p.x) + n * a.p.x_stride[0] + g.div_Kg.div(k) * a.p.x_stride[1] + h0 * a.p.x_stride[2] + w0;
+  One const* const x = static_cast<One const*>(a.p.x) + n * a.p.x_stride[0] + g.div_Kg.div(k) * a.p.x_stride[1] +
+                       h0 * a.p.x_stride[2] + w0;
 
   bool const first_inside = inside(w0, 0, a.p.W), last_inside = inside(w0, S::kWide - 1, a.p.W);
   bool pair_inside[kPairs];  // both or neither: the first is even, as W is
@@ -154,8 +157,8 @@ __global__ void __launch_bounds__(128) adder2d_fprop_depthwise_width_kernel(__gr
 
 // ---- pairs along the channels
 
-// A block takes blockDim.x pairs of channels and blockDim.y columns, so that columns side by side share what they read. As
-// many filters as channels.
+// A block takes blockDim.x pairs of channels and blockDim.y columns, so that columns side by side share what they read.
+// As many filters as channels.
 template <int32_t kType, int kKernel, int kStride>
 __global__ void __launch_bounds__(kMaxThreads)
     adder2d_fprop_depthwise_channels_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ Strips const g) {
@@ -172,7 +175,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   int32_t const p = strip * kRows, h0 = p * kStride - a.p.pad_h, w0 = q * kStride - a.p.pad_w;
   bool const present = c < a.p.C && q < a.p.Q;
   using One = typename E::One;
-  One const* const x = static_cast<One const*>(a.p.x) + n * a.p.x_stride[0] + c + h0 * a.p.x_stride[2] + w0 * a.p.x_stride[3];
+  One const* const x =
+      static_cast<One const*>(a.p.x) + n * a.p.x_stride[0] + c + h0 * a.p.x_stride[2] + w0 * a.p.x_stride[3];
 
   bool column_inside[kKernel];
 #pragma unroll
@@ -190,7 +194,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   // The weights of the block's channels lie side by side, channel by channel; threads want them tap by tap.
   int32_t const channels = min(2 * static_cast<int32_t>(blockDim.x), a.p.C - c0);
   for (int32_t j = threadIdx.y * blockDim.x + threadIdx.x; j < channels * S::kTaps; j += blockDim.x * blockDim.y)
-    reinterpret_cast<float*>(w_smem[j % S::kTaps])[j / S::kTaps] = load_as_float(a.p.w, int64_t{c0} * S::kTaps + j, a.p.w_type);
+    reinterpret_cast<float*>(w_smem[j % S::kTaps])[j / S::kTaps] =
+        load_as_float(a.p.w, int64_t{c0} * S::kTaps + j, a.p.w_type);
   __syncthreads();
   if (!present) return;
   float2 w[S::kTaps];
@@ -217,7 +222,8 @@ __global__ void __launch_bounds__(kMaxThreads)
         add_term(&sum[i][1], x_row[s].y, w[r * kKernel + s].y);
       }
       if (r == kKernel - 1 && p + i < a.p.P)
-        store2<kType>(a, g.y_pairs, y + i * a.p.y_stride[2], a.p.y_stride[1], true, filters, make_float2(sum[i][0], sum[i][1]));
+        store2<kType>(a, g.y_pairs, y + i * a.p.y_stride[2], a.p.y_stride[1], true, filters,
+                      make_float2(sum[i][0], sum[i][1]));
     }
   }
 }
@@ -259,7 +265,8 @@ cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
     g.div_chunks = FastDiv(chunks);
     g.div_columns = FastDiv(blocks);
     dim3 const grid(p.N * strips * blocks * chunks);
-    return launch(adder2d_fprop_depthwise_channels_kernel<kType, kKernel, kStride>, grid, dim3(lanes, columns), 0, stream, args, g);
+    return launch(adder2d_fprop_depthwise_channels_kernel<kType, kKernel, kStride>, grid, dim3(lanes, columns), 0,
+                  stream, args, g);
   } else {
     g.y_pairs = p.Q % 2 == 0 && has_pairs(p.y, p.y_type, p.y_stride, kWidthAxis);
     g.div_columns = FastDiv(ceil_div(p.Q, 2));
@@ -267,8 +274,8 @@ cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
     g.div_Kg = FastDiv(args.Kg);
     g.threads = static_cast<int32_t>(width_threads(p));
     constexpr int kThreads = 128;
-    return launch(adder2d_fprop_depthwise_width_kernel<kType, kKernel, kStride>, dim3(ceil_div(g.threads, kThreads)), dim3(kThreads), 0,
-                  stream, args, g);
+    return launch(adder2d_fprop_depthwise_width_kernel<kType, kKernel, kStride>, dim3(ceil_div(g.threads, kThreads)),
+                  dim3(kThreads), 0, stream, args, g);
   }
 }
 
@@ -285,8 +292,8 @@ bool can_implement(FpropArgs const& args, size_t) {
   Adder2dParams const& p = args.p;
   bool const square = p.R == p.S && (p.R == 3 || p.R == 5) && p.stride_h == p.stride_w && p.stride_h <= 2;
   constexpr int64_t kMaxIndex = 0x7fffffff - kMaxThreads;  // the index of a thread, or of a block, is an int32
-  return args.Cg == 1 && square && p.dil_h == 1 && p.dil_w == 1 && p.x_type == p.y_type && width_threads(p) <= kMaxIndex &&
-         (can_pair_channels(p) || can_pair_width(p));
+  return args.Cg == 1 && square && p.dil_h == 1 && p.dil_w == 1 && p.x_type == p.y_type &&
+         width_threads(p) <= kMaxIndex && (can_pair_channels(p) || can_pair_width(p));
 }
 
 bool plan(FpropArgs const&, size_t, TileForce const& force, TileConfig* config, double*) {

@@ -1,14 +1,14 @@
 // Implicit GEMM on half pairs: float16 and bfloat16 input, Ampere and newer.
 //
-// Pairs lie along the channels, which therefore lie side by side in memory: a small kernel before the main one packs the
-// weights in the order in which they are read, and the image too, unless it is float16 in channels_last already.
+// Pairs lie along the channels, which therefore lie side by side in memory: a small kernel before the main one packs
+// the weights in the order in which they are read, and the image too, unless it is float16 in channels_last already.
 //
 // For every output, 32 terms are 16 pairs of |x - w|, added in float16 four pairs at a time and then to a float32
 // accumulator: no term is rounded more than seven times in float16, however long the sum (the difference, two levels of
 // four, three sums of fours, the two halves).
 //
-// Halves lose what float32 keeps: a difference or a sum beyond 65504, and bits below 2^-24 of inputs that are not float16.
-// A tile in which that may have happened is summed again by exact_sum, in float32: slow, and rare.
+// Halves lose what float32 keeps: a difference or a sum beyond 65504, and bits below 2^-24 of inputs that are not
+// float16. A tile in which that may have happened is summed again by exact_sum, in float32: slow, and rare.
 #include "common/cp_async.cuh"
 #include "common/device.h"
 #include "common/launch.cuh"
@@ -24,15 +24,15 @@ constexpr int kMinChannels = 3;  // of a group: vectors would be mostly empty wi
 
 // ---- problem
 
-// The problem as these kernels read it. The reduction runs over vectors of kVector channels: all of one tap, then the next
-// tap's. Channels of a group are filled up with zeros to a multiple of kVector, on both sides.
+// The problem as these kernels read it. The reduction runs over vectors of kVector channels: all of one tap, then the
+// next tap's. Channels of a group are filled up with zeros to a multiple of kVector, on both sides.
 struct HalfArgs : FpropArgs {
-  __half const* image;            // [N][H][W][groups][channels], packed or the input itself
+  __half const* image;             // [N][H][W][groups][channels], packed or the input itself
   int32_t step_n, step_h, step_w;  // vectors from one image, row and column to the next
-  int32_t vectors;                // of a tap and group
-  int32_t pitch;                  // filters of a group in the packed weights, rounded up
+  int32_t vectors;                 // of a tap and group
+  int32_t pitch;                   // filters of a group in the packed weights, rounded up
   bool packs_image;
-  bool exact_halves;              // no conversion rounds
+  bool exact_halves;  // no conversion rounds
   FastDiv div_vectors, div_HW, div_W;
 };
 
@@ -40,21 +40,23 @@ struct HalfArgs : FpropArgs {
 
 template <int kTileK_, int kTilePQ_, int kThreadK_, int kStages_, int kBlocks>
 struct Tile {
-  static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;       // outputs of a block: filters, pixels
-  static constexpr int kTileC = 32, kVectors = kTileC / kVector;   // halves of a slice of the reduction
-  static constexpr int kStages = kStages_;                         // slices in flight
-  static constexpr int kThreadK = kThreadK_, kThreadPQ = 4;        // outputs of a thread
+  static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;      // outputs of a block: filters, pixels
+  static constexpr int kTileC = 32, kVectors = kTileC / kVector;  // halves of a slice of the reduction
+  static constexpr int kStages = kStages_;                        // slices in flight
+  static constexpr int kThreadK = kThreadK_, kThreadPQ = 4;       // outputs of a thread
   static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
-  static constexpr int kLanesK = kTileK >= 4 * kThreadK ? 4 : kTileK / kThreadK, kLanesPQ = 32 / kLanesK;  // a warp's threads
+  // A warp's threads.
+  static constexpr int kLanesK = kTileK >= 4 * kThreadK ? 4 : kTileK / kThreadK, kLanesPQ = 32 / kLanesK;
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
   static constexpr int kStepK = kTileK / kThreadK, kStepPQ = kTilePQ / kThreadPQ;  // between outputs of a thread
-  static constexpr int kPitch = kTileC + kVector;  // 80 bytes, so that 8 rows of 16 bytes lie in 32 different banks
+  static constexpr int kPitch = kTileC + kVector;    // 80 bytes, so that 8 rows of 16 bytes lie in 32 different banks
   static constexpr int kRows = kThreads / kVectors;  // rows of a slice that are copied at once
   static constexpr int kBlocksPerSM = kBlocks;
 
   static_assert(kTileC == 32, "two turns of 16 channels, then to float32: what bounds the error");
   static_assert(kThreadK % 4 == 0, "sums are stored four filters at a time");
-  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
+  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0,
+                "warps must tile the block");
   static_assert(kTilePQ % kRows == 0 && (kTileK % kRows == 0 || kTileK < kRows), "copies must tile the slice");
 };
 
@@ -71,10 +73,13 @@ struct Smem {
 };
 
 template <class T>
-struct OutputCoord : EpilogueTile<T> {
+using OutputTile = EpilogueTile<T::kTileK, T::kTilePQ, T::kThreads, T::kLanesPQ>;
+template <class T>
+struct OutputCoord : OutputTile<T> {
   int32_t thread_k, thread_pq;  // first output that the thread sums; the others lie kStepK, kStepPQ apart
 
-  __device__ __forceinline__ OutputCoord(FpropArgs const& a, TileConfig const& config, int32_t tile, int32_t thread) : EpilogueTile<T>(a, config, tile) {
+  __device__ __forceinline__ OutputCoord(FpropArgs const& a, TileConfig const& config, int32_t tile, int32_t thread)
+      : OutputTile<T>(a, config, tile) {
     int32_t const warp = thread / 32, lane = thread % 32;
     thread_k = warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ;
     thread_pq = warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ;
@@ -86,14 +91,16 @@ struct OutputCoord : EpilogueTile<T> {
 // ---- pack
 
 constexpr int kPackThreads = 256, kPackWarps = kPackThreads / 32;
-constexpr int kPackPixels = 64;                  // of the image a warp, with one vector of each: two side by side a lane
-constexpr int kPackPitch = kPackPixels + 1;      // vectors of a warp in shared memory: eight warps' lie in different banks
+// Of the image a warp, with one vector of each: two side by side a lane.
+constexpr int kPackPixels = 64;
+// Vectors of a warp in shared memory: eight warps' lie in different banks.
+constexpr int kPackPitch = kPackPixels + 1;
 constexpr int kPackFilters = 8;                  // of the weights a block, one a warp
 constexpr int kPackElements = 4 * kVector * 49;  // of one filter in a block, at most
 static_assert(kPackPixels == 2 * 32 && kPackWarps == 8 && kPackFilters == kPackWarps, "threads are numbered by shifts");
 
-// How blocks share the work. First come those of the weights: columns of vectors, rows of filters, groups. Behind them, warps
-// take the image: the vectors of kPackPixels pixels, then those of the next pixels.
+// How blocks share the work. First come those of the weights: columns of vectors, rows of filters, groups. Behind them,
+// warps take the image: the vectors of kPackPixels pixels, then those of the next pixels.
 struct PackConfig {
   int32_t slices, weight_blocks;
   int32_t shift;                             // binary logarithm of the vectors of a tap in a block of the weights
@@ -111,14 +118,17 @@ __device__ __forceinline__ uint32_t half_pair(float low, float high) {
 
 // Eight bfloat16 as halves.
 __device__ __forceinline__ uint4 to_halves(uint4 const& v) {
-  auto const pair = [](uint32_t bits) { return half_pair(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)); };
+  auto const pair = [](uint32_t bits) {
+    return half_pair(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+  };
   return make_uint4(pair(v.x), pair(v.y), pair(v.z), pair(v.w));
 }
 
-// Copies what a warp has of a filter to shared memory, converted, and zeros from `length` to `end`. Loads are started in batches:
-// one after the other, they would take longer than all else.
+// Copies what a warp has of a filter to shared memory, converted, and zeros from `length` to `end`. Loads are started
+// in batches: one after the other, they would take longer than all else.
 template <class From, class To, class Convert>
-__device__ __forceinline__ void copy_filter(From const* from, To* to, int32_t length, int32_t end, Convert const& convert) {
+__device__ __forceinline__ void copy_filter(From const* from, To* to, int32_t length, int32_t end,
+                                            Convert const& convert) {
   constexpr int kBatch = sizeof(From) == 16 ? 4 : 8;
 #pragma unroll 1
   for (int32_t i = threadIdx.x % 32; i < end; i += kBatch * 32) {
@@ -138,7 +148,8 @@ __device__ __forceinline__ void pack_weights(HalfArgs const& a, PackConfig const
   int32_t const group = config.div_rows.divmod(config.div_columns.divmod(blockIdx.x, &column), &row);
   int32_t const RS = a.p.R * a.p.S, shift = config.shift, first_vector = column << shift, first_k = row * kPackFilters;
   int32_t const warp = threadIdx.x / 32, first_c = first_vector * kVector;
-  int32_t const end = kVector * RS << shift, length = first_k + warp < a.Kg ? min(kVector << shift, a.Cg - first_c) * RS : 0;
+  int32_t const end = kVector * RS << shift,
+                length = first_k + warp < a.Kg ? min(kVector << shift, a.Cg - first_c) * RS : 0;
   int64_t const from = ((int64_t{group} * a.Kg + first_k + warp) * a.Cg + first_c) * RS;
   uint4* const filter = smem + warp * config.pitch;  // as in memory, 16 bits each
   if (a.p.w_type == ADDER2D_FLOAT32) {
@@ -164,15 +175,18 @@ __device__ __forceinline__ void pack_weights(HalfArgs const& a, PackConfig const
   auto const store = [&](int32_t k, int32_t vector, uint4 const& v) {  // vector of the whole reduction
     to[(vector / kVectors * a.pitch + k) * kVectors + vector % kVectors] = v;
   };
-  // Eight lanes take a slice's four vectors of two filters, a line to store; where RS is odd and above 3, banks hardly conflict.
+  // Eight lanes take a slice's four vectors of two filters, a line to store; where RS is odd and above 3, banks hardly
+  // conflict.
   int32_t const low = min(shift, 2), part_low = threadIdx.x & ((1 << low) - 1), k_low = threadIdx.x >> low & 1;
 #pragma unroll 1
-  for (int32_t i = threadIdx.x >> (low + 1); i < kPackFilters / 2 * RS << (shift - low); i += kPackThreads >> (low + 1)) {
+  for (int32_t i = threadIdx.x >> (low + 1); i < kPackFilters / 2 * RS << (shift - low);
+       i += kPackThreads >> (low + 1)) {
     int32_t tap;
     int32_t const rest = a.div_RS.divmod(i, &tap), k = rest % (kPackFilters / 2) * 2 + k_low;
     int32_t const part = (rest / (kPackFilters / 2) << low) + part_low;
     if (first_vector + part >= a.vectors) continue;
-    auto const* const from_smem = reinterpret_cast<uint16_t const*>(smem + k * config.pitch) + part * kVector * RS + tap;
+    auto const* const from_smem =
+        reinterpret_cast<uint16_t const*>(smem + k * config.pitch) + part * kVector * RS + tap;
     alignas(16) uint16_t packed[kVector];
 #pragma unroll
     for (int e = 0; e < kVector; ++e) packed[e] = from_smem[e * RS];
@@ -180,14 +194,16 @@ __device__ __forceinline__ void pack_weights(HalfArgs const& a, PackConfig const
     store(k, tap * a.vectors + first_vector + part, a.p.w_type == ADDER2D_BFLOAT16 ? to_halves(v) : v);
   }
   int32_t const vectors = RS * a.vectors;  // behind them, the last slice is filled up
-  for (int32_t i = threadIdx.x; i < kPackFilters * (config.slices * kVectors - vectors) && first_vector == 0; i += kPackThreads)
+  for (int32_t i = threadIdx.x; i < kPackFilters * (config.slices * kVectors - vectors) && first_vector == 0;
+       i += kPackThreads)
     store(i % kPackFilters, vectors + i / kPackFilters, uint4{});
 }
 
 // The image to [N][H][W][groups * vectors].
 __device__ __forceinline__ void pack_image(HalfArgs const& a, PackConfig const& config, uint4* smem) {
   int32_t const warp = threadIdx.x / 32, lane = threadIdx.x % 32, pixels = a.p.N * a.p.H * a.p.W;
-  int32_t const first_warp = (static_cast<int32_t>(blockIdx.x) - config.weight_blocks) * kPackWarps;  // of all that take the image
+  // Counted among the warps that take the image.
+  int32_t const first_warp = (static_cast<int32_t>(blockIdx.x) - config.weight_blocks) * kPackWarps;
   auto const* const x = static_cast<uint16_t const*>(a.p.x);
   auto const offset_of = [&](int32_t m) {  // of the first pixel for absent ones
     int32_t hw, w;
@@ -225,7 +241,8 @@ __device__ __forceinline__ void pack_image(HalfArgs const& a, PackConfig const& 
     uint32_t pairs[kVector];
     if (config.x_pairs) {
 #pragma unroll
-      for (int e = 0; e < kVector; ++e, src += step) pairs[e] = e < channels ? __ldg(reinterpret_cast<uint32_t const*>(src)) : 0;
+      for (int e = 0; e < kVector; ++e, src += step)
+        pairs[e] = e < channels ? __ldg(reinterpret_cast<uint32_t const*>(src)) : 0;
     } else {
       int64_t const next = offset_of(first_m + 1) - offset_of(first_m);
       uint32_t bits[2][kVector];
@@ -278,13 +295,13 @@ template <class T>
 struct Loader {
   HalfArgs const& a;
   Smem<T>& smem;
-  __half const* w;          // what the thread copies first of the slice's packed weights
+  __half const* w;  // what the thread copies first of the slice's packed weights
   int32_t thread;
-  int32_t vector, dh, dw;   // the thread's vector of the slice: of which tap; behind the last tap dh is kOutside
-  int32_t offset;           // vectors from a window's first one to this one
+  int32_t vector, dh, dw;  // the thread's vector of the slice: of which tap; behind the last tap dh is kOutside
+  int32_t offset;          // vectors from a window's first one to this one
 
-  __device__ __forceinline__ Loader(HalfArgs const& args, TileConfig const& config, Smem<T>& shared, OutputCoord<T> const& coord,
-                                    int32_t slice)
+  __device__ __forceinline__ Loader(HalfArgs const& args, TileConfig const& config, Smem<T>& shared,
+                                    OutputCoord<T> const& coord, int32_t slice)
       : a(args), smem(shared), thread(threadIdx.x) {
     asm volatile("" : "+r"(thread));  // else it is read from the special register for each slice, which takes long
     int32_t s;
@@ -363,8 +380,9 @@ __device__ __forceinline__ __half2 add_four(__half2 const* x, __half2 const* w) 
 
 // Accumulates slices first .. last - 1 into acc[pixel][filter].
 template <class T>
-__device__ __forceinline__ void accumulate(HalfArgs const& a, TileConfig const& config, OutputCoord<T> const& coord, int32_t first,
-                                           int32_t last, Smem<T>& smem, float (&acc)[T::kThreadPQ][T::kThreadK]) {
+__device__ __forceinline__ void accumulate(HalfArgs const& a, TileConfig const& config, OutputCoord<T> const& coord,
+                                           int32_t first, int32_t last, Smem<T>& smem,
+                                           float (&acc)[T::kThreadPQ][T::kThreadK]) {
   Loader<T> loader(a, config, smem, coord, first);
   wait_for_primary();
   __syncthreads();
@@ -416,7 +434,8 @@ __device__ __forceinline__ void accumulate(HalfArgs const& a, TileConfig const& 
 
 // Sum over the same slices for one output, in float32 from memory.
 template <class T>
-__device__ __noinline__ float exact_sum(HalfArgs const& a, int32_t group, int32_t k, int32_t m, int32_t first, int32_t last) {
+__device__ __noinline__ float exact_sum(HalfArgs const& a, int32_t group, int32_t k, int32_t m, int32_t first,
+                                        int32_t last) {
   if (m >= a.NPQ || k >= (group + 1) * a.Kg) return 0.f;
   Pixel const pixel = make_pixel(a, group, m);
   float sum = 0.f;
@@ -446,8 +465,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   float acc[T::kThreadPQ][T::kThreadK] = {};
   accumulate(a, config, coord, work.first, work.last, *reinterpret_cast<Smem<T>*>(smem_bytes), acc);
 
-  // Overflow and NaN show as such in the sums. What conversion to half rounded away below 2^-24 is at most 2^-25 for either
-  // side of a term: 2^-12 of a sum of at least 2^-12 a term.
+  // Overflow and NaN show as such in the sums. What conversion to half rounded away below 2^-24 is at most 2^-25 for
+  // either side of a term: 2^-12 of a sum of at least 2^-12 a term.
   float const least = a.exact_halves ? 0.f : (work.last - work.first) * T::kTileC * 0x1p-12f;
   bool exact = true;
 #pragma unroll
@@ -463,7 +482,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
 #pragma unroll 1
     for (int i = 0; i < T::kThreadPQ * T::kThreadK; ++i) {
       int32_t const k = coord.k(i % T::kThreadK), pq = coord.pq(i / T::kThreadK);
-      sums[Transpose::index(a, k, pq)] = exact_sum<T>(a, coord.group, coord.first_k + k, coord.first_pixel + pq, work.first, work.last);
+      sums[Transpose::index(a, k, pq)] =
+          exact_sum<T>(a, coord.group, coord.first_k + k, coord.first_pixel + pq, work.first, work.last);
     }
   } else {
 #pragma unroll
@@ -483,7 +503,9 @@ using Tile16x256 = Tile<16, 256, 8, 2, kArch.half_blocks_thin>;
 using Tile32x64 = Tile<32, 64, 4, 3, kArch.half_blocks_thin>;  // small problems: four times as many blocks
 
 template <class T>
-constexpr double kRate = T::kThreadK < 8 ? kArch.half_rate_small : T::kTileK < 32 ? kArch.half_rate_thin : kArch.half_rate;
+constexpr double kRate = T::kThreadK < 8  ? kArch.half_rate_small
+                         : T::kTileK < 32 ? kArch.half_rate_thin
+                                          : kArch.half_rate;
 template <class T>
 constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate<T>};
 // In the order of launch_plan.
@@ -510,10 +532,11 @@ size_t weight_bytes(Adder2dParams const& p) {
 
 // Vectors can be copied straight from the input.
 bool is_packed_image(Adder2dParams const& p) {
-  int64_t const reach = int64_t{p.N - 1} * p.x_stride[0] + int64_t{p.H - 1} * p.x_stride[2] + int64_t{p.W - 1} * p.x_stride[3];
-  return p.x_type == ADDER2D_FLOAT16 && p.x_stride[1] == 1 && p.C / p.groups % kVector == 0 && p.x_stride[0] % kVector == 0 &&
-         p.x_stride[2] % kVector == 0 && p.x_stride[3] % kVector == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
-         reach / kVector <= INT32_MAX / 4;
+  int64_t const reach =
+      int64_t{p.N - 1} * p.x_stride[0] + int64_t{p.H - 1} * p.x_stride[2] + int64_t{p.W - 1} * p.x_stride[3];
+  return p.x_type == ADDER2D_FLOAT16 && p.x_stride[1] == 1 && p.C / p.groups % kVector == 0 &&
+         p.x_stride[0] % kVector == 0 && p.x_stride[2] % kVector == 0 && p.x_stride[3] % kVector == 0 &&
+         reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && reach / kVector <= INT32_MAX / 4;
 }
 
 // Of workspace for packed images.
@@ -553,7 +576,8 @@ PackConfig make_pack_config(HalfArgs const& args, TileConfig const& config) {
   PackConfig pack{};
   pack.slices = config.slices;
   // A slice's four vectors where they find room, and more while a lane has less than three of them to copy.
-  while (kVector * RS << (pack.shift + 1) <= kPackElements && (pack.shift < 2 || RS << (pack.shift + 1) <= 96)) ++pack.shift;
+  while (kVector * RS << (pack.shift + 1) <= kPackElements && (pack.shift < 2 || RS << (pack.shift + 1) <= 96))
+    ++pack.shift;
   pack.pitch = ceil_div((RS << pack.shift) - 4, 8) * 8 + 4;  // so that two filters lie 16 banks apart
   int32_t const columns = ceil_div(args.vectors, 1 << pack.shift), rows = args.pitch / kPackFilters;
   pack.weight_blocks = columns * rows * p.groups;
@@ -580,8 +604,10 @@ cudaError_t launch_tile(HalfArgs const& args, TileConfig const& config, cudaStre
   cudaError_t const error =
       launch(adder2d_pack_half_kernel<T::kTileC>, pack_grid, dim3(kPackThreads), pack_smem, stream, args, pack);
   if (error != cudaSuccess) return error;
-  static_assert(16 * OutputCoord<T>::kItems * T::kThreads <= sizeof(Smem<T>), "sums change hands where the slices were");
-  return launch_tiled<OutputCoord<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), sizeof(Smem<T>), T::kThreads, true, args, config, stream);
+  static_assert(16 * OutputCoord<T>::kItems * T::kThreads <= sizeof(Smem<T>),
+                "sums change hands where the slices were");
+  return launch_tiled<OutputCoord<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), sizeof(Smem<T>), T::kThreads, true,
+                                      args, config, stream);
 }
 
 constexpr char const* kTileNames[] = {"64x128", "32x256", "16x256", "32x64"};
@@ -589,7 +615,8 @@ static_assert(sizeof(kTileNames) / sizeof(kTileNames[0]) == kTileCount, "one nam
 
 bool can_implement(FpropArgs const& args, size_t workspace_bytes) {
   // Weights and image must find room.
-  return has_half_shape(args.p) && weight_bytes(args.p) + image_bytes(args.p, args.p.N) <= workspace_bytes && compute_capability_major() >= 8;
+  return has_half_shape(args.p) && weight_bytes(args.p) + image_bytes(args.p, args.p.N) <= workspace_bytes &&
+         compute_capability_major() >= 8;
 }
 
 bool is_preferred(FpropArgs const&) { return true; }
@@ -598,7 +625,8 @@ bool plan(FpropArgs const& args, size_t workspace_bytes, TileForce const& force,
   if (force.packed == 0) return false;
   size_t const packed_bytes = weight_bytes(args.p) + image_bytes(args.p, args.p.N);
   TileProblem const problem{args.Kg, args.NPQ, args.p.groups, slices_of(args.p) * kTileC};
-  *config = choose_tile(problem, kTiles, kTileCount, SplitReduce::kForward, workspace_bytes - packed_bytes, force, cycles);
+  *config =
+      choose_tile(problem, kTiles, kTileCount, SplitReduce::kForward, workspace_bytes - packed_bytes, force, cycles);
   config->packed_bytes = packed_bytes;
   config->workspace_bytes += packed_bytes;
   return *cycles != 0;

@@ -1,9 +1,10 @@
 // 1 x 1 kernels at stride 1 of few channels, on float32 arithmetic: blocks that go through many tiles.
 //
-// A tile of so few channels is short work: in fprop_simt.cu its first copies, its stores and its start cost a seventh of the time. Here
-// a block keeps the weights of kTileK filters in shared memory and goes through a range of pixels, tile after tile. The ring of image
-// slices runs across their borders: the next tile's first slice is on its way while this tile is added up and stored. Neither weights
-// nor image are packed, and sums are stored as the threads hold them, four pixels or four filters at once.
+// A tile of so few channels is short work: in fprop_simt.cu its first copies, its stores and its start cost a seventh
+// of the time. Here a block keeps the weights of kTileK filters in shared memory and goes through a range of pixels,
+// tile after tile. The ring of image slices runs across their borders: the next tile's first slice is on its way while
+// this tile is added up and stored. Neither weights nor image are packed, and sums are stored as the threads hold them,
+// four pixels or four filters at once.
 #include <algorithm>
 
 #include "common/cp_async.cuh"
@@ -19,7 +20,8 @@ namespace {
 
 // ---- traits
 
-constexpr int32_t kMaxChannels = 128;  // whose weights let three blocks into 227 KiB; with many more, tiles are long work anyway
+// Whose weights let three blocks into 227 KiB; with many more, tiles are long work anyway.
+constexpr int32_t kMaxChannels = 128;
 
 template <int kTileK_, int kTilePQ_, int kTileC_>
 struct Tile {
@@ -32,13 +34,15 @@ struct Tile {
   static constexpr int kLanesK = 4, kLanesPQ = 8;  // a warp's threads
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
   static constexpr int kBlocksPerSM = kArch.pointwise_blocks;
-  static constexpr int kRows = kThreads / 8;  // filters, or pixels, copied at once: 8 threads side by side along the channels
+  // Filters, or pixels, copied at once: 8 threads side by side along the channels.
+  static constexpr int kRows = kThreads / 8;
   static constexpr int kLanes = kTilePQ / 4;  // where pixels lie side by side: threads along them
   // 8 threads that store 8 channels of a filter, or a pixel, find different banks.
   static constexpr int kPitchK = kTileK + 4, kPitchPQ = kTilePQ + 4;
   static constexpr int kStageFloats = kTileC * kPitchPQ;
 
-  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
+  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0,
+                "warps must tile the block");
   static_assert(kTileC % 8 == 0 && kTileK % kRows == 0 && kTilePQ % kRows == 0, "8 lanes copy along the channels");
   static_assert(kThreads % kLanes == 0 && 8 % (kThreads / kLanes) == 0, "threads copy whole rows of pixels");
 };
@@ -51,8 +55,9 @@ constexpr size_t smem_size(int32_t channels) {
   return sizeof(float) * (kStages * T::kStageFloats + channels * T::kPitchK) + sizeof(Epilogue::Filter) * T::kTileK;
 }
 
-// How the output is shared out. Blocks of a range of pixels lie side by side, so that they read the same image at the same time; the
-// ranges with one tile more than others come first, so that multiprocessors get the same number of tiles.
+// How the output is shared out. Blocks of a range of pixels lie side by side, so that they read the same image at the
+// same time; the ranges with one tile more than others come first, so that multiprocessors get the same number of
+// tiles.
 struct Ranges {
   int32_t tiles_k;
   int32_t count, tiles, longer;  // the first `longer` ranges have a tile more than `tiles`
@@ -80,18 +85,20 @@ __device__ __forceinline__ float* at(float* first, int32_t m, int32_t pitch) {
 
 // ---- fill
 
-// The fills of a block, slice after slice and tile after tile: the image [kTileC][kPitchPQ]. Pixels behind the last one are copied
-// from it, and not stored.
+// The fills of a block, slice after slice and tile after tile: the image [kTileC][kPitchPQ]. Pixels behind the last one
+// are copied from it, and not stored.
 template <class T, bool kChannels>
 struct Loader {
   FpropArgs const& a;
   int32_t pixel, tiles;    // of the tile being filled: the thread's first pixel; tiles from this one on
   int32_t channel, slice;  // the next slice's first channel; channels of a slice
   int32_t dst;             // where the thread's first copy goes in the stage
-  float const* x;          // where it comes from, in the first channel of pixel 0 (kChannels), or of the thread's pixels
+  // Where it comes from, in the first channel of pixel 0 (kChannels), or of the thread's pixels.
+  float const* x;
   float const* group;
 
-  __device__ __forceinline__ Loader(FpropArgs const& args, Ranges const& ranges, int32_t g, int32_t first_pixel, int32_t count)
+  __device__ __forceinline__ Loader(FpropArgs const& args, Ranges const& ranges, int32_t g, int32_t first_pixel,
+                                    int32_t count)
       : a(args), tiles(count), channel(0), slice(ranges.slice) {
     int32_t const lanes = kChannels ? 8 : T::kLanes, lane = threadIdx.x % lanes, row = threadIdx.x / lanes;
     pixel = first_pixel + (kChannels ? row : 4 * lane);
@@ -173,7 +180,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     }
   }
   copy_commit();
-  if (threadIdx.x < T::kTileK) reinterpret_cast<Epilogue::Filter*>(filters_smem)[threadIdx.x] = Epilogue::filter(a, min(first_k + static_cast<int32_t>(threadIdx.x), end_k - 1));
+  if (threadIdx.x < T::kTileK)
+    reinterpret_cast<Epilogue::Filter*>(filters_smem)[threadIdx.x] =
+        Epilogue::filter(a, min(first_k + static_cast<int32_t>(threadIdx.x), end_k - 1));
 
 #pragma unroll 1
   for (; tiles > 0; --tiles, first_pixel += T::kTilePQ) {
@@ -183,7 +192,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     do {
       copy_wait<0>();
       __syncthreads();
-      add_terms<T>(w_smem + channel * T::kPitchK + thread.thread_k, smem + (T::kStageFloats - stage) + thread.thread_pq, terms, fill, acc);
+      add_terms<T>(w_smem + channel * T::kPitchK + thread.thread_k, smem + (T::kStageFloats - stage) + thread.thread_pq,
+                   terms, fill, acc);
       channel += terms;
       terms = min(terms, a.Cg - channel);
     } while (terms > 0);
@@ -191,7 +201,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     int32_t const count = end_k - first_k - thread.thread_k;  // from the thread's first one on
     alignas(16) Epilogue::Filter f[T::kThreadK];
 #pragma unroll
-    for (int i = 0; i < T::kThreadK; i += 4) *reinterpret_cast<float4*>(&f[i]) = *reinterpret_cast<float4 const*>(filters_smem + thread.k(i));
+    for (int i = 0; i < T::kThreadK; i += 4)
+      *reinterpret_cast<float4*>(&f[i]) = *reinterpret_cast<float4 const*>(filters_smem + thread.k(i));
     if constexpr (kChannels) {
       int32_t const pitch = 4 * static_cast<int32_t>(a.p.y_stride[3]);
 #pragma unroll
@@ -202,7 +213,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
         for (int i = 0; i < T::kThreadK; i += 4) {
           int32_t const k = thread.k(i) - thread.thread_k;
           if (m < a.NPQ && k < count)
-            store4_at<false>(y + k, {f[i], f[i + 1], f[i + 2], f[i + 3]}, make_float4(acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j]));
+            store4_at<false>(y + k, {f[i], f[i + 1], f[i + 2], f[i + 3]},
+                             make_float4(acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j]));
         }
       }
     } else {
@@ -222,7 +234,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
 #pragma unroll
         for (int j = 0; j < T::kGroupsPQ; ++j) {
           float const* const sums = &acc[i][4 * j];
-          if (k < ends[j]) store4_at<true>(y[j], {f[i], f[i], f[i], f[i]}, make_float4(sums[0], sums[1], sums[2], sums[3]));
+          if (k < ends[j])
+            store4_at<true>(y[j], {f[i], f[i], f[i], f[i]}, make_float4(sums[0], sums[1], sums[2], sums[3]));
           y[j] += (i % 4 == 3 ? T::kTileK / T::kGroupsK - 3 : 1) * a.p.y_stride[1];
         }
       }
@@ -240,7 +253,8 @@ cudaError_t launch_layout(FpropArgs const& args, cudaStream_t stream) {
   cudaError_t const error = allow_smem(kernel, std::min(smem_size<T>(kMaxChannels), smem_limit()));
   if (error != cudaSuccess) return error;
   Ranges const ranges = share_out<T>(args);
-  return launch(kernel, dim3(ranges.tiles_k * args.p.groups * ranges.count), dim3(T::kThreads), smem_size<T>(args.Cg), stream, args, ranges);
+  return launch(kernel, dim3(ranges.tiles_k * args.p.groups * ranges.count), dim3(T::kThreads), smem_size<T>(args.Cg),
+                stream, args, ranges);
 }
 
 template <class T>
@@ -258,13 +272,15 @@ double predict(FpropArgs const& args) {
   Ranges const ranges = share_out<T>(args);
   int64_t const heads = int64_t{ranges.tiles_k} * args.p.groups;
   if (heads > multiprocessors * T::kBlocksPerSM || smem_size<T>(args.Cg) > smem_limit()) return 0;
-  // Blocks of the busiest multiprocessor, in turns of which they hide each other's waits: of all ranges, then of the longer ones.
+  // Blocks of the busiest multiprocessor, in turns of which they hide each other's waits: of all ranges, then of the
+  // longer ones.
   auto const turns = [&](int64_t blocks) {
     int64_t const sharing = ceil_div(blocks, int64_t{multiprocessors});
-    return blocks > 0 ? sharing + kArch.pointwise_left_over * (T::kBlocksPerSM - sharing) : 0.0;
+    return blocks > 0 ? sharing + kArch.pointwise_partial_turn * (T::kBlocksPerSM - sharing) : 0.0;
   };
   double const tiles = ranges.tiles * turns(heads * ranges.count) + turns(heads * ranges.longer);
-  double const tile = args.Cg * (T::kTileK * T::kTilePQ / kArch.pointwise_rate) + kArch.pointwise_slice * ceil_div(args.Cg, ranges.slice) + kArch.pointwise_tile;
+  double const tile = args.Cg * (T::kTileK * T::kTilePQ / kArch.pointwise_rate) +
+                      kArch.pointwise_slice * ceil_div(args.Cg, ranges.slice) + kArch.pointwise_tile;
   return tiles * tile + kArch.pointwise_start;
 }
 
@@ -274,7 +290,8 @@ bool can_implement(FpropArgs const& args, size_t) {
   Adder2dParams const& p = args.p;
   bool const singles = p.x_type == ADDER2D_FLOAT32 && p.w_type == ADDER2D_FLOAT32 && p.y_type == ADDER2D_FLOAT32;
   if (!is_pointwise(p) || !singles || args.Cg % 8 != 0 || args.Cg > kMaxChannels || !args.y_vectors) return false;
-  // x lies as y does: channels side by side, pixels one after the other; or four pixels of a channel at an aligned address.
+  // x lies as y does: channels side by side, pixels one after the other; or four pixels of a channel at an aligned
+  // address.
   int64_t const* const stride = p.x_stride;
   bool const channels = stride[1] == 1 && stride[2] == p.W * stride[3] && stride[0] == p.H * stride[2];
   bool const reach = std::max(stride[3], p.y_stride[3]) <= INT32_MAX / 4;  // of at()
@@ -283,7 +300,8 @@ bool can_implement(FpropArgs const& args, size_t) {
 
 bool plan(FpropArgs const& args, size_t, TileForce const& force, TileConfig* config, double* cycles) {
   if (force.splits > 1 || force.packed == 1) return false;
-  double const wide = force.tile == 1 ? 0 : predict<Tile64x128>(args), narrow = force.tile == 0 ? 0 : predict<Tile32x256>(args);
+  double const wide = force.tile == 1 ? 0 : predict<Tile64x128>(args),
+               narrow = force.tile == 0 ? 0 : predict<Tile32x256>(args);
   *config = {};
   config->tile = wide == 0 || (narrow != 0 && narrow < wide);
   *cycles = config->tile == 0 ? wide : narrow;

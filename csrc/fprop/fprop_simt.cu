@@ -1,8 +1,9 @@
 // Implicit GEMM on float32 arithmetic: filters by output pixels, reduced over (c, r, s), without an im2col in memory.
 //
-// A block owns a tile of kTileK filters by kTilePQ output pixels and steps through the reduction kTileC terms at a time;
-// asynchronous copies fill a ring of kStages slices in shared memory while a thread accumulates its 8 x 8 outputs. One
-// accumulated |x - w| is two float32 additions, so everything else in the inner loop is overhead to be kept small.
+// A block owns a tile of kTileK filters by kTilePQ output pixels and steps through the reduction kTileC terms at a
+// time; asynchronous copies fill a ring of kStages slices in shared memory while a thread accumulates its 8 x 8
+// outputs. One accumulated |x - w| is two float32 additions, so everything else in the inner loop is overhead to be
+// kept small.
 #include <algorithm>
 #include <type_traits>
 
@@ -32,26 +33,30 @@ constexpr bool kIsPacked = kFill == Fill::kPixels || kFill == Fill::kChannels ||
 template <Fill kFill>
 constexpr bool kIsTransposed = kFill == Fill::kChannels || kFill == Fill::kAny;
 
-template <int kTileK_, int kTilePQ_, int kTileC_, int kStages_, int kThreadK_ = 8, int kThreadPQ_ = 8, int kBlocks = kArch.simt_blocks>
+template <int kTileK_, int kTilePQ_, int kTileC_, int kStages_, int kThreadK_ = 8, int kThreadPQ_ = 8,
+          int kBlocks = kArch.simt_blocks>
 struct Tile {
   static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;  // outputs of a block: filters, pixels
   static constexpr int kTileC = kTileC_;                      // reduction terms of a slice
   static constexpr int kStages = kStages_;                    // slices in flight
-  static constexpr int kUnroll = kTileC >= 32 ? 4 : 8;  // terms of the inner loop; a longer body misses the instruction cache
+  // Terms of the inner loop; a longer body misses the instruction cache.
+  static constexpr int kUnroll = kTileC >= 32 ? 4 : 8;
   static constexpr int kThreadK = kThreadK_, kThreadPQ = kThreadPQ_;  // outputs of a thread, in groups of 4 by 4
   static constexpr int kGroupsK = kThreadK / 4, kGroupsPQ = kThreadPQ / 4;
   static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
   static constexpr int kLanesK = 4, kLanesPQ = 8;  // a warp's threads
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
   static constexpr int kBlocksPerSM = kBlocks;
-  static constexpr int kRowsK = kThreads / 8;           // filters loaded at once: 8 threads side by side along the reduction
+  // Filters loaded at once: 8 threads side by side along the reduction.
+  static constexpr int kRowsK = kThreads / 8;
   static constexpr int kTermSlices = kThreads / kTileC;  // slices whose terms are made at once, one by each thread
   // Rows of shared memory are padded by 4 floats: loads along the reduction then store to 32 different banks.
   static constexpr int kPitchK = kTileK + 4, kPitchPQ = kTilePQ + 4;
   static constexpr int kStageFloats = kTileC * (kPitchK + kPitchPQ);
 
   static_assert(kThreads == 128, "the fill loops are laid out for 128 threads");
-  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
+  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0,
+                "warps must tile the block");
   static_assert(kTileC % kUnroll == 0 && kUnroll % 2 == 0, "fragments alternate between two buffers");
   static_assert(kTileC % 8 == 0 && kTileK % 16 == 0, "8 lanes load along the reduction, 16 rows at a time");
   static_assert(kTilePQ % kThreads == 0 || kThreads % kTilePQ == 0, "threads must divide the pixels evenly");
@@ -82,17 +87,19 @@ struct Smem {
   alignas(16) TermType term[2][kHasTerms ? T::kThreads : 1];  // of the slices being filled, and of those that come next
 };
 
-// The tile's place in the output, and the place of a thread in the tile. Unless sums change hands (kTransposed), an item is one of the
-// thread's filters and four of its pixels.
+// The tile's place in the output, and the place of a thread in the tile. Unless sums change hands (kTransposed), an
+// item is one of the thread's filters and four of its pixels.
+template <class T>
+using OutputTile = EpilogueTile<T::kTileK, T::kTilePQ, T::kThreads, T::kLanesPQ>;
 template <class T, bool kTransposed>
-struct OutputCoord : EpilogueTile<T>, ThreadCoord<T> {
-  static constexpr int kItems = kTransposed ? EpilogueTile<T>::kItems : T::kThreadK * T::kGroupsPQ;
+struct OutputCoord : OutputTile<T>, ThreadCoord<T> {
+  static constexpr int kItems = kTransposed ? OutputTile<T>::kItems : T::kThreadK * T::kGroupsPQ;
 
   __device__ __forceinline__ OutputCoord(FpropArgs const& a, TileConfig const& config, int32_t tile, int32_t thread)
-      : EpilogueTile<T>(a, config, tile), ThreadCoord<T>(thread) {}
+      : OutputTile<T>(a, config, tile), ThreadCoord<T>(thread) {}
   __device__ __forceinline__ void store(FpropArgs const& a, int32_t item, int32_t thread, float4 const& sum) const {
     if constexpr (kTransposed) {
-      EpilogueTile<T>::store(a, item, thread, sum);
+      OutputTile<T>::store(a, item, thread, sum);
     } else {
       int32_t const m = this->first_pixel + this->pq(item % T::kGroupsPQ * 4);
       store4<false>(a, this->first_k + this->k(item / T::kGroupsPQ), this->end_k, m, output_offset(a, m), sum);
@@ -128,12 +135,12 @@ struct Loader {
   FpropArgs const& a;
   Smem<T, kFill>& smem;
   int32_t origin, slice, made;  // the first slice; the next one; the first slice of the term table in use
-  int32_t r, s;          // packed fills: the slice's tap
-  int32_t rows_k;        // unpacked weights: filters of the tile from the thread's first one on
-  int64_t w_index;       // element of the weights that the thread copies first
-  int64_t x_offset;      // packed fills: elements from a window's first tap to the slice's tap and first channel
-  // kTaps: the pixels' first taps, and bits for the rows and columns of taps inside the input. kPlane: the first of four pixels, and
-  // whether they exist.
+  int32_t r, s;                 // packed fills: the slice's tap
+  int32_t rows_k;               // unpacked weights: filters of the tile from the thread's first one on
+  int64_t w_index;              // element of the weights that the thread copies first
+  int64_t x_offset;             // packed fills: elements from a window's first tap to the slice's tap and first channel
+  // kTaps: the pixels' first taps, and bits for the rows and columns of taps inside the input. kPlane: the first of
+  // four pixels, and whether they exist.
   static constexpr int kPixels = T::kThreads > T::kTilePQ || kFill == Fill::kPlane ? 1 : T::kTilePQ / T::kThreads;
   float const* window[kPixels];
   uint32_t taps[kPixels];
@@ -150,7 +157,8 @@ struct Loader {
         for (int32_t row = 0; row < a.p.R; ++row)
           if (static_cast<uint32_t>(pixel.h0 + row * a.p.dil_h) < static_cast<uint32_t>(a.p.H)) taps[i] |= tap_row(row);
         for (int32_t column = 0; column < a.p.S; ++column)
-          if (static_cast<uint32_t>(pixel.w0 + column * a.p.dil_w) < static_cast<uint32_t>(a.p.W)) taps[i] |= tap_column(column);
+          if (static_cast<uint32_t>(pixel.w0 + column * a.p.dil_w) < static_cast<uint32_t>(a.p.W))
+            taps[i] |= tap_column(column);
       }
     } else if constexpr (kFill == Fill::kPlane) {
       int32_t const m = coord.first_pixel + 4 * (threadIdx.x % (T::kTilePQ / 4));
@@ -186,7 +194,8 @@ struct Loader {
     if constexpr (kFill == Fill::kTaps) {
       int32_t column;
       int32_t const row = a.div_S.divmod(rs, &column);
-      table[threadIdx.x] = Tap{static_cast<int32_t>(term.offset), j < a.CRS ? tap_row(row) | tap_column(column) : kNoTap};
+      table[threadIdx.x] =
+          Tap{static_cast<int32_t>(term.offset), j < a.CRS ? tap_row(row) | tap_column(column) : kNoTap};
     } else {
       table[threadIdx.x] = term;
     }
@@ -308,8 +317,10 @@ struct Loader {
 
 // Accumulates slices first .. last - 1 of one tile into acc[filter][pixel].
 template <class T, Fill kFill>
-__device__ __forceinline__ void accumulate(FpropArgs const& a, TileConfig const& config, OutputCoord<T, kIsTransposed<kFill>> const& coord,
-                                           int32_t first, int32_t last, Smem<T, kFill>& smem, float (&acc)[T::kThreadK][T::kThreadPQ]) {
+__device__ __forceinline__ void accumulate(FpropArgs const& a, TileConfig const& config,
+                                           OutputCoord<T, kIsTransposed<kFill>> const& coord, int32_t first,
+                                           int32_t last, Smem<T, kFill>& smem,
+                                           float (&acc)[T::kThreadK][T::kThreadPQ]) {
   Loader<T, kFill> loader(a, config, smem, coord, first);
   if constexpr (kIsPacked<kFill>) wait_for_primary();
   int32_t fill_stage = 0;
@@ -342,7 +353,7 @@ __device__ __forceinline__ void accumulate(FpropArgs const& a, TileConfig const&
 // order of the slices. A block moves 32 filters by 128 terms through shared memory.
 constexpr int kPackFilters = 32, kPackTerms = 128, kPackRows = 8;
 
-__global__ void __launch_bounds__(kPackFilters * kPackRows)
+__global__ void __launch_bounds__(kPackFilters* kPackRows)
     adder2d_pack_kernel(__grid_constant__ FpropArgs const a, int32_t pitch, int32_t channels) {
   __shared__ float tile[kPackFilters][kPackTerms + 1];
   launch_dependents();
@@ -352,7 +363,8 @@ __global__ void __launch_bounds__(kPackFilters * kPackRows)
   for (int i = row; i < kPackFilters; i += kPackRows) {
     float const* const src = static_cast<float const*>(a.p.w) + (int64_t{group} * a.Kg + first_k + i) * a.CRS;
 #pragma unroll
-    for (int j = lane; j < kPackTerms; j += 32) tile[i][j] = first_k + i < a.Kg && first_j + j < a.CRS ? __ldg(src + first_j + j) : 0.f;
+    for (int j = lane; j < kPackTerms; j += 32)
+      tile[i][j] = first_k + i < a.Kg && first_j + j < a.CRS ? __ldg(src + first_j + j) : 0.f;
   }
   __syncthreads();
   if (first_k + lane >= pitch) return;
@@ -408,7 +420,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
       int64_t const offset = output_offset(a, m);
 #pragma unroll
       for (int i = 0; i < T::kThreadK; ++i)
-        store4<false>(a, coord.first_k + coord.k(i), coord.end_k, m, offset, make_float4(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]));
+        store4<false>(a, coord.first_k + coord.k(i), coord.end_k, m, offset,
+                      make_float4(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]));
     }
   }
 }
@@ -420,13 +433,16 @@ cudaError_t launch_tile(FpropArgs const& args, TileConfig const& config, cudaStr
   if (kIsPacked<kFill>) {
     int32_t const pitch = config.tiles_k * T::kTileK;
     dim3 const grid(ceil_div(args.CRS, kPackTerms), ceil_div(pitch, kPackFilters), args.p.groups);
-    cudaError_t const error = launch(adder2d_pack_kernel, grid, dim3(kPackFilters * kPackRows), 0, stream, args, pitch, T::kTileC);
+    cudaError_t const error =
+        launch(adder2d_pack_kernel, grid, dim3(kPackFilters * kPackRows), 0, stream, args, pitch, T::kTileC);
     if (error != cudaSuccess) return error;
   }
   using Coord = OutputCoord<T, kIsTransposed<kFill>>;
   // No more than it needs: the rest is first-level cache.
-  constexpr size_t kSmemBytes = std::max<size_t>(sizeof(Smem<T, kFill>), kIsTransposed<kFill> ? 16 * Coord::kItems * T::kThreads : 0);
-  return launch_tiled<Coord>(adder2d_fprop_simt_kernel<T, kFill>, kSmemBytes, kSmemBytes, T::kThreads, kIsPacked<kFill>, args, config, stream);
+  constexpr size_t kSmemBytes =
+      std::max<size_t>(sizeof(Smem<T, kFill>), kIsTransposed<kFill> ? 16 * Coord::kItems * T::kThreads : 0);
+  return launch_tiled<Coord>(adder2d_fprop_simt_kernel<T, kFill>, kSmemBytes, kSmemBytes, T::kThreads, kIsPacked<kFill>,
+                             args, config, stream);
 }
 
 using Tile64x128 = Tile<64, 128, 32, 2>;
@@ -436,11 +452,14 @@ using Tile16x256 = Tile<16, 256, 8, 3, 4, 8, kArch.simt_blocks_16>;
 using Tile32x64 = Tile<32, 64, 16, 3, 4, 4, kArch.simt_blocks_small>;  // small problems: four times as many blocks
 
 template <class T>
-constexpr double kRate = T::kThreadK != 8 ? kArch.simt_rate_small : T::kTileC < 16 ? kArch.simt_rate_short_slices : kArch.simt_rate;
+constexpr double kRate = T::kThreadK != 8 ? kArch.simt_rate_small
+                         : T::kTileC < 16 ? kArch.simt_rate_short_slices
+                                          : kArch.simt_rate;
 template <class T>
 constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate<T>};
 // In the order of launch_plan.
-constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile128x64>, kSizeOf<Tile32x256>, kSizeOf<Tile16x256>, kSizeOf<Tile32x64>};
+constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile128x64>, kSizeOf<Tile32x256>, kSizeOf<Tile16x256>,
+                               kSizeOf<Tile32x64>};
 constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 
 // Channels lie side by side, and 32 bits reach every element.
@@ -480,9 +499,10 @@ bool plan(FpropArgs const& args, size_t workspace_bytes, TileForce const& force,
   *config = choose_tile(problem, kTiles, kTileCount, SplitReduce::kForward, workspace_bytes, force, cycles);
   if (*cycles == 0) return false;
   size_t const packed_bytes = size_t{4} * args.p.groups * args.CRS * config->tiles_k * kTiles[config->tile].k;
-  bool const can_pack = args.Cg % kTiles[config->tile].c == 0 && args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 &&
-                        config->workspace_bytes + packed_bytes <= workspace_bytes;
-  bool const packs = force.packed >= 0 ? force.packed == 1 : can_pack && (is_channels_last(args) || *cycles > kArch.simt_pack_cycles);
+  bool const can_pack = args.Cg % kTiles[config->tile].c == 0 && args.p.x_type == ADDER2D_FLOAT32 &&
+                        args.p.w_type == ADDER2D_FLOAT32 && config->workspace_bytes + packed_bytes <= workspace_bytes;
+  bool const packs =
+      force.packed >= 0 ? force.packed == 1 : can_pack && (is_channels_last(args) || *cycles > kArch.simt_pack_cycles);
   if (packs && !can_pack) return false;
   if (packs) {
     config->packed_bytes = packed_bytes;

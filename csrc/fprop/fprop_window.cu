@@ -1,9 +1,10 @@
 // 3 x 3 kernels at stride 1 on float32 arithmetic: windows that slide along rows of the output.
 //
-// A block owns kTileK filters by kTilePQ output pixels, and steps through the channels, kTileC at a time. Of these, shared memory
-// holds the rows of the image that the tile's windows touch, once and not once for each tap as in fprop_simt.cu. A thread has runs of
-// kRun pixels side by side in a row of the output: it reads kRun + 2 pixels of the image and adds up three taps of them. So fewer
-// instructions copy and read, and more of them add. Neither weights nor image are packed.
+// A block owns kTileK filters by kTilePQ output pixels, and steps through the channels, kTileC at a time. Of these,
+// shared memory holds the rows of the image that the tile's windows touch, once and not once for each tap as in
+// fprop_simt.cu. A thread has runs of kRun pixels side by side in a row of the output: it reads kRun + 2 pixels of the
+// image and adds up three taps of them. So fewer instructions copy and read, and more of them add. Neither weights nor
+// image are packed.
 #include <algorithm>
 #include <numeric>
 
@@ -20,7 +21,7 @@ namespace {
 // ---- traits
 
 constexpr int32_t kR = 3, kS = 3;
-constexpr int32_t kStages = 2;  // slices in flight
+constexpr int32_t kStages = 2;                            // slices in flight
 constexpr int32_t kTileC = 8, kTerms = kTileC * kR * kS;  // channels and terms of a slice
 constexpr int32_t kAbsent = INT32_MIN;
 constexpr int32_t kMaxPatch = 1024;  // elements of a channel of the image in shared memory
@@ -29,25 +30,27 @@ template <int kTileK_, int kTilePQ_, int kRun_, int kThreadK_, int kThreadPQ_, i
 struct Tile {
   static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;  // outputs of a block: filters, pixels
   static constexpr int kRun = kRun_, kWindow = kRun + kS - 1;
-  static constexpr int kThreadK = kThreadK_, kThreadPQ = kThreadPQ_;  // outputs of a thread: filters in groups of 4, runs of pixels
+  // Outputs of a thread: filters in groups of 4, runs of pixels.
+  static constexpr int kThreadK = kThreadK_, kThreadPQ = kThreadPQ_;
   static constexpr int kGroupsK = kThreadK / 4, kRuns = kThreadPQ / kRun;
   static constexpr int kParts = kParts_;  // parts of the block that share out a slice's channels
   static constexpr int kPartThreads = kTileK / kThreadK * (kTilePQ / kThreadPQ), kThreads = kParts * kPartThreads;
   static constexpr int kLanesK = kLanesK_, kLanesPQ = 32 / kLanesK;  // a warp's threads
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
   static constexpr int kBlocksPerSM = kBlocks;
-  static constexpr int kRowsK = kThreads / 8;      // filters copied at once: 8 threads side by side along the reduction
+  static constexpr int kRowsK = kThreads / 8;  // filters copied at once: 8 threads side by side along the reduction
   static constexpr int kPartC = kTileC / kParts;
-  static constexpr int kPitchK = kTileK + 4;       // 8 threads that store 8 terms of a filter find different banks
+  static constexpr int kPitchK = kTileK + 4;  // 8 threads that store 8 terms of a filter find different banks
 
-  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
+  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0,
+                "warps must tile the block");
   static_assert(kThreadK % 4 == 0 && kThreadPQ % kRun == 0, "threads hold groups of filters and runs of pixels");
   static_assert((kTileK % kRowsK == 0 || kRowsK % kTileK == 0) && kTerms % 8 == 0, "8 lanes copy along the reduction");
   static_assert(kTileC == 8 && kThreads % 8 == 0, "8 lanes copy the channels of a pixel");
 };
 
-// The problem, and the image's rows in shared memory. Rows are counted over the batch as if each image had its padding around
-// it: output row p of image n has its windows in rows n * rows .. n * rows + 2 from p on.
+// The problem, and the image's rows in shared memory. Rows are counted over the batch as if each image had its padding
+// around it: output row p of image n has its windows in rows n * rows .. n * rows + 2 from p on.
 struct WindowArgs : FpropArgs {
   int32_t rows;       // of an image with its padding
   int32_t row_pitch;  // elements of a row in shared memory
@@ -67,7 +70,7 @@ constexpr size_t smem_size(int32_t tile_k, int32_t patch) {
 
 // The tile's place in the output, and a thread's in the tile. Sums are written four side by side.
 template <class T>
-using OutputTile = EpilogueTile<T, 4>;
+using OutputTile = EpilogueTile<T::kTileK, T::kTilePQ, T::kThreads, 4>;
 template <class T>
 using Thread = ThreadCoord<T, T::kRun>;
 
@@ -89,9 +92,14 @@ struct Loader {
   int32_t slice, group, first_k;
 
   // Its table is ready behind the next barrier.
-  __device__ __forceinline__ Loader(WindowArgs const& args, OutputTile<T> const& tile, int32_t first_row, int32_t last_row, int32_t first_slice,
-                                    int32_t* places)
-      : a(args), table(places), positions((last_row - first_row + 1) * args.row_pitch), slice(first_slice), group(tile.group), first_k(tile.first_k) {
+  __device__ __forceinline__ Loader(WindowArgs const& args, OutputTile<T> const& tile, int32_t first_row,
+                                    int32_t last_row, int32_t first_slice, int32_t* places)
+      : a(args),
+        table(places),
+        positions((last_row - first_row + 1) * args.row_pitch),
+        slice(first_slice),
+        group(tile.group),
+        first_k(tile.first_k) {
     for (int32_t i = threadIdx.x; i < positions; i += T::kThreads) {
       int32_t column, h;
       int32_t const n = a.div_rows.divmod(first_row + a.div_row_pitch.divmod(i, &column), &h);
@@ -99,7 +107,8 @@ struct Loader {
       int32_t const w = column - a.p.pad_w;
       bool const there = n < a.p.N && static_cast<uint32_t>(h) < static_cast<uint32_t>(a.p.H) &&
                          static_cast<uint32_t>(w) < static_cast<uint32_t>(a.p.W);
-      places[i] = there ? static_cast<int32_t>(n * a.p.x_stride[0] + h * a.p.x_stride[2] + w * a.p.x_stride[3]) : kAbsent;
+      places[i] =
+          there ? static_cast<int32_t>(n * a.p.x_stride[0] + h * a.p.x_stride[2] + w * a.p.x_stride[3]) : kAbsent;
     }
   }
 
@@ -111,14 +120,16 @@ struct Loader {
 #pragma unroll
       for (int k = 0; k < T::kTileK; k += T::kRowsK) {
         if (T::kRowsK > T::kTileK && row >= T::kTileK) break;
-        int32_t const filter = min(first_k + k + row, (group + 1) * a.Kg - 1);  // those behind the last one are not stored
+        // Those behind the last one are not stored.
+        int32_t const filter = min(first_k + k + row, (group + 1) * a.Kg - 1);
         float const* const src = static_cast<float const*>(a.p.w) + (int64_t{filter} * a.CRS + slice * kTerms + term);
 #pragma unroll
         for (int j = 0; j < kTerms; j += 8) copy4_async(dst + j * T::kPitchK + k, src + j, 1);
       }
     }
     float* const x_smem = stage + kTerms * T::kPitchK;
-    float const* const x = static_cast<float const*>(a.p.x) + (int64_t{group} * a.Cg + slice * kTileC) * a.p.x_stride[1];
+    float const* const x =
+        static_cast<float const*>(a.p.x) + (int64_t{group} * a.Cg + slice * kTileC) * a.p.x_stride[1];
     if (a.channels) {
       int32_t const c = threadIdx.x % 8;
 #pragma unroll 4
@@ -133,7 +144,8 @@ struct Loader {
         float const* src = x + (place == kAbsent ? 0 : place);
         float* dst = x_smem + i;
 #pragma unroll
-        for (int c = 0; c < kTileC; ++c, src += a.p.x_stride[1], dst += a.patch) copy4_async(dst, src, place != kAbsent);
+        for (int c = 0; c < kTileC; ++c, src += a.p.x_stride[1], dst += a.patch)
+          copy4_async(dst, src, place != kAbsent);
       }
     }
     ++slice;
@@ -165,7 +177,8 @@ __device__ __forceinline__ void load_window(float const* from, float* to) {
   for (int i = kPairs; i < kCount; ++i) to[i] = from[i];
 }
 
-// Adds one slice's terms, of the part's channels, to acc[filter][pixel]. `w` is the thread's first filter, `x` its windows.
+// Adds one slice's terms, of the part's channels, to acc[filter][pixel]. `w` is the thread's first filter, `x` its
+// windows.
 template <class T>
 __device__ __forceinline__ void accumulate(WindowArgs const& a, float const* w, float const* const (&windows)[T::kRuns],
                                            float (&acc)[T::kThreadK][T::kThreadPQ]) {
@@ -225,8 +238,8 @@ __device__ __forceinline__ void accumulate(WindowArgs const& a, float const* w, 
 
 // Brings the sums to where they change hands, or adds them to what is there.
 template <class T>
-__device__ __forceinline__ void transpose_sums(FpropArgs const& a, Thread<T> const& thread, float const (&acc)[T::kThreadK][T::kThreadPQ], bool first,
-                                     float* sums) {
+__device__ __forceinline__ void transpose_sums(FpropArgs const& a, Thread<T> const& thread,
+                                               float const (&acc)[T::kThreadK][T::kThreadPQ], bool first, float* sums) {
   using Transpose = typename OutputTile<T>::Transpose;
   auto const put4 = [&](int i, int j, float4 v) {
     float4* const to = reinterpret_cast<float4*>(&sums[Transpose::index(a, thread.k(i), thread.pq(j))]);
@@ -237,12 +250,14 @@ __device__ __forceinline__ void transpose_sums(FpropArgs const& a, Thread<T> con
 #pragma unroll
     for (int i = 0; i < T::kThreadK; i += 4)
 #pragma unroll
-      for (int j = 0; j < T::kThreadPQ; ++j) put4(i, j, make_float4(acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j]));
+      for (int j = 0; j < T::kThreadPQ; ++j)
+        put4(i, j, make_float4(acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j]));
   } else if constexpr (T::kRun % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < T::kThreadK; ++i)
 #pragma unroll
-      for (int j = 0; j < T::kThreadPQ; j += 4) put4(i, j, make_float4(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]));
+      for (int j = 0; j < T::kThreadPQ; j += 4)
+        put4(i, j, make_float4(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]));
   } else {
 #pragma unroll
     for (int i = 0; i < T::kThreadK; ++i)
@@ -313,7 +328,8 @@ template <class T>
 cudaError_t launch_tile(WindowArgs const& args, TileConfig const& config, cudaStream_t stream) {
   size_t const bytes = std::max<size_t>(smem_size(T::kTileK, args.patch), 16 * OutputTile<T>::kItems * T::kThreads);
   size_t const most = std::max(bytes, std::min(smem_size(T::kTileK, kMaxPatch), smem_limit()));
-  return launch_tiled<OutputTile<T>>(adder2d_fprop_window_kernel<T>, bytes, most, T::kThreads, false, args, config, stream);
+  return launch_tiled<OutputTile<T>>(adder2d_fprop_window_kernel<T>, bytes, most, T::kThreads, false, args, config,
+                                     stream);
 }
 
 // kWide pixels of a thread: 8 in runs of 4 or 2, or one run of 7.
@@ -322,13 +338,16 @@ using Tile64x128 = Tile<64, 16 * kWide, kRun, 8, kWide, 4, 1, kArch.window_block
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
 using Tile32x128 = Tile<32, 16 * kWide, kRun, 4, kWide, 4, 1, kArch.window_blocks_32>;
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
-using Tile32x64 = Tile<32, 8 * kWide, kRun, 4, kWide, 4, 2, kArch.window_blocks_32>;  // small problems: two parts of a block, and four times as many blocks
+// Small problems: two parts of a block, and four times as many blocks.
+using Tile32x64 = Tile<32, 8 * kWide, kRun, 4, kWide, 4, 2, kArch.window_blocks_32>;
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
 using Tile16x512 = Tile<16, 64 * kWide, kRun, 4, kWide, 4, 1, kArch.window_blocks_16>;
 
 constexpr int32_t kTileCount = 4;
 template <int kRun>
-constexpr double kRate = kRun == 4 ? kArch.window_rate_4 : kRun == 7 ? kArch.window_rate_7 : kArch.window_rate_2;
+constexpr double kRate = kRun == 4   ? kArch.window_rate_4
+                         : kRun == 7 ? kArch.window_rate_7
+                                     : kArch.window_rate_2;
 // In the order of launch_run.
 template <int kRun>
 constexpr TileSize kTiles[kTileCount] = {
@@ -360,7 +379,8 @@ constexpr Run kRuns[] = {{4, kTiles<4>, launch_run<4>}, {7, kTiles<7>, launch_ru
 
 // Elements of an image row in shared memory.
 int32_t row_pitch_of(FpropArgs const& a, int32_t run) {
-  // Windows that a warp reads at once lie in different banks as far as possible: an odd number of vectors, of 4, 2 or 1.
+  // Windows that a warp reads at once lie in different banks as far as possible: an odd number of vectors, of 4, 2
+  // or 1.
   int32_t const vector = run % 4 == 0 ? 4 : run % 2 == 0 ? 2 : 1;
   return (ceil_div(a.p.Q + kS - 1, vector) | 1) * vector;
 }
@@ -371,7 +391,9 @@ int32_t patch_of(FpropArgs const& a, int32_t run, int32_t pixels) {
   int32_t const lines = (Q - std::gcd(Q, pixels) + pixels - 1) / Q + 1;  // of the output that a tile touches
   bool const even = pixels % Q == 0;                                     // tiles start at the start of a line
   // Borders between images in a tile.
-  int32_t const borders = lines == 1 || (even && P % lines == 0) ? 0 : even && lines % P == 0 ? lines / P - 1 : (lines - 2) / P + 1;
+  int32_t const borders = lines == 1 || (even && P % lines == 0) ? 0
+                          : even && lines % P == 0               ? lines / P - 1
+                                                                 : (lines - 2) / P + 1;
   return ceil_div((lines + (kR - 1) * (1 + borders)) * row_pitch_of(a, run), 8) * 8 + 4;
 }
 
@@ -379,21 +401,21 @@ int32_t patch_of(FpropArgs const& a, int32_t run, int32_t pixels) {
 bool can_implement_run(FpropArgs const& a, Run const& run) {
   size_t const limit = smem_limit();
   return a.p.Q % run.pixels == 0 && std::all_of(run.tiles, run.tiles + kTileCount, [&](TileSize const& size) {
-    int32_t const patch = patch_of(a, run.pixels, size.pq);
-    return patch <= kMaxPatch && smem_size(size.k, patch) <= limit;
-  });
+           int32_t const patch = patch_of(a, run.pixels, size.pq);
+           return patch <= kMaxPatch && smem_size(size.k, patch) <= limit;
+         });
 }
 
 // By run, then by tile.
-constexpr char const* kTileNames[] = {"64x128r4", "32x128r4", "32x64r4", "16x512r4", "64x112r7", "32x112r7",
-                                      "32x56r7",  "16x448r7", "64x128r2", "32x128r2", "32x64r2", "16x512r2"};
+constexpr char const* kTileNames[] = {"64x128r4", "32x128r4", "32x64r4",  "16x512r4", "64x112r7", "32x112r7",
+                                      "32x56r7",  "16x448r7", "64x128r2", "32x128r2", "32x64r2",  "16x512r2"};
 constexpr int32_t kNameCount = sizeof(kTileNames) / sizeof(kTileNames[0]);
 static_assert(kNameCount == kTileCount * sizeof(kRuns) / sizeof(kRuns[0]), "one name a tile and run");
 
 bool can_implement(FpropArgs const& args, size_t) {
   Adder2dParams const& p = args.p;
-  if (p.x_type != ADDER2D_FLOAT32 || p.w_type != ADDER2D_FLOAT32 || p.R != kR || p.S != kS || p.stride_h != 1 || p.stride_w != 1 ||
-      p.dil_h != 1 || p.dil_w != 1 || args.Cg % kTileC != 0)
+  if (p.x_type != ADDER2D_FLOAT32 || p.w_type != ADDER2D_FLOAT32 || p.R != kR || p.S != kS || p.stride_h != 1 ||
+      p.stride_w != 1 || p.dil_h != 1 || p.dil_w != 1 || args.Cg % kTileC != 0)
     return false;
   int64_t const reach = (p.N - 1) * p.x_stride[0] + (p.H - 1) * p.x_stride[2] + (p.W - 1) * p.x_stride[3];
   return reach <= INT32_MAX && int64_t{p.N} * (p.P + kR - 1) <= INT32_MAX;

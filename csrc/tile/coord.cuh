@@ -9,7 +9,8 @@ namespace adder2d {
 struct TileCoord {
   int32_t group, first_k, end_k, first_pixel;  // filters first_k .. end_k - 1 of the whole layer, pixels of the batch
 
-  __device__ __forceinline__ TileCoord(FpropArgs const& a, TileConfig const& config, int32_t tile, int32_t tile_k, int32_t tile_pq) {
+  __device__ __forceinline__ TileCoord(FpropArgs const& a, TileConfig const& config, int32_t tile, int32_t tile_k,
+                                       int32_t tile_pq) {
     int32_t const k_tile = tile % config.tiles_k, rest = tile / config.tiles_k;
     group = rest / config.tiles_pq;
     first_k = group * a.Kg + k_tile * tile_k;
@@ -44,8 +45,8 @@ __device__ __forceinline__ bool inside(FpropArgs const& a, Pixel const& pixel, i
          static_cast<uint32_t>(pixel.w0 + dw) < static_cast<uint32_t>(a.p.W);
 }
 
-// A thread's outputs in a tile of T: groups of four filters and runs of kRun pixels, with as much of the tile between two groups, or two
-// runs, as the other threads take.
+// A thread's outputs in a tile of T: groups of four filters and runs of kRun pixels, with as much of the tile between
+// two groups, or two runs, as the other threads take.
 template <class T, int kRun = 4>
 struct ThreadCoord {
   static constexpr int kStepK = T::kTileK / (T::kThreadK / 4), kStepPQ = T::kTilePQ / (T::kThreadPQ / kRun);

@@ -9,9 +9,9 @@ namespace adder2d {
 
 // ---- epilogue
 
-// Makes outputs of sums: y = b[k] - sum. All forward kernels do it here, so a scale, a residual, an activation or a quantisation of
-// the output belongs here too: its parameters into FpropArgs and the constructor, what depends on the filter into Filter, the
-// arithmetic into finish(), and another type of y into common/convert.cuh.
+// Makes outputs of sums: y = b[k] - sum. All forward kernels do it here, so a scale, a residual, an activation or a
+// quantisation of the output belongs here too: its parameters into FpropArgs and the constructor, what depends on the
+// filter into Filter, the arithmetic into finish(), and another type of y into common/convert.cuh.
 struct Epilogue {
   // Of one filter; kernels that hold a filter's outputs together load it once.
   struct Filter {
@@ -51,15 +51,16 @@ __device__ __forceinline__ int64_t output_offset(FpropArgs const& a, int32_t m) 
 }
 
 // Writes the output of filter k and a pixel, whose output_offset is `offset`.
-__device__ __forceinline__ void store1(FpropArgs const& a, int32_t k, int64_t offset, Epilogue::Filter const& filter, float sum) {
+__device__ __forceinline__ void store1(FpropArgs const& a, int32_t k, int64_t offset, Epilogue::Filter const& filter,
+                                       float sum) {
   store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, Epilogue::finish(filter, sum));
 }
 __device__ __forceinline__ void store1(FpropArgs const& a, int32_t k, int64_t offset, float sum) {
   store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, Epilogue::finish(Epilogue::filter(a, k), sum));
 }
 
-// Writes two outputs of type kType, the first of them at element `index` of y: at once (`pairs`), or one by one, the second where it
-// is `present` and `next` elements on.
+// Writes two outputs of type kType, the first of them at element `index` of y: at once (`pairs`), or one by one, the
+// second where it is `present` and `next` elements on.
 template <int32_t kType>
 __device__ __forceinline__ void store2(FpropArgs const& a, bool pairs, int64_t index, int64_t next, bool present,
                                        Epilogue::Filter const (&filters)[2], float2 const& sum) {
@@ -72,8 +73,8 @@ __device__ __forceinline__ void store2(FpropArgs const& a, bool pairs, int64_t i
   }
 }
 
-// Writes the outputs of four filters from k on (kFilters), or of four pixels from m on, one by one; `end_k` is the end of the
-// tile's filters. Not inlined: kernels would be twice as long.
+// Writes the outputs of four filters from k on (kFilters), or of four pixels from m on, one by one; `end_k` is the end
+// of the tile's filters. Not inlined: kernels would be twice as long.
 template <bool kFilters>
 __device__ __noinline__ void store4_singly(FpropArgs const& a, int32_t k, int32_t end_k, int32_t m, float4 sum) {
   float const sums[] = {sum.x, sum.y, sum.z, sum.w};
@@ -87,11 +88,13 @@ __device__ __noinline__ void store4_singly(FpropArgs const& a, int32_t k, int32_
 
 // The same, at once where possible. `offset` is that of pixel m.
 template <bool kFilters>
-__device__ __forceinline__ void store4(FpropArgs const& a, int32_t k, int32_t end_k, int32_t m, int64_t offset, float4 const& sum) {
+__device__ __forceinline__ void store4(FpropArgs const& a, int32_t k, int32_t end_k, int32_t m, int64_t offset,
+                                       float4 const& sum) {
   if (k >= end_k || m >= a.NPQ) return;
   if (!a.y_vectors || a.y_channels_last != kFilters) return store4_singly<kFilters>(a, k, end_k, m, sum);
   Epilogue::Filter const f = Epilogue::filter(a, k);
-  Epilogue::Filter const filters[4] = {f, kFilters ? Epilogue::filter(a, k + 1) : f, kFilters ? Epilogue::filter(a, k + 2) : f,
+  Epilogue::Filter const filters[4] = {f, kFilters ? Epilogue::filter(a, k + 1) : f,
+                                       kFilters ? Epilogue::filter(a, k + 2) : f,
                                        kFilters ? Epilogue::filter(a, k + 3) : f};
   store4_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, Epilogue::finish(filters, sum));
 }
@@ -106,9 +109,9 @@ __device__ __forceinline__ void store4_at(float* y, Epilogue::Filter const (&fil
   }
 }
 
-// A tile's sums in shared memory, where they change hands so that a thread gets what lies side by side in y: rows of pixels
-// that hold the filters (a.y_channels_last), or the other way round. Rows are padded for writers that have kLanesPQ pixels side by side in
-// a warp.
+// A tile's sums in shared memory, where they change hands so that a thread gets what lies side by side in y: rows of
+// pixels that hold the filters (a.y_channels_last), or the other way round. Rows are padded for writers that have
+// kLanesPQ pixels side by side in a warp.
 template <int kTileK_, int kTilePQ_, int kLanesPQ>
 struct SmemTranspose {
   static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;
@@ -119,10 +122,12 @@ struct SmemTranspose {
     return a.y_channels_last ? pq * kPitchK + k : k * kPitchPQ + pq;
   }
   // Stores the four sums from float `i` of the tile on, unless they are padding.
-  __device__ __forceinline__ static void store(FpropArgs const& a, TileCoord const& tile, int32_t i, float4 const& sum) {
+  __device__ __forceinline__ static void store(FpropArgs const& a, TileCoord const& tile, int32_t i,
+                                               float4 const& sum) {
     int32_t const pitch = a.y_channels_last ? kPitchK : kPitchPQ, row = i / pitch, column = i % pitch;
     if (row >= (a.y_channels_last ? kTilePQ : kTileK) || column >= (a.y_channels_last ? kTileK : kTilePQ)) return;
-    int32_t const k = tile.first_k + (a.y_channels_last ? column : row), m = tile.first_pixel + (a.y_channels_last ? row : column);
+    int32_t const k = tile.first_k + (a.y_channels_last ? column : row),
+                  m = tile.first_pixel + (a.y_channels_last ? row : column);
     if (a.y_channels_last) {
       store4<true>(a, k, tile.end_k, m, output_offset(a, m), sum);
     } else {
@@ -131,15 +136,17 @@ struct SmemTranspose {
   }
 };
 
-// The place in the output of a tile of T whose sums change hands. An item is four floats of the tile as it lies in shared memory.
-template <class T, int kLanesPQ = T::kLanesPQ>
+// The place in the output of a tile of T whose sums change hands. An item is four floats of the tile as it lies in
+// shared memory.
+template <int kTileK, int kTilePQ, int kThreads_, int kLanesPQ>
 struct EpilogueTile : TileCoord {
-  using Transpose = SmemTranspose<T::kTileK, T::kTilePQ, kLanesPQ>;
-  static constexpr int kThreads = T::kThreads, kItems = ceil_div(Transpose::kBytes, 16 * kThreads);
-  static constexpr int kSplitFloats = split_floats(T::kTileK, T::kTilePQ);
+  using Transpose = SmemTranspose<kTileK, kTilePQ, kLanesPQ>;
+  static constexpr int kThreads = kThreads_, kItems = ceil_div(Transpose::kBytes, 16 * kThreads);
+  static constexpr int kSplitFloats = split_floats(kTileK, kTilePQ);
 
-  __device__ __forceinline__ EpilogueTile(FpropArgs const& a, TileConfig const& config, int32_t tile, int32_t /* thread */ = 0)
-      : TileCoord(a, config, tile, T::kTileK, T::kTilePQ) {}
+  __device__ __forceinline__ EpilogueTile(FpropArgs const& a, TileConfig const& config, int32_t tile,
+                                          int32_t /* thread */ = 0)
+      : TileCoord(a, config, tile, kTileK, kTilePQ) {}
   __device__ __forceinline__ void store(FpropArgs const& a, int32_t item, int32_t thread, float4 const& sum) const {
     Transpose::store(a, *this, 4 * (item * kThreads + thread), sum);
   }

@@ -15,13 +15,14 @@ double predict_blocks(int64_t blocks, double slices, TileSize const& size, int32
   int64_t const busiest = ceil_div(blocks, int64_t{multiprocessors});
   // Blocks that share a multiprocessor hide each other's waits; what is left over after full turns hides less.
   int64_t const left = busiest % size.blocks_per_sm;
-  double const cost = busiest > left ? kArch.left_over_alone : kArch.left_over_first;
+  double const cost = busiest > left ? kArch.partial_turn : kArch.only_turn;
   double const turns = busiest + (left > 0 ? cost * (size.blocks_per_sm - left) : 0);
   return turns * (slices * slice + kArch.block_start);
 }
 
 // Predicted cycles of a kernel. The last of `slices` may be a part of one.
-double predict(TileConfig const& config, TileSize const& size, double slices, int32_t multiprocessors, SplitReduce reduce) {
+double predict(TileConfig const& config, TileSize const& size, double slices, int32_t multiprocessors,
+               SplitReduce reduce) {
   int64_t const rest = config.tiles - config.full_tiles;
   double cycles = predict_blocks(config.full_tiles, slices, size, multiprocessors) + kArch.kernel_start;
   if (rest > 0) {
@@ -29,15 +30,16 @@ double predict(TileConfig const& config, TileSize const& size, double slices, in
     double const bytes = double{sizeof(float)} * config.splits * size.k * size.pq;  // of a tile: written, then read
     cycles += reduce == SplitReduce::kForward && config.splits <= kMaxInKernelSplits
                   ? kArch.last_block_start + bytes / kArch.last_block_bytes
-                  : kArch.reduce_start + config.splits * kArch.reduce_split + 2 * bytes * rest / (multiprocessors * kArch.reduce_bytes);
+                  : kArch.reduce_start + config.splits * kArch.reduce_split +
+                        2 * bytes * rest / (multiprocessors * kArch.reduce_bytes);
   }
   return cycles;
 }
 
 }  // namespace
 
-TileConfig choose_tile(TileProblem const& problem, TileSize const* sizes, int32_t count, SplitReduce reduce, size_t workspace_bytes,
-                       TileForce const& force, double* cycles) {
+TileConfig choose_tile(TileProblem const& problem, TileSize const* sizes, int32_t count, SplitReduce reduce,
+                       size_t workspace_bytes, TileForce const& force, double* cycles) {
   bool const forward = reduce == SplitReduce::kForward;
   int32_t const multiprocessors = multiprocessor_count();
   TileConfig best{};
@@ -64,7 +66,8 @@ TileConfig choose_tile(TileProblem const& problem, TileSize const* sizes, int32_
         int64_t const blocks = int64_t{config.tiles - config.full_tiles} * config.splits;
         int32_t const floats = forward ? split_floats(size.k, size.pq) : size.k * size.pq;
         config.workspace_bytes = static_cast<size_t>(blocks) * floats * sizeof(float);
-        if (forward) config.workspace_bytes += (config.tiles - config.full_tiles) * sizeof(uint64_t);  // a count for each tile
+        // A count for each tile.
+        if (forward) config.workspace_bytes += (config.tiles - config.full_tiles) * sizeof(uint64_t);
         if (config.workspace_bytes > workspace_bytes) continue;
         if (force.splits == 0 && blocks > int64_t{kArch.max_split_blocks} * multiprocessors) continue;
         double const predicted = predict(config, size, slices, multiprocessors, reduce);

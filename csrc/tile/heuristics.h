@@ -8,22 +8,24 @@
 
 namespace adder2d {
 
-constexpr int32_t kMaxSplits = 64;         // of a tile's reduction
-constexpr int32_t kMaxInKernelSplits = 3;  // that the last block of a tile adds up; more of them are a second kernel's work
+constexpr int32_t kMaxSplits = 64;  // of a tile's reduction
+// The last block of a tile adds up so many splits at most; a second kernel adds more.
+constexpr int32_t kMaxInKernelSplits = 3;
 
-// How a tiled kernel cuts the work: one block for each of the first `full_tiles` tiles of the output, then one for each split of
-// the reduction of each other tile. Sums of splits go through the workspace: of a few, the block that comes last adds them, of
-// many, a second, small kernel; both in order. The two axes of a tile are filters and pixels (fprop), or channels and pixels (dgrad).
+// How a tiled kernel cuts the work: one block for each of the first `full_tiles` tiles of the output, then one for each
+// split of the reduction of each other tile. Sums of splits go through the workspace: of a few, the block that comes
+// last adds them, of many, a second, small kernel; both in order. The two axes of a tile are filters and pixels
+// (fprop), or channels and pixels (dgrad).
 struct TileConfig {
-  int32_t tile;              // index into the family's table of tiles
+  int32_t tile;  // index into the family's table of tiles
   int32_t tiles_k, tiles_pq;
-  int32_t tiles;             // tiles_k * tiles_pq * groups
-  int32_t full_tiles;        // all of them where splits is 1
-  int32_t slices;            // reduction steps of one tile
+  int32_t tiles;       // tiles_k * tiles_pq * groups
+  int32_t full_tiles;  // all of them where splits is 1
+  int32_t slices;      // reduction steps of one tile
   int32_t splits;
-  size_t packed_bytes;       // of packed weights and image at the start of the workspace, 0 for none
-  size_t workspace_bytes;    // all of it
-  uint64_t launch;           // of launch_number(): set by the launcher
+  size_t packed_bytes;     // of packed weights and image at the start of the workspace, 0 for none
+  size_t workspace_bytes;  // all of it
+  uint64_t launch;         // of launch_number(): set by the launcher
 };
 
 struct TileSize {
@@ -55,8 +57,10 @@ struct TileForce {
 
 // How the sums of splits meet.
 enum class SplitReduce {
-  kForward,    // tile/split_k.cuh: any number of tiles is split; sums are padded, and each tile has a count in the workspace
-  kAllOrNone,  // all tiles are split or none, and a second kernel adds all sums; the last slice takes as long as the others
+  // As in tile/split_k.cuh: any number of tiles is split; sums are padded, and each tile has a count in the workspace.
+  kForward,
+  // All tiles are split or none, and a second kernel adds all sums; the last slice takes as long as the others.
+  kAllOrNone,
 };
 
 // Floats that a split of a tile takes in the workspace: whole items of all threads, with the padding of SmemTranspose.
@@ -64,9 +68,9 @@ __host__ __device__ constexpr int32_t split_floats(int32_t tile_k, int32_t tile_
   return ceil_div((tile_k + 8) * (tile_pq + 8), 1024) * 1024;
 }
 
-// The best tile and number of splits that `force` allows, with split sums in at most `workspace_bytes`. Sets all of the config but
-// packed_bytes and launch. *cycles is the prediction, 0 where nothing fits.
-TileConfig choose_tile(TileProblem const& problem, TileSize const* sizes, int32_t count, SplitReduce reduce, size_t workspace_bytes,
-                       TileForce const& force, double* cycles);
+// The best tile and number of splits that `force` allows, with split sums in at most `workspace_bytes`. Sets all of the
+// config but packed_bytes and launch. *cycles is the prediction, 0 where nothing fits.
+TileConfig choose_tile(TileProblem const& problem, TileSize const* sizes, int32_t count, SplitReduce reduce,
+                       size_t workspace_bytes, TileForce const& force, double* cycles);
 
 }  // namespace adder2d

@@ -5,8 +5,8 @@
 
 namespace adder2d {
 
-// Adds a slice's `terms`, a multiple of kUnroll, to acc[filter][pixel]. `w` and `x` are the thread's first filter and pixel in the
-// slice's rows. fill() runs as soon as the first term is on its way.
+// Adds a slice's `terms`, a multiple of kUnroll, to acc[filter][pixel]. `w` and `x` are the thread's first filter and
+// pixel in the slice's rows. fill() runs as soon as the first term is on its way.
 template <class T, class Fill>
 __device__ __forceinline__ void add_terms(float const* w, float const* x, int32_t terms, Fill const& fill,
                                           float (&acc)[T::kThreadK][T::kThreadPQ]) {

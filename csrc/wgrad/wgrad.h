@@ -9,11 +9,11 @@
 
 namespace adder2d {
 
-// How wgrad_simt.cu cuts the work: dw into tiles of filters by channels, the pixels of dy into chunks, which the splits of a
-// tile share out.
+// How wgrad_simt.cu cuts the work: dw into tiles of filters by channels, the pixels of dy into chunks, which the splits
+// of a tile share out.
 struct WgradConfig {
-  bool taken;  // else the rest is not set
-  int32_t tile;  // index into the table of tiles
+  bool taken;                       // else the rest is not set
+  int32_t tile;                     // index into the table of tiles
   int32_t tiles_k, tiles_c, tiles;  // of a group; of all groups
   int32_t images, rows, strip;      // of a chunk: images * rows rows of `strip` pixels of dy
   int32_t x_rows, x_columns;        // that an image of a chunk reads
@@ -35,8 +35,8 @@ cudaError_t launch_wgrad_scale(Adder2dWgradParams const& params, int64_t count, 
 
 // ---- wgrad_simt.cu
 extern FamilyNames const kWgradSimt;
-// The plan for sum(dy * x), and for the sum of dy beside it; not taken where a convolution is as fast or the kernel cannot do it. With
-// `force`, only the latter counts.
+// The plan for sum(dy * x), and for the sum of dy beside it; not taken where a convolution is as fast or the kernel
+// cannot do it. With `force`, only the latter counts.
 WgradConfig plan_wgrad_simt(Adder2dWgradParams const& params, TileForce const* force = nullptr);
 
 // Enqueues dw = sum(dy * (x - w)). The workspace then begins with config.reduce_blocks sums of squares of dw.

@@ -1,6 +1,6 @@
-// The weight gradient from that of a convolution, in three kernels: sums of dy per filter and chunk; dw = convolved - w * sum(dy)
-// and sums of its squares per block; dw divided to the wanted norm, which wgrad_simt.cu uses as well. Every sum runs in one fixed
-// order.
+// The weight gradient from that of a convolution, in three kernels: sums of dy per filter and chunk; dw = convolved - w
+// * sum(dy) and sums of its squares per block; dw divided to the wanted norm, which wgrad_simt.cu uses as well. Every
+// sum runs in one fixed order.
 #include <algorithm>
 #include <cmath>
 
@@ -25,7 +25,7 @@ int64_t filter_size(Adder2dParams const& p) { return int64_t{p.C / p.groups} * p
 // Threads run along the pixels of one filter, or along filters where those lie side by side.
 struct SumArgs {
   Adder2dParams p;  // y is dy
-  float* sums;  // [K, chunks]
+  float* sums;      // [K, chunks]
   bool filters;
   int32_t vec;                      // elements of a load
   int32_t lanes_k_log2;             // threads of a block along the filters
@@ -47,10 +47,12 @@ SumArgs make_sum_args(Adder2dParams const& p) {
   args.filters = p.K > 1 && stride[1] == 1 && !pixels;
   args.vec = 1;
   if (args.filters) {
-    if (aligned && p.K % vec == 0 && (p.P < 2 || stride[2] % vec == 0) && (p.Q < 2 || stride[3] % vec == 0)) args.vec = vec;
+    if (aligned && p.K % vec == 0 && (p.P < 2 || stride[2] % vec == 0) && (p.Q < 2 || stride[3] % vec == 0))
+      args.vec = vec;
     while (args.lanes_k_log2 < 5 && (args.vec << args.lanes_k_log2) < p.K) ++args.lanes_k_log2;
     static_assert(1 << 5 == kMaxLanesK);
-  } else if (pixels && aligned && PQ % vec == 0 && (p.P < 2 || p.Q < 2 || stride[2] == p.Q) && (p.K < 2 || stride[1] % vec == 0)) {
+  } else if (pixels && aligned && PQ % vec == 0 && (p.P < 2 || p.Q < 2 || stride[2] == p.Q) &&
+             (p.K < 2 || stride[1] % vec == 0)) {
     args.vec = vec;
   }
   int32_t const lanes = kThreads >> args.lanes_k_log2;
@@ -152,8 +154,9 @@ __global__ void __launch_bounds__(kThreads) adder2d_wgrad_sum_kernel(__grid_cons
 template <typename T>
 cudaError_t launch_sum(SumArgs const& args, cudaStream_t stream) {
   constexpr int kVec = 16 / sizeof(T);
-  auto const kernel = args.filters ? (args.vec > 1 ? adder2d_wgrad_sum_kernel<T, kVec, true> : adder2d_wgrad_sum_kernel<T, 1, true>)
-                                   : (args.vec > 1 ? adder2d_wgrad_sum_kernel<T, kVec, false> : adder2d_wgrad_sum_kernel<T, 1, false>);
+  auto const kernel =
+      args.filters ? (args.vec > 1 ? adder2d_wgrad_sum_kernel<T, kVec, true> : adder2d_wgrad_sum_kernel<T, 1, true>)
+                   : (args.vec > 1 ? adder2d_wgrad_sum_kernel<T, kVec, false> : adder2d_wgrad_sum_kernel<T, 1, false>);
   int64_t const blocks = int64_t{args.tiles} * args.chunks;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   return launch(kernel, dim3(static_cast<uint32_t>(blocks)), dim3(kThreads), 0, stream, args);
@@ -262,7 +265,8 @@ __global__ void __launch_bounds__(kThreads)
   if (length < 1e-12) length = 1e-12;  // NaN stays
   float const divisor = static_cast<float>(length / norm);
 #pragma unroll 4
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += int64_t{gridDim.x} * kThreads) dw[i] /= divisor;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += int64_t{gridDim.x} * kThreads)
+    dw[i] /= divisor;
 }
 
 // The workspace holds the squares, then the sums.
@@ -276,7 +280,8 @@ size_t workspace_bytes(DwArgs const& args) {
 
 cudaError_t launch_wgrad_scale(Adder2dWgradParams const& params, int64_t squares, cudaStream_t stream) {
   int64_t const size = params.layer.K * filter_size(params.layer);
-  uint32_t const blocks = static_cast<uint32_t>(std::min<int64_t>(ceil_div<int64_t>(size, kThreads * kLoads), kBlocks / 4));
+  uint32_t const blocks =
+      static_cast<uint32_t>(std::min<int64_t>(ceil_div<int64_t>(size, kThreads * kLoads), kBlocks / 4));
   return launch_dependent(adder2d_wgrad_scale_kernel, dim3(blocks), dim3(kThreads), 0, stream, params.dw, size,
                           static_cast<double const*>(params.layer.workspace), squares,
                           params.eta * std::sqrt(static_cast<double>(size)));

@@ -1,13 +1,14 @@
 // The weight gradient of 3x3 layers with few channels: sum(dy * x) and sum(dy) over all pixels on float32 arithmetic.
 //
-// Few channels make a small matrix of sums, 144 by 16 in ResNet-20's first stage, over very many pixels. A block owns a tile
-// of kTileK filters by kTileC channels by all nine taps, and some of the pixels. Chunks of dy, with the patch of x that they
-// read, go through a ring in shared memory, channels side by side: no tap is copied twice, as im2col would. A thread keeps
-// the sums of 8 filters by 4 channels by the three taps of one row of the kernel, and walks along a row of dy with a window
-// of three pixels of x in registers: per pixel it reads one new pixel of x and one of dy, 3 x 16 bytes for 96 products. Groups
-// of threads take different rows of the chunk.
+// Few channels make a small matrix of sums, 144 by 16 in ResNet-20's first stage, over very many pixels. A block owns a
+// tile of kTileK filters by kTileC channels by all nine taps, and some of the pixels. Chunks of dy, with the patch of x
+// that they read, go through a ring in shared memory, channels side by side: no tap is copied twice, as im2col would. A
+// thread keeps the sums of 8 filters by 4 channels by the three taps of one row of the kernel, and walks along a row of
+// dy with a window of three pixels of x in registers: per pixel it reads one new pixel of x and one of dy, 3 x 16 bytes
+// for 96 products. Groups of threads take different rows of the chunk.
 //
-// Sums of groups meet in shared memory, those of blocks in the workspace, always in the same order: results repeat exactly.
+// Sums of groups meet in shared memory, those of blocks in the workspace, always in the same order: results repeat
+// exactly.
 #include <algorithm>
 
 #include "common/convert.cuh"
@@ -30,17 +31,19 @@ constexpr int kUnroll = 4;  // pixels of the inner loop; strips are multiples of
 template <int kTileK_, int kTileC_>
 struct Tile {
   static constexpr int kTileK = kTileK_, kTileC = kTileC_;  // sums of a block, for each tap
-  static constexpr int kThreadK = 8, kThreadC = 4;          // sums of a thread, for each tap of its row; filters as 2 x 4
+  // Sums of a thread, for each tap of its row; filters as 2 x 4.
+  static constexpr int kThreadK = 8, kThreadC = 4;
   static constexpr int kThreads = 384, kWarps = kThreads / 32;
   static constexpr int kLanesK = kTileK / kThreadK, kLanesC = kTileC / kThreadC;
   static constexpr int kGroups = kThreads / (kTaps * kLanesK * kLanesC);
   // The four floats of padding send what a warp copies, 8 pixels of 4 channels, to 32 different banks.
   static constexpr int kPitchK = kTileK + 4, kPitchC = kTileC + 4;
-  static constexpr int kSums = kTileK * kTileC;                   // of one tap
-  static constexpr int kTurnFloats = kGroups * kTaps * kSums;     // sums that meet in shared memory at a time
+  static constexpr int kSums = kTileK * kTileC;                // of one tap
+  static constexpr int kTurnFloats = kGroups * kTaps * kSums;  // sums that meet in shared memory at a time
 
   static_assert(32 % kLanesC == 0 && kThreads / kTaps % (kLanesK * kLanesC) == 0, "warps hold one row of the kernel");
-  static_assert(32 % (kTileK / 4) == 0 && 32 % (kTileC / 4) == 0, "warps copy whole pixels; threads add dy of four filters");
+  static_assert(32 % (kTileK / 4) == 0 && 32 % (kTileC / 4) == 0,
+                "warps copy whole pixels; threads add dy of four filters");
   static_assert(kPitchK % 32 == 4 || kPitchK % 32 == 20, "banks");
   static_assert(kPitchC % 32 == 4 || kPitchC % 32 == 20, "banks");
   static_assert(kTurnFloats * sizeof(float) <= 48 << 10, "what every device has");
@@ -62,9 +65,11 @@ constexpr char const* kTileNames[] = {"16x16", "32x16", "32x32"};  // filters x 
 static_assert(sizeof(kTileNames) / sizeof(kTileNames[0]) == kTileCount, "one name a tile");
 constexpr int32_t kWarps = Tile16x16::kWarps;
 constexpr size_t kTurnBytes = Tile16x16::kTurnFloats * sizeof(float);
-static_assert(Tile32x16::kTurnFloats == Tile16x16::kTurnFloats && Tile32x32::kTurnFloats == Tile16x16::kTurnFloats, "kTurnBytes");
+static_assert(Tile32x16::kTurnFloats == Tile16x16::kTurnFloats && Tile32x32::kTurnFloats == Tile16x16::kTurnFloats,
+              "kTurnBytes");
 
-constexpr int kReduceLanes = 32, kReduceParts = 8;  // of a block that adds splits: weights, threads that share a weight's splits
+// Of a block that adds splits: weights, threads that share a weight's splits.
+constexpr int kReduceLanes = 32, kReduceParts = 8;
 
 // x or dy.
 struct Source {
@@ -79,7 +84,7 @@ struct Source {
 struct Args {
   Adder2dWgradParams p;
   Source x, dy;
-  int32_t Cg, Kg;  // channels and filters of one group
+  int32_t Cg, Kg;   // channels and filters of one group
   double* squares;  // [reduce_blocks], or null
   float* partial;   // [splits][tiles][kTaps s][kTaps r][kTileK][kTileC]
   float* sums;      // of dy: [splits][groups * tiles_k][kTileK]
@@ -87,25 +92,32 @@ struct Args {
 
 // ---- fill
 
-__device__ __forceinline__ void copy1(float* dst, float const* src, bool valid, int32_t) { copy4_async(dst, src, valid); }
+__device__ __forceinline__ void copy1(float* dst, float const* src, bool valid, int32_t) {
+  copy4_async(dst, src, valid);
+}
 __device__ __forceinline__ void copy1(float* dst, uint16_t const* src, bool valid, int32_t type) {
   *dst = bits_as_float(valid ? __ldg(src) : uint16_t{0}, type);
 }
-__device__ __forceinline__ void copy4(float* dst, float const* src, bool valid, int32_t) { copy16_async(dst, src, valid); }
+__device__ __forceinline__ void copy4(float* dst, float const* src, bool valid, int32_t) {
+  copy16_async(dst, src, valid);
+}
 __device__ __forceinline__ void copy4(float* dst, uint16_t const* src, bool valid, int32_t type) {
   uint2 const v = valid ? __ldg(reinterpret_cast<uint2 const*>(src)) : uint2{};
   *reinterpret_cast<float4*>(dst) = make_float4(bits_as_float(v.x & 0xffff, type), bits_as_float(v.x >> 16, type),
                                                 bits_as_float(v.y & 0xffff, type), bits_as_float(v.y >> 16, type));
 }
 
-// A warp copies a row of pixels with kTile channels each, of which `channels` exist. Zeros go where there is no element.
+// A warp copies a row of pixels with kTile channels each, of which `channels` exist. Zeros go where there is no
+// element.
 template <int kTile, bool kVectors, typename Element>
 __device__ __forceinline__ void fill_row(Source const& source, Element const* src, int32_t channels, int32_t column,
                                          int32_t columns, float* dst) {
-  // Neighbours in a warp take four channels at once (channels_last), else 8 pixels of one channel: whole sectors of NCHW.
+  // Neighbours in a warp take four channels at once (channels_last), else 8 pixels of one channel: whole sectors of
+  // NCHW.
   constexpr int kLanes = kVectors ? kTile / 4 : 4, kPixels = 32 / kLanes, kPitch = kTile + 4;
   int32_t const lane = threadIdx.x % 32;
-  int32_t const pixel = kVectors ? lane / kLanes : lane % kPixels, channel = kVectors ? lane % kLanes * 4 : lane / kPixels;
+  int32_t const pixel = kVectors ? lane / kLanes : lane % kPixels,
+                channel = kVectors ? lane % kLanes * 4 : lane / kPixels;
   int64_t const step = source.stride[1] * 4;
   src += channel * source.stride[1] + pixel * source.stride[3];
   dst += pixel * kPitch + channel;
@@ -161,7 +173,8 @@ struct TileCoord {
 
 // Starts the copies of a chunk: the patch of x, then dy, a row at a time and warp.
 template <class T>
-__device__ __forceinline__ void fill(Args const& a, WgradConfig const& config, TileCoord const& coord, int32_t chunk, float* stage) {
+__device__ __forceinline__ void fill(Args const& a, WgradConfig const& config, TileCoord const& coord, int32_t chunk,
+                                     float* stage) {
   int32_t block_q, block_p;
   int32_t const rest = config.div_chunks_q.divmod(chunk, &block_q);
   int32_t const n = config.div_chunks_p.divmod(rest, &block_p) * config.images;
@@ -173,8 +186,8 @@ __device__ __forceinline__ void fill(Args const& a, WgradConfig const& config, T
   for (; i < x_rows; i += T::kWarps) {
     int32_t row;
     int32_t const image = config.div_x_rows.divmod(i, &row), c = coord.tile_c * T::kTileC;
-    fill_row<T::kTileC>(a.x, n + image, p * layer.stride_h - layer.pad_h + row, q * layer.stride_w - layer.pad_w, config.x_columns,
-                        coord.group * a.Cg + c, a.Cg - c, stage + i * config.x_columns * T::kPitchC);
+    fill_row<T::kTileC>(a.x, n + image, p * layer.stride_h - layer.pad_h + row, q * layer.stride_w - layer.pad_w,
+                        config.x_columns, coord.group * a.Cg + c, a.Cg - c, stage + i * config.x_columns * T::kPitchC);
   }
   stage += x_rows * config.x_columns * T::kPitchC;
 #pragma unroll 1
@@ -190,7 +203,8 @@ __device__ __forceinline__ void fill(Args const& a, WgradConfig const& config, T
 template <class T, int kStride>
 __device__ __forceinline__ void add_row(float const* x_smem, float const* dy_smem, int32_t strip,
                                         float (&acc)[kTaps][T::kThreadK][T::kThreadC]) {
-  // What the next pixel needs is read while this one is added. Nothing is read behind the last one: it may be being filled.
+  // What the next pixel needs is read while this one is added. Nothing is read behind the last one: it may be being
+  // filled.
   constexpr int kRing = kUnroll * kStride;
   static_assert(kRing >= kTaps + kStride, "a window, and what comes into it next");
   float x[kRing][T::kThreadC], dy[2][T::kThreadK];
@@ -199,7 +213,8 @@ __device__ __forceinline__ void add_row(float const* x_smem, float const* dy_sme
   };
   auto const load_dy = [&](int pixel) {
     *reinterpret_cast<float4*>(&dy[pixel % 2][0]) = *reinterpret_cast<float4 const*>(dy_smem + pixel * T::kPitchK);
-    *reinterpret_cast<float4*>(&dy[pixel % 2][4]) = *reinterpret_cast<float4 const*>(dy_smem + pixel * T::kPitchK + T::kTileK / 2);
+    *reinterpret_cast<float4*>(&dy[pixel % 2][4]) =
+        *reinterpret_cast<float4 const*>(dy_smem + pixel * T::kPitchK + T::kTileK / 2);
   };
 #pragma unroll
   for (int s = 0; s < kTaps; ++s) load_x(s);
@@ -245,7 +260,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   int32_t const warp = threadIdx.x / 32, r = warp % kTaps, slot = warp / kTaps * 32 + threadIdx.x % 32;
   int32_t const thread_c = slot % T::kLanesC * 4, thread_k = slot / T::kLanesC % T::kLanesK * 4;
   int32_t const group = slot / (T::kLanesC * T::kLanesK);
-  int32_t const x_floats = config.images * config.x_rows * config.x_columns * T::kPitchC, cells = config.images * config.rows;
+  int32_t const x_floats = config.images * config.x_rows * config.x_columns * T::kPitchC,
+                cells = config.images * config.rows;
   constexpr int kQuads = T::kTileK / 4;  // of filters
 
   float acc[kTaps][T::kThreadK][T::kThreadC] = {};
@@ -257,7 +273,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       copy_wait<kStages - 2>();
       __syncthreads();
     }
-    if (chunk + kStages - 1 < last) fill<T>(a, config, coord, chunk + kStages - 1, smem + fill_stage * config.stage_floats);
+    if (chunk + kStages - 1 < last)
+      fill<T>(a, config, coord, chunk + kStages - 1, smem + fill_stage * config.stage_floats);
     fill_stage = fill_stage + 1 == kStages ? 0 : fill_stage + 1;
     copy_commit();  // an empty group keeps the count that copy_wait relies on
     if (chunk < first) continue;
@@ -275,14 +292,15 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       int32_t row;
       int32_t const image = config.div_rows.divmod(cell, &row);
       int32_t const x_row = image * config.x_rows + row * a.p.layer.stride_h + r * a.p.layer.dil_h;
-      add_row<T, kStride>(x_smem + x_row * config.x_columns * T::kPitchC, dy_smem + cell * config.strip * T::kPitchK + thread_k,
-                          config.strip, acc);
+      add_row<T, kStride>(x_smem + x_row * config.x_columns * T::kPitchC,
+                          dy_smem + cell * config.strip * T::kPitchK + thread_k, config.strip, acc);
     }
   }
 
   // The groups' sums meet, for one tap along s after the other.
   constexpr int kTurnQuads = kTaps * T::kSums / 4;
-  float4* const partial = reinterpret_cast<float4*>(a.partial) + (int64_t{split} * config.tiles + tile) * kTaps * kTurnQuads;
+  float4* const partial =
+      reinterpret_cast<float4*>(a.partial) + (int64_t{split} * config.tiles + tile) * kTaps * kTurnQuads;
 #pragma unroll
   for (int s = 0; s < kTaps; ++s) {
     __syncthreads();
@@ -374,10 +392,12 @@ __global__ void __launch_bounds__(kReduceLanes* kReduceParts)
 constexpr int32_t kMaxStrip = 64, kMaxCells = 64, kMaxWaves = 3;
 constexpr int64_t kMaxChain = 4096;  // products that a thread adds up: with more of them rounding errors grow
 
-Source make_source(void const* data, int32_t type, int64_t const* stride, int32_t channels, int32_t N, int32_t H, int32_t W) {
+Source make_source(void const* data, int32_t type, int64_t const* stride, int32_t channels, int32_t N, int32_t H,
+                   int32_t W) {
   Source source{data, {stride[0], stride[1], stride[2], stride[3]}, type, N, H, W, false};
   bool const steps = (N == 1 || stride[0] % 4 == 0) && (H == 1 || stride[2] % 4 == 0) && (W == 1 || stride[3] % 4 == 0);
-  source.vectors = stride[1] == 1 && steps && channels % 4 == 0 && reinterpret_cast<uintptr_t>(data) % (4 * type_size(type)) == 0;
+  source.vectors =
+      stride[1] == 1 && steps && channels % 4 == 0 && reinterpret_cast<uintptr_t>(data) % (4 * type_size(type)) == 0;
   return source;
 }
 
@@ -397,8 +417,8 @@ bool can_implement(Args const& args) {
   return p.N > 0 && p.R == kTaps && p.S == kTaps && p.dil_w == 1 && p.stride_w <= 2;
 }
 
-// Where this kernel is faster than a convolution (docs/performance.md): at most 64 channels and filters a group; with halves, which a
-// convolution multiplies on tensor cores, not the largest of these.
+// Where this kernel is faster than a convolution (docs/performance.md): at most 64 channels and filters a group; with
+// halves, which a convolution multiplies on tensor cores, not the largest of these.
 bool is_preferred(Args const& args) {
   Adder2dParams const& p = args.p.layer;
   if (is_16_bit(p.x_type) && args.Cg * args.Kg > 2048 && int64_t{p.N} * p.P * p.Q > 65536) return false;
@@ -422,7 +442,8 @@ WgradConfig choose(Args const& args, int32_t tile) {
   WgradConfig best{};
   double best_cycles = 0;
 
-  auto const consider = [&](WgradConfig config, TileSize const& size, int64_t chunks_n, int32_t chunks_p, int32_t chunks_q) {
+  auto const consider = [&](WgradConfig config, TileSize const& size, int64_t chunks_n, int32_t chunks_p,
+                            int32_t chunks_q) {
     int64_t const x_rows = int64_t{config.rows - 1} * p.stride_h + int64_t{kTaps - 1} * p.dil_h + 1;
     int64_t const x_columns = int64_t{config.strip - 1} * p.stride_w + kTaps;
     int64_t const cells = int64_t{config.images} * config.rows, turns = ceil_div<int64_t>(cells, size.groups);
@@ -437,16 +458,18 @@ WgradConfig choose(Args const& args, int32_t tile) {
     config.smem_bytes = std::max(ring_bytes, kTurnBytes);
     // A scheduler has a quarter of the warps. It adds 96 products a pixel, with 8 other instructions.
     double const rows = config.images * (x_rows * predict_row(args.x, config.x_columns, size.c) +
-                                       config.rows * predict_row(args.dy, config.strip, size.k));
+                                         config.rows * predict_row(args.dy, config.strip, size.k));
     double const chunk = kWarps / 4 * turns * (config.strip * 104 + 40) + rows / 4 + 300;
     for (int32_t waves = 1; waves <= kMaxWaves; ++waves) {
-      int64_t const full = int64_t{waves} * multiprocessors / config.tiles, least = ceil_div(chunks * turns * config.strip, kMaxChain);
+      int64_t const full = int64_t{waves} * multiprocessors / config.tiles,
+                    least = ceil_div(chunks * turns * config.strip, kMaxChain);
       int64_t const splits = std::clamp<int64_t>(std::max(full, least), 1, chunks);
       int64_t const blocks = splits * config.tiles, block_chunks = ceil_div(chunks, splits);
       int64_t const weights = int64_t{config.tiles} * kTaps * kTaps * size.k * size.c;
       int64_t const sums = int64_t{p.groups} * config.tiles_k * size.k;
       int64_t const partial_bytes = splits * weights * sizeof(float);
-      if (weights > INT32_MAX || blocks > INT32_MAX || partial_bytes > static_cast<int64_t>(kMaxWorkspaceBytes)) continue;
+      if (weights > INT32_MAX || blocks > INT32_MAX || partial_bytes > static_cast<int64_t>(kMaxWorkspaceBytes))
+        continue;
       double const bytes = 2.0 * partial_bytes;  // written, then read
       double const block = block_chunks * chunk + 6000 + floats / 5.;
       double const cycles = ceil_div(blocks, int64_t{multiprocessors}) * block + bytes / (multiprocessors * 12.);
@@ -496,7 +519,8 @@ cudaError_t launch_tile(Args const& args, WgradConfig const& config, cudaStream_
   auto const kernel = adder2d_wgrad_simt_kernel<T, kStride>;
   cudaError_t error = allow_smem(kernel, most_smem());
   if (error != cudaSuccess) return error;
-  error = launch(kernel, dim3(config.tiles * config.splits), dim3(T::kThreads), config.smem_bytes, stream, args, config);
+  error =
+      launch(kernel, dim3(config.tiles * config.splits), dim3(T::kThreads), config.smem_bytes, stream, args, config);
   if (error != cudaSuccess) return error;
   dim3 const blocks(config.reduce_blocks), threads(kReduceLanes * kReduceParts);
   return launch_dependent(adder2d_wgrad_reduce_kernel<T>, blocks, threads, 0, stream, args, config);
