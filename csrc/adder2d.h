@@ -1,9 +1,10 @@
 // The contract of the adder2d operator: problem description and C entry points.
 //
-//   y[n,k,p,q] = b[k] - sum over c,r,s of | x[n, g*Cg + c, p*stride_h - pad_h + r*dil_h, q*stride_w - pad_w + s*dil_w] - w[k,c,r,s] |
+//   y[n,k,p,q] = b[k] - sum over c,r,s of | x[n, g*Cg + c, h, w] - w[k,c,r,s] |
 //
-// with Cg = C / groups and g = k / (K / groups). Taps in the padding read x = 0 and contribute |w|.
-// AdderNet: Do We Really Need Multiplications in Deep Learning? (CVPR 2020, arXiv 1912.13200), equation 2.
+// with h = p*stride_h - pad_h + r*dil_h, w = q*stride_w - pad_w + s*dil_w, Cg = C / groups and g = k / (K / groups).
+// Taps in the padding read x = 0 and contribute |w|. AdderNet: Do We Really Need Multiplications in Deep Learning?
+// (CVPR 2020, arXiv 1912.13200), equation 2.
 //
 // PyTorch (through ctypes) and the TensorRT plugin are two callers of the same functions. This header knows
 // neither of them; it includes nothing but the C integer types, so that the plugin compiles without CUDA headers.
@@ -52,10 +53,24 @@ __attribute__((visibility("default"))) char const* adder2d_check(Adder2dParams c
 // Bytes of device workspace that adder2d_fprop wants for this problem on the current device (0 where it wants none).
 __attribute__((visibility("default"))) size_t adder2d_fprop_workspace(Adder2dParams const* params);
 
-// Enqueues y = adder2d(x, w) + b on `stream` (a cudaStream_t) of the current device. Any workspace will do, none too; below
-// adder2d_fprop_workspace it is slower. Returns a cudaError_t, 0 for success; invalid params give cudaErrorInvalidValue (1)
-// and enqueue nothing. Never synchronises or allocates; may be captured into a CUDA graph.
+// Enqueues y = adder2d(x, w) + b on `stream` (a cudaStream_t) of the current device. Any workspace will do, none too;
+// below adder2d_fprop_workspace it is slower. Returns a cudaError_t, 0 for success; invalid params give
+// cudaErrorInvalidValue (1) and enqueue nothing. Never synchronises or allocates; may be captured into a CUDA graph.
 __attribute__((visibility("default"))) int32_t adder2d_fprop(Adder2dParams const* params, void* stream);
+
+// The kernel that adder2d_fprop takes for this problem on the current device, the first one where it takes several, as
+// "family:tile" or "family:tile:splits:full_tiles:packed": e.g. "simt:64x128:3:132:unpacked", tiles of 64 filters by
+// 128 pixels, of which the first 132 are whole and the others split in three along the reduction. Null where there is
+// none: for invalid params, an empty batch, or a forced kernel that cannot implement the problem. The text lives until
+// the next call on the same thread.
+__attribute__((visibility("default"))) char const* adder2d_fprop_describe(Adder2dParams const* params);
+
+// For tests and measurements: makes all later calls in this process take one kernel, given as adder2d_fprop_describe
+// tells it; what lacks, or is empty ("simt", "simt:64x128", "half::3"), is chosen as ever. Null or "" ends it. Returns
+// null, or, where the text names no kernel, one sentence on why; then nothing changes. A problem that the kernel cannot
+// implement, or not in the given workspace, then gives cudaErrorNotSupported (801). Ask for the workspace anew: it
+// depends on the kernel.
+__attribute__((visibility("default"))) char const* adder2d_fprop_force(char const* choice);
 
 // The text of a cudaError_t returned above.
 __attribute__((visibility("default"))) char const* adder2d_error_string(int32_t error);
@@ -70,11 +85,13 @@ __attribute__((visibility("default"))) char const* adder2d_cpu_error_string(int3
 
 // The gradient of the input, by the rule of AdderNet, which is not the derivative:
 //
-//   dx[n,c,h,w] = sum over the k and (r,s) whose windows read x[n,c,h,w] of dy[n,k,p,q] * clamp(w[k,c,r,s] - x[n,c,h,w], -1, 1)
+//   dx[n,c,h,w] = sum over k,r,s of dy[n,k,p,q] * clamp(w[k,c,r,s] - x[n,c,h,w], -1, 1)
+//
+// over the k and (r,s) whose windows at p, q read x[n,c,h,w].
 typedef struct Adder2dDgradParams {
-  Adder2dParams layer;  // the forward problem with dy in the place of y: y, y_type, y_stride; dy is only read, b is not used
-  int32_t dx_type;      // Adder2dType
-  int32_t reserved;     // 0
+  Adder2dParams layer;   // the forward problem with dy in the place of y (y, y_type, y_stride); b is not used
+  int32_t dx_type;       // Adder2dType
+  int32_t reserved;      // 0
   int64_t dx_stride[4];  // elements between neighbours along N, C, H, W
   void* dx;              // [N, C, H, W]; it overlaps no input
 } Adder2dDgradParams;
@@ -82,40 +99,49 @@ typedef struct Adder2dDgradParams {
 // sizeof(Adder2dDgradParams)
 __attribute__((visibility("default"))) size_t adder2d_dgrad_params_size(void);
 
-// As adder2d_check, adder2d_fprop_workspace, adder2d_fprop and adder2d_fprop_cpu.
+// As their namesakes of the forward pass.
 __attribute__((visibility("default"))) char const* adder2d_dgrad_check(Adder2dDgradParams const* params);
 __attribute__((visibility("default"))) size_t adder2d_dgrad_workspace(Adder2dDgradParams const* params);
 __attribute__((visibility("default"))) int32_t adder2d_dgrad(Adder2dDgradParams const* params, void* stream);
+__attribute__((visibility("default"))) char const* adder2d_dgrad_describe(Adder2dDgradParams const* params);
+__attribute__((visibility("default"))) char const* adder2d_dgrad_force(char const* choice);
 __attribute__((visibility("default"))) int32_t adder2d_dgrad_cpu(Adder2dDgradParams const* params, int32_t threads);
 
 // The gradient of the weight, by the rule of AdderNet:
 //
-//   dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * (x - w[k,c,r,s]) = convolved[k,c,r,s] - w[k,c,r,s] * sum over n,p,q of dy[n,k,p,q]
+//   dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * (x - w[k,c,r,s])
+//               = convolved[k,c,r,s] - w[k,c,r,s] * sum over n,p,q of dy[n,k,p,q]
 //
-// where `convolved` is the weight gradient of a convolution with the same x, dy and geometry, the caller's or our own; and with
-// eta > 0 then dw * eta * sqrt(number of weights) / max(|dw|, 1e-12), |dw| being the Euclidean norm of all of it.
+// where `convolved` is the weight gradient of a convolution with the same x, dy and geometry, the caller's or our own;
+// and with eta > 0 then dw * eta * sqrt(number of weights) / max(|dw|, 1e-12), |dw| being the Euclidean norm of all of
+// it.
 typedef struct Adder2dWgradParams {
-  Adder2dParams layer;  // the forward problem with dy in the place of y: y, y_type, y_stride; dy is only read, b is not used
-  int32_t channels_last;  // w and dw are contiguous as [K, C / groups, R, S] (0) or as [K, R, S, C / groups] (1)
-  int32_t reserved;       // 0
+  Adder2dParams layer;          // the forward problem with dy in the place of y (y, y_type, y_stride); b is not used
+  int32_t channels_last;        // w and dw are contiguous as [K, C / groups, R, S] (0) or as [K, R, S, C / groups] (1)
+  int32_t reserved;             // 0
   int64_t convolved_stride[4];  // elements between neighbours along K, C / groups, R, S
   double eta;                   // 0 for no scaling
-  float const* convolved;  // or null, where adder2d_wgrad_takes says so; with it x is not read
-  float* dw;               // may be convolved where that lies in memory as dw does
+  float const* convolved;       // or null, where adder2d_wgrad_takes says so; with it x is not read
+  float* dw;                    // may be convolved where that lies in memory as dw does
 } Adder2dWgradParams;
 
 // sizeof(Adder2dWgradParams)
 __attribute__((visibility("default"))) size_t adder2d_wgrad_params_size(void);
 
-// Whether adder2d_wgrad computes this problem without `convolved` on the current device: 3x3 layers with few channels, where it
-// is faster than a convolution. It depends on nothing but the geometry.
+// Whether adder2d_wgrad computes this problem without `convolved` on the current device: 3x3 layers with few channels,
+// where it is faster than a convolution. It depends on nothing but the geometry.
 __attribute__((visibility("default"))) int32_t adder2d_wgrad_takes(Adder2dWgradParams const* params);
 
-// As adder2d_check, adder2d_fprop_workspace and adder2d_fprop, but for the workspace, with or without `convolved`, which this one
-// needs: with a smaller one it returns cudaErrorInvalidValue (1).
+// As adder2d_check, adder2d_fprop_workspace and adder2d_fprop, but for the workspace, with or without `convolved`,
+// which this one needs: with a smaller one it returns cudaErrorInvalidValue (1).
 __attribute__((visibility("default"))) char const* adder2d_wgrad_check(Adder2dWgradParams const* params);
 __attribute__((visibility("default"))) size_t adder2d_wgrad_workspace(Adder2dWgradParams const* params);
 __attribute__((visibility("default"))) int32_t adder2d_wgrad(Adder2dWgradParams const* params, void* stream);
+
+// As adder2d_fprop_describe and adder2d_fprop_force. "convolved" stands for the kernels that need `convolved`,
+// "simt:tile" for the one that does not; adder2d_wgrad_takes then tells whether the forced one can do without it.
+__attribute__((visibility("default"))) char const* adder2d_wgrad_describe(Adder2dWgradParams const* params);
+__attribute__((visibility("default"))) char const* adder2d_wgrad_force(char const* choice);
 
 // Number of output positions along one axis; below 1 where the kernel does not fit.
 static inline int64_t adder2d_output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {

@@ -120,7 +120,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 # A sum of L terms in the precision e errs by at most 2 * e * sqrt(L) times the sum of |terms| (measured on normal
 # draws: 0.46 * e * sqrt(L)), and rounding the result to its type by at most eps(type) relatively. All bounds are made
 # of these two, and of one more where the input is float16 or bfloat16: its differences may be taken and added in
-# float16, in which case none is rounded more than HALF_ROUNDINGS times (csrc/fprop_half.cu) by at most 2^-11 of itself, and a float32 weight once before that.
+# float16, in which case none is rounded more than HALF_ROUNDINGS times (csrc/fprop/fprop_half.cu) by at most 2^-11 of itself, and a float32 weight once before that.
 HALF_ROUNDINGS = 7
 HALF_UNIT = 2.0**-11
 

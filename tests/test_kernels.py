@@ -51,11 +51,12 @@ LARGE = [
     Case("runs_of_wide_rows", 2, 8, 5, 222, 19, 3, 3, padding=(1, 2)),
     Case("runs_in_wide_padding", 3, 8, 4, 6, 33, 3, 3, padding=(3, 5)),
     Case("runs_and_few_filters", 6, 16, 32, 32, 16, 3, 3, padding=(1, 1)),
-    # Sums of few splits, on an H200: of fprop_window.cu (of whole tiles besides, in halves too) and of fprop_simt.cu.
+    # What an H200 takes with few splits: fprop_window.cu (with whole tiles beside, in halves too) and fprop_simt.cu. Every
+    # family, tile and number of splits is forced, on any GPU, in test_forced_kernels.py.
     Case("joined_windows", 32, 32, 14, 14, 256, 3, 3, padding=(1, 1)),
     Case("joined_beside_whole", 24, 32, 28, 28, 256, 3, 3, padding=(1, 1)),
     Case("joined_tiles", 24, 96, 13, 13, 256, 3, 3, padding=(1, 1)),
-    # fprop_pointwise.cu, on an H200: blocks with one, two and different numbers of tiles of both kinds, of one to four slices
+    # What an H200 takes by fprop_pointwise.cu: blocks with one, two and different numbers of tiles, of one to four slices
     # that are not alike, with ends of filters and pixels inside.
     Case("pointwise_rows_of_tiles", 5, 40, 50, 52, 260, 1, 1),
     Case("pointwise_single_tiles", 33, 24, 14, 14, 333, 1, 1),

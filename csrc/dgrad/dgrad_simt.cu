@@ -1,21 +1,27 @@
 // Implicit GEMM for the input gradient on float32 arithmetic: channels by input pixels, reduced over taps and filters.
 //
-// With w' = w / 2 and x' = x / 2 - 1 / 2, clamp(w - x, -1, 1) = 2 * sat(w' - x') - 1, where sat clamps to [0, 1] as a free
-// modifier of an addition. So dx = 2 * sum(dy * sat(w' - x')) - sum(dy): two instructions a term, and the second sum
-// is one for all channels of a pixel. Rounding: w' is exact; x' is rounded once, by at most 2^-24 * (|x| + 1) / 2, and the
-// difference once more, by at most 2^-25 where it is not clamped, so that a term is off by at most
-// 2^-23 * (1 + |x| / 2) * |dy|; and the terms of both sums are at most |dy| each, which bounds what their cancelling costs.
+// With w' = w / 2 and x' = x / 2 - 1 / 2, clamp(w - x, -1, 1) = 2 * sat(w' - x') - 1, where sat clamps to [0, 1] as a
+// free modifier of an addition. So dx = 2 * sum(dy * sat(w' - x')) - sum(dy): two instructions a term, and the second
+// sum is one for all channels of a pixel. Rounding: w' is exact; x' is rounded once, by at most 2^-24 * (|x| + 1) / 2,
+// and the difference once more, by at most 2^-25 where it is not clamped, so that a term is off by at most 2^-23 * (1 +
+// |x| / 2) * |dy|; and the terms of both sums are at most |dy| each, which bounds what their cancelling costs.
 //
 // A block owns a tile of kTileC channels by kTileHW pixels of one phase (dgrad.h), so that strides leave no idle taps,
-// and steps through the reduction kTileK filters of one tap at a time: asynchronous copies fill a ring of kStages slices in
-// shared memory, of packed weights and of dy, while a thread accumulates its 8 x 4 outputs, whose x' it keeps in registers.
+// and steps through the reduction kTileK filters of one tap at a time: asynchronous copies fill a ring of kStages
+// slices in shared memory, of packed weights and of dy, while a thread accumulates its 8 x 4 outputs, whose x' it keeps
+// in registers.
 //
-// sat turns NaN into 0. Outputs that the rule may want NaN or infinite come out as NaN here: x is added to them times zero,
-// weights with a NaN mark the tiles that read them, and sums of infinite dy are NaN. These few are computed again by the rule.
+// sat turns NaN into 0. Outputs that the rule may want NaN or infinite come out as NaN here: x is added to them times
+// zero, weights with a NaN mark the tiles that read them, and sums of infinite dy are NaN. These few are computed again
+// by the rule.
 #include <algorithm>
 #include <type_traits>
 
-#include "dgrad.h"
+#include "common/cp_async.cuh"
+#include "common/device.h"
+#include "common/launch.cuh"
+#include "dgrad/dgrad.h"
+#include "tile/arch.h"
 
 namespace adder2d {
 namespace {
@@ -40,7 +46,7 @@ struct Tile {
   static constexpr int kThreads = kTileC * kTileHW / (kThreadC * kThreadHW);
   static constexpr int kLanesC = kTileC >= 32 ? 4 : kTileC / kThreadC, kLanesHW = 32 / kLanesC;  // a warp's threads
   static constexpr int kWarpsC = kTileC / (kLanesC * kThreadC);
-  static constexpr int kBlocksPerSM = 4;
+  static constexpr int kBlocksPerSM = kArch.dgrad_blocks;
   static constexpr int kRows = kTileC / kThreadC;  // threads that hold the same pixels: each sums some of their dy
   static constexpr int kItems = kThreadC * kThreadHW / 4;
   static constexpr int kPixels = kTileHW > kThreads ? kTileHW / kThreads : 1;  // kPixels: pixels that a thread copies
@@ -50,19 +56,20 @@ struct Tile {
   static constexpr int kStageFloats = kTileK * (kPitchC + kPitchHW);
 
   static_assert(kThreads == 128, "the fill loops are laid out for 128 threads");
-  static_assert(kTileC % (kLanesC * kThreadC) == 0 && kTileHW % (kLanesHW * kThreadHW) == 0, "warps must tile the block");
+  static_assert(kTileC % (kLanesC * kThreadC) == 0 && kTileHW % (kLanesHW * kThreadHW) == 0,
+                "warps must tile the block");
   static_assert(kTileK % 8 == 0, "the fills take filters eight at a time");
   static_assert(kTileK % kUnroll == 0 && kUnroll % 2 == 0, "fragments alternate between two buffers");
   static_assert(kTileK % kRows == 0, "threads must divide the sums of dy evenly");
   static_assert(kWarpsC * kTileHW <= kStageFloats, "sums of dy meet in a stage");
 };
 
-// Where an output pixel's taps start. An absent pixel has p0 = q0 = kOutside.
+// Where an output pixel's taps start. An absent pixel has p0 = q0 = kNoOutput.
 struct Window {
   char const* dy;  // what tap 0 of the phase reads, filter 0 of the group; may point outside dy
   int32_t p0, q0;
 };
-constexpr int32_t kOutside = INT32_MAX;  // less any reach of taps this is no row of dy, nor a column
+constexpr int32_t kNoOutput = INT32_MAX;  // less any reach of taps this is no row of dy, nor a column
 
 template <class T, Fill kFill>
 struct Smem {
@@ -70,27 +77,23 @@ struct Smem {
   alignas(16) Window window[kFill != Fill::kPixels ? T::kTileHW : 1];  // kPixels has them in registers
 };
 
-// float16 or bfloat16 bits.
-__device__ __forceinline__ float half_as_float(uint16_t bits, int32_t type) {
-  return type == ADDER2D_FLOAT16 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(uint32_t{bits} << 16);
-}
-
 // ---- place of a tile
 
 template <class T>
-struct View {
-  int32_t group, tile_c, first_c, end_c, first_pixel;  // channels first_c .. end_c - 1 of the whole layer, pixels of the phase
+struct TileCoord {
+  // The tile has channels first_c .. end_c - 1 of the whole layer, pixels of the phase.
+  int32_t group, tile_c, first_c, end_c, first_pixel;
   int32_t thread_c, thread_hw;  // first output of the thread; the second half of its channels is kTileC / 2 on
   int32_t row;                  // of the threads with the same pixels
   DgradPhase h, w;
 
-  __device__ __forceinline__ View(DgradArgs const& a, DgradPlan const& plan, int32_t tile) {
-    int32_t rest = plan.div_tiles_c.divmod(tile, &tile_c), index;
+  __device__ __forceinline__ TileCoord(DgradArgs const& a, DgradConfig const& config, int32_t tile) {
+    int32_t rest = config.div_tiles_c.divmod(tile, &tile_c), index;
     rest = a.w.div_phases.divmod(rest, &index);
     w = make_phase(a.w, index);
     rest = a.h.div_phases.divmod(rest, &index);
     h = make_phase(a.h, index);
-    group = plan.div_tiles_hw.divmod(rest, &index);
+    group = config.div_tiles_hw.divmod(rest, &index);
     first_pixel = index * T::kTileHW;
     first_c = group * a.Cg + tile_c * T::kTileC;
     end_c = (group + 1) * a.Cg;
@@ -101,7 +104,9 @@ struct View {
   }
 
   // The thread's channel i of 8 and pixel j of 4.
-  __device__ __forceinline__ int32_t channel(int32_t i) const { return first_c + thread_c + i / 4 * (T::kTileC / 2) + i % 4; }
+  __device__ __forceinline__ int32_t channel(int32_t i) const {
+    return first_c + thread_c + i / 4 * (T::kTileC / 2) + i % 4;
+  }
   __device__ __forceinline__ int32_t pixel(int32_t j) const { return first_pixel + thread_hw + j; }
   // Whether pixel m exists, and its place: image, row and column of the phase.
   __device__ __forceinline__ bool locate(DgradArgs const& a, int32_t m, int32_t* n, int32_t* i, int32_t* j) const {
@@ -111,7 +116,8 @@ struct View {
     return m < a.NIJ && h.phase + *i * a.h.stride < a.h.size && w.phase + *j * a.w.stride < a.w.size;
   }
   // The same as the element of channel 0 in a tensor of x's shape; where there is no such pixel, that of another one.
-  __device__ __forceinline__ bool locate(DgradArgs const& a, int32_t m, int64_t const (&stride)[4], int64_t* index) const {
+  __device__ __forceinline__ bool locate(DgradArgs const& a, int32_t m, int64_t const (&stride)[4],
+                                         int64_t* index) const {
     int32_t n, i, j;
     bool const present = locate(a, m, &n, &i, &j);
     n = present ? n : 0;
@@ -129,77 +135,64 @@ struct View {
   }
 };
 
-template <typename Element>
-constexpr int32_t kTypeOf = std::is_same_v<Element, float>    ? ADDER2D_FLOAT32
-                            : std::is_same_v<Element, __half> ? ADDER2D_FLOAT16
-                                                              : ADDER2D_BFLOAT16;
-
-// Calls f with a value of the type.
-template <typename F>
-__device__ __forceinline__ void with_type(int32_t type, F const& f) {
-  if (type == ADDER2D_FLOAT32) {
-    f(float{});
-  } else if (type == ADDER2D_FLOAT16) {
-    f(__half{});
-  } else {
-    f(__nv_bfloat16{});
-  }
-}
-
 // Stores the thread's outputs.
 template <typename Element, class T>
-__device__ __forceinline__ void store_tile(DgradArgs const& a, View<T> const& view, float const (&v)[T::kThreadC][T::kThreadHW]) {
+__device__ __forceinline__ void store_tile(DgradArgs const& a, TileCoord<T> const& coord,
+                                           float const (&v)[T::kThreadC][T::kThreadHW]) {
   Element* const dx = static_cast<Element*>(a.dx);
   int64_t index[T::kThreadHW];
   bool present[T::kThreadHW];
-  present[0] = view.locate(a, view.pixel(0), a.dx_stride, &index[0]);
+  present[0] = coord.locate(a, coord.pixel(0), a.dx_stride, &index[0]);
   if (a.dx_vectors == DgradVectors::kPixels) {
 #pragma unroll
     for (int i = 0; i < T::kThreadC; ++i) {
-      int32_t const c = view.channel(i);
-      if (present[0] && c < view.end_c)
-        store4_from_float(dx, index[0] + c * a.dx_stride[1], kTypeOf<Element>, make_float4(v[i][0], v[i][1], v[i][2], v[i][3]));
+      int32_t const c = coord.channel(i);
+      if (present[0] && c < coord.end_c)
+        store4_from_float(dx, index[0] + c * a.dx_stride[1], kTypeOf<Element>,
+                          make_float4(v[i][0], v[i][1], v[i][2], v[i][3]));
     }
     return;
   }
 #pragma unroll
-  for (int j = 1; j < T::kThreadHW; ++j) present[j] = view.locate(a, view.pixel(j), a.dx_stride, &index[j]);
+  for (int j = 1; j < T::kThreadHW; ++j) present[j] = coord.locate(a, coord.pixel(j), a.dx_stride, &index[j]);
   if (a.dx_vectors == DgradVectors::kChannels) {
 #pragma unroll
     for (int i = 0; i < T::kThreadC; i += 4) {
-      int32_t const c = view.channel(i);
+      int32_t const c = coord.channel(i);
 #pragma unroll
       for (int j = 0; j < T::kThreadHW; ++j)
-        if (present[j] && c < view.end_c)
-          store4_from_float(dx, index[j] + c, kTypeOf<Element>, make_float4(v[i][j], v[i + 1][j], v[i + 2][j], v[i + 3][j]));
+        if (present[j] && c < coord.end_c)
+          store4_from_float(dx, index[j] + c, kTypeOf<Element>,
+                            make_float4(v[i][j], v[i + 1][j], v[i + 2][j], v[i + 3][j]));
     }
     return;
   }
 #pragma unroll
   for (int i = 0; i < T::kThreadC; ++i) {
-    int32_t const c = view.channel(i);
+    int32_t const c = coord.channel(i);
 #pragma unroll
     for (int j = 0; j < T::kThreadHW; ++j)
-      if (present[j] && c < view.end_c) store_from_float(dx, index[j] + c * a.dx_stride[1], kTypeOf<Element>, v[i][j]);
+      if (present[j] && c < coord.end_c) store_from_float(dx, index[j] + c * a.dx_stride[1], kTypeOf<Element>, v[i][j]);
   }
 }
 
 // Stores one item of the thread's outputs.
 template <typename Element, class T>
-__device__ __forceinline__ void store_item(DgradArgs const& a, View<T> const& view, int32_t item, float const (&v)[4]) {
+__device__ __forceinline__ void store_item(DgradArgs const& a, TileCoord<T> const& coord, int32_t item,
+                                           float const (&v)[4]) {
   bool const channels = a.dx_vectors == DgradVectors::kChannels;
-  int32_t const c = view.channel(View<T>::item_channel(channels, item, 0));
-  if (c >= view.end_c) return;
+  int32_t const c = coord.channel(TileCoord<T>::item_channel(channels, item, 0));
+  if (c >= coord.end_c) return;
   Element* const dx = static_cast<Element*>(a.dx) + c * a.dx_stride[1];
   int64_t index;
   if (a.dx_vectors != DgradVectors::kNone) {
-    if (view.locate(a, view.pixel(View<T>::item_pixel(channels, item, 0)), a.dx_stride, &index))
+    if (coord.locate(a, coord.pixel(TileCoord<T>::item_pixel(channels, item, 0)), a.dx_stride, &index))
       store4_from_float(dx + index, 0, kTypeOf<Element>, make_float4(v[0], v[1], v[2], v[3]));
     return;
   }
 #pragma unroll
   for (int j = 0; j < 4; ++j)
-    if (view.locate(a, view.pixel(j), a.dx_stride, &index)) store_from_float(dx + index, 0, kTypeOf<Element>, v[j]);
+    if (coord.locate(a, coord.pixel(j), a.dx_stride, &index)) store_from_float(dx + index, 0, kTypeOf<Element>, v[j]);
 }
 
 // Four bits: which of the four are NaN or infinite.
@@ -207,25 +200,28 @@ __device__ __forceinline__ uint32_t non_finite(float4 const& v) {
   return !isfinite(v.x) | !isfinite(v.y) << 1 | !isfinite(v.z) << 2 | !isfinite(v.w) << 3;
 }
 
-// Computes those of the thread's outputs by the rule that `repairs` names, four bits an item. Few threads ever come here.
+// Computes those of the thread's outputs by the rule that `repairs` names, four bits an item. Few threads ever come
+// here.
 template <class T>
-__device__ __noinline__ void repair(DgradArgs const& a, DgradPlan const& plan, uint32_t repairs) {
-  View<T> const view(a, plan, blockIdx.x);
+__device__ __noinline__ void repair(DgradArgs const& a, DgradConfig const& config, uint32_t repairs) {
+  TileCoord<T> const coord(a, config, blockIdx.x);
   bool const channels = a.dx_vectors == DgradVectors::kChannels;
   for (; repairs != 0; repairs &= repairs - 1) {
-    int32_t const bit = __ffs(repairs) - 1, c = view.channel(View<T>::item_channel(channels, bit / 4, bit % 4));
+    int32_t const bit = __ffs(repairs) - 1, c = coord.channel(TileCoord<T>::item_channel(channels, bit / 4, bit % 4));
     int32_t n, i, j;
-    if (c >= view.end_c || !view.locate(a, view.pixel(View<T>::item_pixel(channels, bit / 4, bit % 4)), &n, &i, &j)) continue;
-    int32_t const y = view.h.phase + i * a.h.stride, x = view.w.phase + j * a.w.stride;
-    store_from_float(a.dx, dx_index(a, n, c, y, x), a.dx_type, dgrad_by_rule<false>(a, n, c, y, x));
+    if (c >= coord.end_c ||
+        !coord.locate(a, coord.pixel(TileCoord<T>::item_pixel(channels, bit / 4, bit % 4)), &n, &i, &j))
+      continue;
+    int32_t const y = coord.h.phase + i * a.h.stride, x = coord.w.phase + j * a.w.stride;
+    store_from_float(a.dx, dx_index(a, n, c, y, x), a.dx_type, dgrad_exact<false>(a, n, c, y, x));
   }
 }
 
 // ---- packed weights
 
-// w / 2 as [groups][tiles of channels][phases][slices of filters][taps of the phase][kTileK][kTileC], which is the order in
-// which a tile reads them, with zeros where there is no filter or channel; then, as [groups][tiles of channels][blocks], NaN
-// where one of the blocks that packed for a tile has met a NaN, else 0.
+// w / 2 as [groups][tiles of channels][phases][slices of filters][taps of the phase][kTileK][kTileC], which is the
+// order in which a tile reads them, with zeros where there is no filter or channel; then, as [groups][tiles of
+// channels][blocks], NaN where one of the blocks that packed for a tile has met a NaN, else 0.
 struct Packed {
   static constexpr int kThreads = 256, kBlockK = 8;  // filters of a block
 
@@ -234,16 +230,20 @@ struct Packed {
   int32_t slices;  // of filters
   int32_t blocks;  // of filters
 
-  __host__ __device__ Packed(DgradArgs const& a, FpropPlan const& plan, int32_t tile_c, int32_t tile_k)
-      : weights(static_cast<float*>(a.p.workspace)), slices(ceil_div(a.Kg, tile_k)), blocks(slices * (tile_k / kBlockK)) {
-    marks = weights + int64_t{a.p.groups} * plan.tiles_k * slices * a.p.R * a.p.S * tile_k * tile_c;
+  __host__ __device__ Packed(DgradArgs const& a, TileConfig const& config, int32_t tile_c, int32_t tile_k)
+      : weights(static_cast<float*>(a.p.workspace)),
+        slices(ceil_div(a.Kg, tile_k)),
+        blocks(slices * (tile_k / kBlockK)) {
+    marks = weights + int64_t{a.p.groups} * config.tiles_k * slices * a.p.R * a.p.S * tile_k * tile_c;
   }
-  size_t bytes(DgradArgs const& a, FpropPlan const& plan) const {
-    int64_t const floats = marks - weights + int64_t{a.p.groups} * plan.tiles_k * blocks;
+  size_t bytes(DgradArgs const& a, TileConfig const& config) const {
+    int64_t const floats = marks - weights + int64_t{a.p.groups} * config.tiles_k * blocks;
     return ceil_div<size_t>(floats * sizeof(float), 16) * 16;
   }
-  // Slices before those of the phase with these first taps, of height `taps_h`; `tile` counts groups and tiles of channels.
-  __device__ __forceinline__ int32_t phase(DgradArgs const& a, int32_t tile, int32_t before_h, int32_t taps_h, int32_t before_w) const {
+  // Slices before those of the phase with these first taps, of height `taps_h`; `tile` counts groups and tiles of
+  // channels.
+  __device__ __forceinline__ int32_t phase(DgradArgs const& a, int32_t tile, int32_t before_h, int32_t taps_h,
+                                           int32_t before_w) const {
     return ((tile * a.p.R + before_h) * a.p.S + taps_h * before_w) * slices;
   }
 };
@@ -251,11 +251,11 @@ struct Packed {
 // A block packs kBlockK filters for one tile of channels.
 template <class T>
 __global__ void __launch_bounds__(Packed::kThreads)
-    adder2d_dgrad_pack_kernel(__grid_constant__ DgradArgs const a, __grid_constant__ DgradPlan const plan) {
+    adder2d_dgrad_pack_kernel(__grid_constant__ DgradArgs const a, __grid_constant__ DgradConfig const config) {
   launch_dependents();
-  Packed const packed(a, plan, T::kTileC, T::kTileK);
+  Packed const packed(a, config, T::kTileC, T::kTileK);
   int32_t const first_k = blockIdx.x % packed.blocks * Packed::kBlockK, rest = blockIdx.x / packed.blocks;
-  int32_t const tile_c = rest % plan.tiles_k, group = rest / plan.tiles_k, RS = a.p.R * a.p.S;
+  int32_t const tile_c = rest % config.tiles_k, group = rest / config.tiles_k, RS = a.p.R * a.p.S;
   int32_t const c = tile_c * T::kTileC + threadIdx.x % T::kTileC;
   bool nan = false;
   // Turns take one tap after the other of the same filters, whose weights lie side by side.
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(Packed::kThreads)
 
 // The fills of one tile, slice after slice: weights [kTileK][kTileC], then dy [kTileK][kPitchHW].
 template <class T, Fill kFill>
-struct Filler {
+struct Loader {
   static constexpr int kFloats = T::kTileK * T::kTileC;  // weights of a slice
   static constexpr int kTerms = T::kTileK / T::kShares;  // filters of a pixel that a thread copies
 
@@ -293,41 +293,46 @@ struct Filler {
   int32_t filters;               // from the slice's first one on
   int32_t dp, dq, end_p, end_q;  // outputs from a window's start to the slice's tap, at most 0; where the taps end
 
-  __device__ __forceinline__ Filler(DgradArgs const& args, DgradPlan const& plan, Smem<T, kFill>& shared, View<T> const& view, int32_t first)
-      : a(args), smem(shared), dp(0), dq(0), end_p(-view.h.taps * args.h.lag), end_q(-view.w.taps * args.w.lag) {
+  __device__ __forceinline__ Loader(DgradArgs const& args, DgradConfig const& config, Smem<T, kFill>& shared,
+                                    TileCoord<T> const& coord, int32_t first)
+      : a(args), smem(shared), dp(0), dq(0), end_p(-coord.h.taps * args.h.lag), end_q(-coord.w.taps * args.w.lag) {
     int32_t slice = 0;  // of filters
     if (first != 0) {
-      int32_t const taps = view.h.taps * view.w.taps, tap = first % taps;
+      int32_t const taps = coord.h.taps * coord.w.taps, tap = first % taps;
       slice = first / taps;
-      dp = -(tap / view.w.taps) * a.h.lag;
-      dq = -(tap % view.w.taps) * a.w.lag;
+      dp = -(tap / coord.w.taps) * a.h.lag;
+      dq = -(tap % coord.w.taps) * a.w.lag;
     }
     filters = a.Kg - slice * T::kTileK;
-    Packed const packed(a, plan, T::kTileC, T::kTileK);
-    int32_t const begin = packed.phase(a, view.group * plan.tiles_k + view.tile_c, view.h.before, view.h.taps, view.w.before) + first;
+    Packed const packed(a, config, T::kTileC, T::kTileK);
+    int32_t const begin =
+        packed.phase(a, coord.group * config.tiles_k + coord.tile_c, coord.h.before, coord.h.taps, coord.w.before) +
+        first;
     weights = packed.weights + int64_t{begin} * kFloats + threadIdx.x * 4;
 
     int32_t const own = kFill == Fill::kFilters ? threadIdx.x % 8 : threadIdx.x / T::kTileHW * kTerms;
     first_filter = int64_t{slice * T::kTileK + own} * a.dy_step[0];
     if constexpr (kFill != Fill::kPixels) {
-      for (int i = threadIdx.x; i < T::kTileHW; i += T::kThreads) smem.window[i] = make_window(view, view.first_pixel + i);
+      for (int i = threadIdx.x; i < T::kTileHW; i += T::kThreads)
+        smem.window[i] = make_window(coord, coord.first_pixel + i);
     } else {
 #pragma unroll
       for (int i = 0; i < T::kPixels; ++i) {
-        window[i] = make_window(view, view.first_pixel + i * T::kThreads + threadIdx.x % T::kTileHW);
+        window[i] = make_window(coord, coord.first_pixel + i * T::kThreads + threadIdx.x % T::kTileHW);
         window[i].dy += first_filter;
       }
     }
   }
 
-  __device__ __forceinline__ Window make_window(View<T> const& view, int32_t m) const {
+  __device__ __forceinline__ Window make_window(TileCoord<T> const& coord, int32_t m) const {
     int32_t n, i, j;
-    bool const present = view.locate(a, m, &n, &i, &j);
-    Window result{nullptr, i + view.h.start, j + view.w.start};
+    bool const present = coord.locate(a, m, &n, &i, &j);
+    Window result{nullptr, i + coord.h.start, j + coord.w.start};
     int32_t const size = kFill == Fill::kConvert ? 2 : 4;
-    result.dy = static_cast<char const*>(a.p.y) + size * (n * a.p.y_stride[0] + int64_t{view.group} * a.Kg * a.p.y_stride[1]) +
+    result.dy = static_cast<char const*>(a.p.y) +
+                size * (n * a.p.y_stride[0] + int64_t{coord.group} * a.Kg * a.p.y_stride[1]) +
                 int64_t{result.p0} * a.dy_step[1] + int64_t{result.q0} * a.dy_step[2];
-    if (!present) result.p0 = result.q0 = kOutside;
+    if (!present) result.p0 = result.q0 = kNoOutput;
     return result;
   }
 
@@ -335,7 +340,8 @@ struct Filler {
     constexpr int kStep = T::kThreads * 4;
 #pragma unroll
     for (int i = 0; i < kFloats; i += kStep)
-      if (i + kStep <= kFloats || i + threadIdx.x * 4 < kFloats) copy16_async(w_smem + threadIdx.x * 4 + i, weights + i);
+      if (i + kStep <= kFloats || i + threadIdx.x * 4 < kFloats)
+        copy16_async(w_smem + threadIdx.x * 4 + i, weights + i);
   }
 
   __device__ __forceinline__ uint32_t inside(Window const& at) const {
@@ -343,7 +349,8 @@ struct Filler {
            static_cast<uint32_t>(at.q0 + dq) < static_cast<uint32_t>(a.p.Q);
   }
   __device__ __forceinline__ char const* source(Window const& at) const {
-    return at.dy + int64_t{dp} * a.dy_step[1] + int64_t{dq} * a.dy_step[2] + (kFill == Fill::kPixels ? 0 : first_filter);
+    return at.dy + int64_t{dp} * a.dy_step[1] + int64_t{dq} * a.dy_step[2] +
+           (kFill == Fill::kPixels ? 0 : first_filter);
   }
 
   // Filters behind the last one are copied as zeros, so that they add nothing; with kWhole there are none.
@@ -367,7 +374,8 @@ struct Filler {
         for (int b = 0; b < kBatch; ++b)
 #pragma unroll
           for (int k = 0; k < T::kTileK; k += 8)
-            copy4_async(dy_smem + (k + lane) * T::kPitchHW + i + b * kStep, src[b] + k, valid[b] & (kWhole || k + lane < filters));
+            copy4_async(dy_smem + (k + lane) * T::kPitchHW + i + b * kStep, src[b] + k,
+                        valid[b] & (kWhole || k + lane < filters));
       }
       return;
     }
@@ -391,16 +399,18 @@ struct Filler {
                 valid && first + begin < filters ? __ldg(reinterpret_cast<uint4 const*>(src + begin)) : zero;
           } else {
 #pragma unroll
-            for (int k = 0; k < 8; ++k) v[k] = valid && first + begin + k < filters ? __ldg(src + (begin + k) * step) : uint16_t{0};
+            for (int k = 0; k < 8; ++k)
+              v[k] = valid && first + begin + k < filters ? __ldg(src + (begin + k) * step) : uint16_t{0};
           }
 #pragma unroll
-          for (int k = 0; k < 8; ++k) dst[(begin + k) * T::kPitchHW] = half_as_float(v[k], a.p.y_type);
+          for (int k = 0; k < 8; ++k) dst[(begin + k) * T::kPitchHW] = bits_as_float(v[k], a.p.y_type);
         }
       } else {
         constexpr int kUnrolled = kWhole ? kTerms : 1;
 #pragma unroll kUnrolled
         for (int k = 0; k < kTerms; ++k, base += a.dy_step[0])
-          copy4_async(dst + k * T::kPitchHW, reinterpret_cast<float const*>(base), valid & (kWhole || first + k < filters));
+          copy4_async(dst + k * T::kPitchHW, reinterpret_cast<float const*>(base),
+                      valid & (kWhole || first + k < filters));
       }
     }
   }
@@ -436,14 +446,15 @@ struct Filler {
 
 // x of the thread's outputs, not converted where it is float32. Where there is no output, some other element of x.
 template <class T, typename Element>
-__device__ __forceinline__ void load_x(DgradArgs const& a, View<T> const& view, float (&x)[T::kThreadC][T::kThreadHW], Element) {
+__device__ __forceinline__ void load_x(DgradArgs const& a, TileCoord<T> const& coord,
+                                       float (&x)[T::kThreadC][T::kThreadHW], Element) {
   auto const* const base = static_cast<std::conditional_t<sizeof(Element) == 4, float, uint16_t> const*>(a.p.x);
   constexpr int32_t kType = kTypeOf<Element>;
   auto const one = [&](int64_t index) {
     if constexpr (sizeof(Element) == 4) {
       return __ldg(base + index);
     } else {
-      return half_as_float(__ldg(base + index), kType);
+      return bits_as_float(__ldg(base + index), kType);
     }
   };
   auto const four = [&](int64_t index) {
@@ -451,16 +462,16 @@ __device__ __forceinline__ void load_x(DgradArgs const& a, View<T> const& view, 
       return __ldg(reinterpret_cast<float4 const*>(base + index));
     } else {
       uint2 const v = __ldg(reinterpret_cast<uint2 const*>(base + index));
-      return make_float4(half_as_float(v.x & 0xffff, kType), half_as_float(v.x >> 16, kType), half_as_float(v.y & 0xffff, kType),
-                         half_as_float(v.y >> 16, kType));
+      return make_float4(bits_as_float(v.x & 0xffff, kType), bits_as_float(v.x >> 16, kType),
+                         bits_as_float(v.y & 0xffff, kType), bits_as_float(v.y >> 16, kType));
     }
   };
   auto const channel = [&](int32_t i) {
-    int32_t const c = view.channel(i);
-    return (c < view.end_c ? c : view.first_c) * a.p.x_stride[1];
+    int32_t const c = coord.channel(i);
+    return (c < coord.end_c ? c : coord.first_c) * a.p.x_stride[1];
   };
   int64_t index[T::kThreadHW];
-  view.locate(a, view.pixel(0), a.p.x_stride, &index[0]);
+  coord.locate(a, coord.pixel(0), a.p.x_stride, &index[0]);
   if (a.x_vectors == DgradVectors::kPixels) {
 #pragma unroll
     for (int i = 0; i < T::kThreadC; ++i) {
@@ -473,7 +484,7 @@ __device__ __forceinline__ void load_x(DgradArgs const& a, View<T> const& view, 
     return;
   }
 #pragma unroll
-  for (int j = 1; j < T::kThreadHW; ++j) view.locate(a, view.pixel(j), a.p.x_stride, &index[j]);
+  for (int j = 1; j < T::kThreadHW; ++j) coord.locate(a, coord.pixel(j), a.p.x_stride, &index[j]);
   if (a.x_vectors == DgradVectors::kChannels) {
 #pragma unroll
     for (int i = 0; i < T::kThreadC; i += 4) {
@@ -507,25 +518,27 @@ __device__ __forceinline__ void add_row(float (*sum)[4], float4 const& v) {
   (*sum)[3] += v.w;
 }
 
-// Accumulates slices first .. last - 1 of one tile: acc[channel][pixel] = sum(dy * sat(w' - x')), dy_sum[pixel] = sum(dy).
+// Accumulates slices first .. last - 1 of one tile: acc[channel][pixel] = sum(dy * sat(w' - x')), dy_sum[pixel] =
+// sum(dy).
 template <class T, Fill kFill>
-__device__ __forceinline__ void accumulate(DgradArgs const& a, DgradPlan const& plan, View<T> const& view, int32_t first,
-                                           int32_t last, Smem<T, kFill>& smem, float (&x)[T::kThreadC][T::kThreadHW],
+__device__ __forceinline__ void accumulate(DgradArgs const& a, DgradConfig const& config, TileCoord<T> const& coord,
+                                           int32_t first, int32_t last, Smem<T, kFill>& smem,
+                                           float (&x)[T::kThreadC][T::kThreadHW],
                                            float (&acc)[T::kThreadC][T::kThreadHW], float (&dy_sum)[T::kThreadHW]) {
-  with_type(a.p.x_type, [&](auto element) { load_x<T>(a, view, x, element); });
-  Filler<T, kFill> filler(a, plan, smem, view, first);
+  with_type(a.p.x_type, [&](auto element) { load_x<T>(a, coord, x, element); });
+  Loader<T, kFill> loader(a, config, smem, coord, first);
   if constexpr (kFill != Fill::kPixels) __syncthreads();  // windows
   wait_for_primary();
   int32_t fill_stage = 0, filled = first;
   auto fill = [&] {
-    if (filled < last) filler.fill(smem.stage[fill_stage]);
+    if (filled < last) loader.fill(smem.stage[fill_stage]);
     ++filled;
     fill_stage = fill_stage + 1 == T::kStages ? 0 : fill_stage + 1;
     copy_commit();  // an empty group keeps the count that copy_wait relies on
   };
   for (int i = 0; i < T::kStages - 1; ++i) fill();
-  Packed const packed(a, plan, T::kTileC, T::kTileK);
-  float const* const marks = packed.marks + (int64_t{view.group} * plan.tiles_k + view.tile_c) * packed.blocks;
+  Packed const packed(a, config, T::kTileC, T::kTileK);
+  float const* const marks = packed.marks + (int64_t{coord.group} * config.tiles_k + coord.tile_c) * packed.blocks;
   bool marked = false;
   for (int32_t i = threadIdx.x; i < packed.blocks; i += T::kThreads) marked |= marks[i] != 0.f;
   float const shift = __syncthreads_or(marked) ? NAN : -0.5f;
@@ -540,9 +553,10 @@ __device__ __forceinline__ void accumulate(DgradArgs const& a, DgradPlan const& 
     *reinterpret_cast<float4*>(&w_frag[buffer][4]) = *reinterpret_cast<float4 const*>(w_smem + T::kTileC / 2);
     *reinterpret_cast<float4*>(&dy_frag[buffer][0]) = *reinterpret_cast<float4 const*>(dy_smem);
   };
-  int32_t const last_slices = (ceil_div(a.Kg, T::kTileK) - 1) * view.h.taps * view.w.taps;  // of filters, which may have few
-  int32_t thread_c = view.thread_c, thread_hw = view.thread_hw;
-  int32_t share = view.row * (T::kTileK / T::kRows) * T::kPitchHW + thread_hw;  // of dy, whose sums it adds
+  // The last filters of a group may be few.
+  int32_t const last_slices = (ceil_div(a.Kg, T::kTileK) - 1) * coord.h.taps * coord.w.taps;
+  int32_t thread_c = coord.thread_c, thread_hw = coord.thread_hw;
+  int32_t share = coord.row * (T::kTileK / T::kRows) * T::kPitchHW + thread_hw;  // of dy, whose sums it adds
   keep(&thread_c);
   keep(&thread_hw);
   keep(&share);
@@ -560,14 +574,14 @@ __device__ __forceinline__ void accumulate(DgradArgs const& a, DgradPlan const& 
 #pragma unroll
     for (int i = 0; i < T::kTileK / T::kRows; ++i)  // the thread's share
       add_row(&dy_sum, *reinterpret_cast<float4 const*>(dy_stage + share + i * T::kPitchHW));
-    int32_t terms = slice >= last_slices ? plan.last_terms : T::kTileK;
+    int32_t terms = slice >= last_slices ? config.last_terms : T::kTileK;
 #pragma unroll 1
     do {
       terms -= kUnroll;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        // The fragments of the next term are on their way while this one is added. Behind the slice's last term lies what is
-        // being filled: terms that are there already are read again.
+        // The fragments of the next term are on their way while this one is added. Behind the slice's last term lies
+        // what is being filled: terms that are there already are read again.
         if (u + 1 < kUnroll) {
           load(w_smem + (u + 1) * T::kPitchC, dy_smem + (u + 1) * T::kPitchHW, (u + 1) % 2);
         } else {
@@ -594,41 +608,43 @@ __device__ __forceinline__ void accumulate(DgradArgs const& a, DgradPlan const& 
   if constexpr (T::kWarpsC > 1) {
     copy_wait<0>();
     __syncthreads();
-    float* const rows = smem.stage[0] + view.thread_hw;
-    int32_t const warp = view.row / T::kLanesC;
-    if (view.row % T::kLanesC == 0)
+    float* const rows = smem.stage[0] + coord.thread_hw;
+    int32_t const warp = coord.row / T::kLanesC;
+    if (coord.row % T::kLanesC == 0)
       *reinterpret_cast<float4*>(rows + warp * T::kTileHW) = make_float4(dy_sum[0], dy_sum[1], dy_sum[2], dy_sum[3]);
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < T::kThreadHW; ++j) dy_sum[j] = 0.f;
 #pragma unroll
-    for (int row = 0; row < T::kWarpsC; ++row) add_row(&dy_sum, *reinterpret_cast<float4 const*>(rows + row * T::kTileHW));
+    for (int row = 0; row < T::kWarpsC; ++row)
+      add_row(&dy_sum, *reinterpret_cast<float4 const*>(rows + row * T::kTileHW));
   }
 }
 
 // ---- kernels
 
 template <class T>
-__device__ __forceinline__ float4* partial_sum(DgradArgs const& a, DgradPlan const& plan, int32_t split, int32_t item) {
-  int64_t const index = ((int64_t{split} * plan.tiles + blockIdx.x) * T::kItems + item) * T::kThreads + threadIdx.x;
-  return reinterpret_cast<float4*>(static_cast<char*>(a.p.workspace) + plan.packed_bytes) + index;
+__device__ __forceinline__ float4* partial_sum(DgradArgs const& a, DgradConfig const& config, int32_t split,
+                                               int32_t item) {
+  int64_t const index = ((int64_t{split} * config.tiles + blockIdx.x) * T::kItems + item) * T::kThreads + threadIdx.x;
+  return reinterpret_cast<float4*>(static_cast<char*>(a.p.workspace) + config.packed_bytes) + index;
 }
 
 template <class T, Fill kFill>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
-    adder2d_dgrad_simt_kernel(__grid_constant__ DgradArgs const a, __grid_constant__ DgradPlan const plan) {
+    adder2d_dgrad_simt_kernel(__grid_constant__ DgradArgs const a, __grid_constant__ DgradConfig const config) {
   extern __shared__ __align__(16) unsigned char smem_bytes[];
   launch_dependents();
-  View<T> const view(a, plan, blockIdx.x);
-  int32_t const slices = ceil_div(a.Kg, T::kTileK) * view.h.taps * view.w.taps;
+  TileCoord<T> const coord(a, config, blockIdx.x);
+  int32_t const slices = ceil_div(a.Kg, T::kTileK) * coord.h.taps * coord.w.taps;
   int32_t first = 0, last = slices;
-  if (plan.splits > 1) {
-    int32_t const split = blockIdx.y, share = slices / plan.splits, rest = slices - share * plan.splits;
+  if (config.splits > 1) {
+    int32_t const split = blockIdx.y, share = slices / config.splits, rest = slices - share * config.splits;
     first = split * share + min(split, rest);
     last = first + share + (split < rest);
   }
   float x[T::kThreadC][T::kThreadHW], acc[T::kThreadC][T::kThreadHW] = {}, dy_sum[T::kThreadHW] = {};
-  accumulate<T, kFill>(a, plan, view, first, last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), x, acc, dy_sum);
+  accumulate<T, kFill>(a, config, coord, first, last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), x, acc, dy_sum);
 
   bool finite = true;
 #pragma unroll
@@ -645,73 +661,73 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     return by_channels ? make_float4(acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j])
                        : make_float4(acc[item][0], acc[item][1], acc[item][2], acc[item][3]);
   };
-  if (plan.splits > 1) {
-    float4* const sums = partial_sum<T>(a, plan, blockIdx.y, 0);
+  if (config.splits > 1) {
+    float4* const sums = partial_sum<T>(a, config, blockIdx.y, 0);
 #pragma unroll
     for (int item = 0; item < T::kItems; ++item) sums[item * T::kThreads] = item_of(channels, item);
     return;
   }
-  with_type(a.dx_type, [&](auto element) { store_tile<decltype(element)>(a, view, acc); });
+  with_type(a.dx_type, [&](auto element) { store_tile<decltype(element)>(a, coord, acc); });
   if (finite) return;
   uint32_t repairs = 0;
 #pragma unroll
   for (int item = 0; item < T::kItems; ++item) repairs |= non_finite(item_of(channels, item)) << 4 * item;
-  repair<T>(a, plan, repairs);
+  repair<T>(a, config, repairs);
 }
 
 // Adds the splits of item blockIdx.y of tile blockIdx.x, in order, so that results repeat exactly.
 template <class T>
 __global__ void __launch_bounds__(T::kThreads)
-    adder2d_dgrad_reduce_kernel(__grid_constant__ DgradArgs const a, __grid_constant__ DgradPlan const plan) {
-  View<T> const view(a, plan, blockIdx.x);
+    adder2d_dgrad_reduce_kernel(__grid_constant__ DgradArgs const a, __grid_constant__ DgradConfig const config) {
+  TileCoord<T> const coord(a, config, blockIdx.x);
   int32_t const item = blockIdx.y;
-  float4 const* const sums = partial_sum<T>(a, plan, 0, item);
-  int64_t const step = int64_t{plan.tiles} * T::kItems * T::kThreads;  // from split to split
+  float4 const* const sums = partial_sum<T>(a, config, 0, item);
+  int64_t const step = int64_t{config.tiles} * T::kItems * T::kThreads;  // from split to split
   wait_for_primary();
   float sum[4] = {};
 #pragma unroll 8
-  for (int32_t split = 0; split < plan.splits; ++split) add_row(&sum, sums[split * step]);
-  with_type(a.dx_type, [&](auto element) { store_item<decltype(element)>(a, view, item, sum); });
+  for (int32_t split = 0; split < config.splits; ++split) add_row(&sum, sums[split * step]);
+  with_type(a.dx_type, [&](auto element) { store_item<decltype(element)>(a, coord, item, sum); });
   uint32_t const repairs = non_finite(make_float4(sum[0], sum[1], sum[2], sum[3]));
-  if (repairs != 0) repair<T>(a, plan, repairs << 4 * item);
+  if (repairs != 0) repair<T>(a, config, repairs << 4 * item);
 }
 
 // ---- launcher
 
-// Sets the shared memory that a block takes, so that a multiprocessor takes no more blocks than suit their number. The main
-// kernel starts while the one that packs still runs, where blocks come to lie as they find room: 392 blocks on 132
+// Sets the shared memory that a block takes, so that a multiprocessor takes no more blocks than suit their number. The
+// main kernel starts while the one that packs still runs, where blocks come to lie as they find room: 392 blocks on 132
 // multiprocessors that take four would be four here and two there, and take a third longer than three everywhere.
-void spread_blocks(DgradPlan* plan) {
-  constexpr int32_t kResident = 4, kFewest = 2;  // blocks of a multiprocessor: by registers, by shared memory
-  int device = 0, available = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  int32_t const share = ceil_div(plan->tiles * plan->splits, multiprocessor_count());
-  int32_t best = kResident;
-  for (int32_t resident = kResident - 1; resident >= kFewest; --resident)
-    if (ceil_div(share, resident) * resident < ceil_div(share, best) * best) best = resident;
-  auto const least = [&](int32_t resident) {
-    constexpr int32_t kReserved = 1024;  // by the driver, of each block
-    return resident == kResident ? 0 : available / (resident + 1) - kReserved + 128;
+void spread_blocks(DgradConfig* config) {
+  constexpr int32_t kMost = kArch.dgrad_blocks, kFewest = kArch.dgrad_fewest_blocks;
+  int32_t const available = smem_per_multiprocessor();
+  int32_t const share = ceil_div(config->tiles * config->splits, multiprocessor_count());
+  int32_t best = kMost;
+  for (int32_t blocks_per_sm = kMost - 1; blocks_per_sm >= kFewest; --blocks_per_sm)
+    if (ceil_div(share, blocks_per_sm) * blocks_per_sm < ceil_div(share, best) * best) best = blocks_per_sm;
+  auto const least = [&](int32_t blocks_per_sm) {
+    return blocks_per_sm == kMost ? 0 : available / (blocks_per_sm + 1) - kArch.smem_reserved + 128;
   };
-  plan->least_smem_bytes = least(best);
-  plan->most_smem_bytes = least(kFewest);
+  config->least_smem_bytes = least(best);
+  config->most_smem_bytes = least(kFewest);
 }
 
 template <class T, Fill kFill>
-cudaError_t launch_tile(DgradArgs const& args, DgradPlan const& plan, cudaStream_t stream) {
+cudaError_t launch_tile(DgradArgs const& args, DgradConfig const& config, cudaStream_t stream) {
   auto const kernel = adder2d_dgrad_simt_kernel<T, kFill>;
   constexpr int32_t kSmemBytes = sizeof(Smem<T, kFill>);
-  int32_t const smem_bytes = std::max(kSmemBytes, plan.least_smem_bytes);
+  int32_t const smem_bytes = std::max(kSmemBytes, config.least_smem_bytes);
   // As much for every such plan: else a thread could lower what another one is about to launch with.
-  cudaError_t error = allow_smem(kernel, plan.least_smem_bytes == 0 ? kSmemBytes : std::max(kSmemBytes, plan.most_smem_bytes));
+  cudaError_t error =
+      allow_smem(kernel, config.least_smem_bytes == 0 ? kSmemBytes : std::max(kSmemBytes, config.most_smem_bytes));
   if (error != cudaSuccess) return error;
-  int32_t const pack_blocks = Packed(args, plan, T::kTileC, T::kTileK).blocks * plan.tiles_k * args.p.groups;
-  error = launch(adder2d_dgrad_pack_kernel<T>, dim3(pack_blocks), dim3(Packed::kThreads), 0, stream, args, plan);
+  int32_t const pack_blocks = Packed(args, config, T::kTileC, T::kTileK).blocks * config.tiles_k * args.p.groups;
+  error = launch(adder2d_dgrad_pack_kernel<T>, dim3(pack_blocks), dim3(Packed::kThreads), 0, stream, args, config);
   if (error != cudaSuccess) return error;
-  error = launch_dependent(kernel, dim3(plan.tiles, plan.splits), dim3(T::kThreads), smem_bytes, stream, args, plan);
-  if (error != cudaSuccess || plan.splits == 1) return error;
-  return launch_dependent(adder2d_dgrad_reduce_kernel<T>, dim3(plan.tiles, T::kItems), dim3(T::kThreads), 0, stream, args, plan);
+  error =
+      launch_dependent(kernel, dim3(config.tiles, config.splits), dim3(T::kThreads), smem_bytes, stream, args, config);
+  if (error != cudaSuccess || config.splits == 1) return error;
+  return launch_dependent(adder2d_dgrad_reduce_kernel<T>, dim3(config.tiles, T::kItems), dim3(T::kThreads), 0, stream,
+                          args, config);
 }
 
 using Tile128x32 = Tile<128, 32, 32, 2>;
@@ -719,52 +735,53 @@ using Tile64x64 = Tile<64, 64, 32, 2>;
 using Tile32x128 = Tile<32, 128, 32, 2>;
 using Tile16x256 = Tile<16, 256, 16, 2>;
 
-constexpr double kRate = 52;  // accumulated terms a cycle and multiprocessor, of 64
 template <class T>
-constexpr TileSize kSizeOf{T::kTileC, T::kTileHW, T::kTileK, 3, kRate};  // three blocks already hide each other's waits
+constexpr TileSize kSizeOf{T::kTileC, T::kTileHW, T::kTileK, kArch.dgrad_hiding_blocks, kArch.dgrad_rate};
 // In the order of launch_dgrad_simt.
 constexpr TileSize kTiles[] = {kSizeOf<Tile64x64>, kSizeOf<Tile128x32>, kSizeOf<Tile32x128>, kSizeOf<Tile16x256>};
 constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
+constexpr char const* kTileNames[] = {"64x64", "128x32", "32x128", "16x256"};  // channels x pixels
+static_assert(sizeof(kTileNames) / sizeof(kTileNames[0]) == kTileCount, "one name a tile");
 
 template <class T>
-cudaError_t launch_any_fill(DgradArgs const& args, DgradPlan const& plan, cudaStream_t stream) {
-  if (args.p.y_type != ADDER2D_FLOAT32) return launch_tile<T, Fill::kConvert>(args, plan, stream);
+cudaError_t launch_any_fill(DgradArgs const& args, DgradConfig const& config, cudaStream_t stream) {
+  if (is_16_bit(args.p.y_type)) return launch_tile<T, Fill::kConvert>(args, config, stream);
   bool const filters = args.p.y_stride[1] == 1 && args.p.y_stride[3] != 1;
-  return filters ? launch_tile<T, Fill::kFilters>(args, plan, stream) : launch_tile<T, Fill::kPixels>(args, plan, stream);
+  return filters ? launch_tile<T, Fill::kFilters>(args, config, stream)
+                 : launch_tile<T, Fill::kPixels>(args, config, stream);
 }
 
 }  // namespace
 
-DgradPlan plan_dgrad_simt(DgradArgs const& args, size_t split_bytes) {
-  // For the choice of a tile this is a forward pass whose filters are the channels, whose pixels are those of a phase, with
-  // a group for each phase; a phase's share of the taps is taken to be the average.
-  FpropArgs like{};
+bool plan_dgrad_simt(DgradArgs const& args, size_t split_bytes, TileForce const& force, DgradConfig* plan) {
+  // Each phase is a group with the pixels of one phase; its share of the taps is taken to be the average.
   int32_t const phases = args.h.phases * args.w.phases;
-  like.Kg = args.Cg;
-  like.NPQ = args.NIJ;
-  like.p.groups = args.p.groups * phases;
-  like.CRS = static_cast<int32_t>(int64_t{args.Kg} * args.p.R * args.p.S / phases);
-  auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return static_cast<double>(std::max(1, ceil_div(a.CRS, size.c))); };
+  TileProblem const problem{args.Cg, args.NIJ, args.p.groups * phases,
+                            static_cast<int32_t>(int64_t{args.Kg} * args.p.R * args.p.S / phases)};
   double cycles;
-  DgradPlan plan{choose_tile(like, kTiles, kTileCount, slices_of, split_bytes, &cycles, false)};
-  plan.last_terms = args.Kg - (ceil_div(args.Kg, kTiles[plan.tile].c) - 1) * kTiles[plan.tile].c;
-  plan.last_terms = ceil_div(plan.last_terms, kUnroll) * kUnroll;
-  plan.div_tiles_c = FastDiv(plan.tiles_k);
-  plan.div_tiles_hw = FastDiv(plan.tiles_pq);
-  plan.packed_bytes = Packed(args, plan, kTiles[plan.tile].k, kTiles[plan.tile].c).bytes(args, plan);
-  plan.workspace_bytes += plan.packed_bytes;
-  spread_blocks(&plan);
-  return plan;
+  DgradConfig& config = *plan;
+  config = {choose_tile(problem, kTiles, kTileCount, SplitReduce::kAllOrNone, split_bytes, force, &cycles)};
+  if (cycles == 0) return false;
+  config.last_terms = args.Kg - (ceil_div(args.Kg, kTiles[config.tile].c) - 1) * kTiles[config.tile].c;
+  config.last_terms = ceil_div(config.last_terms, kUnroll) * kUnroll;
+  config.div_tiles_c = FastDiv(config.tiles_k);
+  config.div_tiles_hw = FastDiv(config.tiles_pq);
+  config.packed_bytes = Packed(args, config, kTiles[config.tile].k, kTiles[config.tile].c).bytes(args, config);
+  config.workspace_bytes += config.packed_bytes;
+  spread_blocks(&config);
+  return true;
 }
 
-cudaError_t launch_dgrad_simt(DgradArgs const& args, DgradPlan const& plan, cudaStream_t stream) {
-  switch (plan.tile) {
-    case 0: return launch_any_fill<Tile64x64>(args, plan, stream);
-    case 1: return launch_any_fill<Tile128x32>(args, plan, stream);
-    case 2: return launch_any_fill<Tile32x128>(args, plan, stream);
-    case 3: return launch_any_fill<Tile16x256>(args, plan, stream);
+cudaError_t launch_dgrad_simt(DgradArgs const& args, DgradConfig const& config, cudaStream_t stream) {
+  switch (config.tile) {
+    case 0: return launch_any_fill<Tile64x64>(args, config, stream);
+    case 1: return launch_any_fill<Tile128x32>(args, config, stream);
+    case 2: return launch_any_fill<Tile32x128>(args, config, stream);
+    case 3: return launch_any_fill<Tile16x256>(args, config, stream);
   }
   return cudaErrorInvalidValue;
 }
+
+FamilyNames const kDgradSimt{"simt", kTileNames, kTileCount};
 
 }  // namespace adder2d

@@ -1,13 +1,19 @@
 // 3 x 3 kernels at stride 1 on float32 arithmetic: windows that slide along rows of the output.
 //
-// A block owns kTileK filters by kTilePQ output pixels, and steps through the channels, kTileC at a time. Of these, shared memory
-// holds the rows of the image that the tile's windows touch, once and not once for each tap as in fprop_simt.cu. A thread has runs of
-// kRun pixels side by side in a row of the output: it reads kRun + 2 pixels of the image and adds up three taps of them. So fewer
-// instructions copy and read, and more of them add. Neither weights nor image are packed.
+// A block owns kTileK filters by kTilePQ output pixels, and steps through the channels, kTileC at a time. Of these,
+// shared memory holds the rows of the image that the tile's windows touch, once and not once for each tap as in
+// fprop_simt.cu. A thread has runs of kRun pixels side by side in a row of the output: it reads kRun + 2 pixels of the
+// image and adds up three taps of them. So fewer instructions copy and read, and more of them add. Neither weights nor
+// image are packed.
 #include <algorithm>
 #include <numeric>
 
-#include "fprop_tiled.cuh"
+#include "common/cp_async.cuh"
+#include "common/device.h"
+#include "common/launch.cuh"
+#include "fprop/fprop.h"
+#include "tile/arch.h"
+#include "tile/split_k.cuh"
 
 namespace adder2d {
 namespace {
@@ -15,7 +21,7 @@ namespace {
 // ---- traits
 
 constexpr int32_t kR = 3, kS = 3;
-constexpr int32_t kStages = 2;  // slices in flight
+constexpr int32_t kStages = 2;                            // slices in flight
 constexpr int32_t kTileC = 8, kTerms = kTileC * kR * kS;  // channels and terms of a slice
 constexpr int32_t kAbsent = INT32_MIN;
 constexpr int32_t kMaxPatch = 1024;  // elements of a channel of the image in shared memory
@@ -24,25 +30,27 @@ template <int kTileK_, int kTilePQ_, int kRun_, int kThreadK_, int kThreadPQ_, i
 struct Tile {
   static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;  // outputs of a block: filters, pixels
   static constexpr int kRun = kRun_, kWindow = kRun + kS - 1;
-  static constexpr int kThreadK = kThreadK_, kThreadPQ = kThreadPQ_;  // outputs of a thread: filters in groups of 4, runs of pixels
+  // Outputs of a thread: filters in groups of 4, runs of pixels.
+  static constexpr int kThreadK = kThreadK_, kThreadPQ = kThreadPQ_;
   static constexpr int kGroupsK = kThreadK / 4, kRuns = kThreadPQ / kRun;
   static constexpr int kParts = kParts_;  // parts of the block that share out a slice's channels
   static constexpr int kPartThreads = kTileK / kThreadK * (kTilePQ / kThreadPQ), kThreads = kParts * kPartThreads;
   static constexpr int kLanesK = kLanesK_, kLanesPQ = 32 / kLanesK;  // a warp's threads
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
   static constexpr int kBlocksPerSM = kBlocks;
-  static constexpr int kRowsK = kThreads / 8;      // filters copied at once: 8 threads side by side along the reduction
+  static constexpr int kRowsK = kThreads / 8;  // filters copied at once: 8 threads side by side along the reduction
   static constexpr int kPartC = kTileC / kParts;
-  static constexpr int kPitchK = kTileK + 4;       // 8 threads that store 8 terms of a filter find different banks
+  static constexpr int kPitchK = kTileK + 4;  // 8 threads that store 8 terms of a filter find different banks
 
-  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
+  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0,
+                "warps must tile the block");
   static_assert(kThreadK % 4 == 0 && kThreadPQ % kRun == 0, "threads hold groups of filters and runs of pixels");
   static_assert((kTileK % kRowsK == 0 || kRowsK % kTileK == 0) && kTerms % 8 == 0, "8 lanes copy along the reduction");
   static_assert(kTileC == 8 && kThreads % 8 == 0, "8 lanes copy the channels of a pixel");
 };
 
-// The problem, and the image's rows in shared memory. Rows are counted over the batch as if each image had its padding around
-// it: output row p of image n has its windows in rows n * rows .. n * rows + 2 from p on.
+// The problem, and the image's rows in shared memory. Rows are counted over the batch as if each image had its padding
+// around it: output row p of image n has its windows in rows n * rows .. n * rows + 2 from p on.
 struct WindowArgs : FpropArgs {
   int32_t rows;       // of an image with its padding
   int32_t row_pitch;  // elements of a row in shared memory
@@ -62,9 +70,9 @@ constexpr size_t smem_size(int32_t tile_k, int32_t patch) {
 
 // The tile's place in the output, and a thread's in the tile. Sums are written four side by side.
 template <class T>
-using View = TurnedTile<T, 4>;
+using OutputTile = EpilogueTile<T::kTileK, T::kTilePQ, T::kThreads, 4>;
 template <class T>
-using Place = ThreadPlace<T, T::kRun>;
+using Thread = ThreadCoord<T, T::kRun>;
 
 // Row of the batch, padding included, of pixel m's window.
 __device__ __forceinline__ int32_t window_row(WindowArgs const& a, int32_t m, int32_t* q) {
@@ -77,16 +85,21 @@ __device__ __forceinline__ int32_t window_row(WindowArgs const& a, int32_t m, in
 
 // The fills of one tile, slice after slice: weights [kTerms][kPitchK], then the image [kTileC][patch].
 template <class T>
-struct Filler {
+struct Loader {
   WindowArgs const& a;
   int32_t const* table;  // where the pixels of the patch lie in x, or kAbsent
   int32_t positions;     // of the table
   int32_t slice, group, first_k;
 
   // Its table is ready behind the next barrier.
-  __device__ __forceinline__ Filler(WindowArgs const& args, View<T> const& view, int32_t first_row, int32_t last_row, int32_t first_slice,
-                                    int32_t* places)
-      : a(args), table(places), positions((last_row - first_row + 1) * args.row_pitch), slice(first_slice), group(view.group), first_k(view.first_k) {
+  __device__ __forceinline__ Loader(WindowArgs const& args, OutputTile<T> const& tile, int32_t first_row,
+                                    int32_t last_row, int32_t first_slice, int32_t* places)
+      : a(args),
+        table(places),
+        positions((last_row - first_row + 1) * args.row_pitch),
+        slice(first_slice),
+        group(tile.group),
+        first_k(tile.first_k) {
     for (int32_t i = threadIdx.x; i < positions; i += T::kThreads) {
       int32_t column, h;
       int32_t const n = a.div_rows.divmod(first_row + a.div_row_pitch.divmod(i, &column), &h);
@@ -94,7 +107,8 @@ struct Filler {
       int32_t const w = column - a.p.pad_w;
       bool const there = n < a.p.N && static_cast<uint32_t>(h) < static_cast<uint32_t>(a.p.H) &&
                          static_cast<uint32_t>(w) < static_cast<uint32_t>(a.p.W);
-      places[i] = there ? static_cast<int32_t>(n * a.p.x_stride[0] + h * a.p.x_stride[2] + w * a.p.x_stride[3]) : kAbsent;
+      places[i] =
+          there ? static_cast<int32_t>(n * a.p.x_stride[0] + h * a.p.x_stride[2] + w * a.p.x_stride[3]) : kAbsent;
     }
   }
 
@@ -106,14 +120,16 @@ struct Filler {
 #pragma unroll
       for (int k = 0; k < T::kTileK; k += T::kRowsK) {
         if (T::kRowsK > T::kTileK && row >= T::kTileK) break;
-        int32_t const filter = min(first_k + k + row, (group + 1) * a.Kg - 1);  // those behind the last one are not stored
+        // Those behind the last one are not stored.
+        int32_t const filter = min(first_k + k + row, (group + 1) * a.Kg - 1);
         float const* const src = static_cast<float const*>(a.p.w) + (int64_t{filter} * a.CRS + slice * kTerms + term);
 #pragma unroll
         for (int j = 0; j < kTerms; j += 8) copy4_async(dst + j * T::kPitchK + k, src + j, 1);
       }
     }
     float* const x_smem = stage + kTerms * T::kPitchK;
-    float const* const x = static_cast<float const*>(a.p.x) + (int64_t{group} * a.Cg + slice * kTileC) * a.p.x_stride[1];
+    float const* const x =
+        static_cast<float const*>(a.p.x) + (int64_t{group} * a.Cg + slice * kTileC) * a.p.x_stride[1];
     if (a.channels) {
       int32_t const c = threadIdx.x % 8;
 #pragma unroll 4
@@ -128,7 +144,8 @@ struct Filler {
         float const* src = x + (place == kAbsent ? 0 : place);
         float* dst = x_smem + i;
 #pragma unroll
-        for (int c = 0; c < kTileC; ++c, src += a.p.x_stride[1], dst += a.patch) copy4_async(dst, src, place != kAbsent);
+        for (int c = 0; c < kTileC; ++c, src += a.p.x_stride[1], dst += a.patch)
+          copy4_async(dst, src, place != kAbsent);
       }
     }
     ++slice;
@@ -160,7 +177,8 @@ __device__ __forceinline__ void load_window(float const* from, float* to) {
   for (int i = kPairs; i < kCount; ++i) to[i] = from[i];
 }
 
-// Adds one slice's terms, of the part's channels, to acc[filter][pixel]. `w` is the thread's first filter, `x` its windows.
+// Adds one slice's terms, of the part's channels, to acc[filter][pixel]. `w` is the thread's first filter, `x` its
+// windows.
 template <class T>
 __device__ __forceinline__ void accumulate(WindowArgs const& a, float const* w, float const* const (&windows)[T::kRuns],
                                            float (&acc)[T::kThreadK][T::kThreadPQ]) {
@@ -220,30 +238,32 @@ __device__ __forceinline__ void accumulate(WindowArgs const& a, float const* w, 
 
 // Brings the sums to where they change hands, or adds them to what is there.
 template <class T>
-__device__ __forceinline__ void turn(FpropArgs const& a, Place<T> const& place, float const (&acc)[T::kThreadK][T::kThreadPQ], bool first,
-                                     float* sums) {
-  using Turned = typename View<T>::Turned;
+__device__ __forceinline__ void transpose_sums(FpropArgs const& a, Thread<T> const& thread,
+                                               float const (&acc)[T::kThreadK][T::kThreadPQ], bool first, float* sums) {
+  using Transpose = typename OutputTile<T>::Transpose;
   auto const put4 = [&](int i, int j, float4 v) {
-    float4* const to = reinterpret_cast<float4*>(&sums[Turned::index(a, place.k(i), place.pq(j))]);
+    float4* const to = reinterpret_cast<float4*>(&sums[Transpose::index(a, thread.k(i), thread.pq(j))]);
     if (!first) add(&v, *to);
     *to = v;
   };
-  if (a.y_filters) {
+  if (a.y_channels_last) {
 #pragma unroll
     for (int i = 0; i < T::kThreadK; i += 4)
 #pragma unroll
-      for (int j = 0; j < T::kThreadPQ; ++j) put4(i, j, make_float4(acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j]));
+      for (int j = 0; j < T::kThreadPQ; ++j)
+        put4(i, j, make_float4(acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j]));
   } else if constexpr (T::kRun % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < T::kThreadK; ++i)
 #pragma unroll
-      for (int j = 0; j < T::kThreadPQ; j += 4) put4(i, j, make_float4(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]));
+      for (int j = 0; j < T::kThreadPQ; j += 4)
+        put4(i, j, make_float4(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]));
   } else {
 #pragma unroll
     for (int i = 0; i < T::kThreadK; ++i)
 #pragma unroll
       for (int j = 0; j < T::kThreadPQ; ++j) {
-        float* const to = &sums[Turned::index(a, place.k(i), place.pq(j))];
+        float* const to = &sums[Transpose::index(a, thread.k(i), thread.pq(j))];
         *to = first ? acc[i][j] : *to + acc[i][j];
       }
   }
@@ -253,29 +273,29 @@ __device__ __forceinline__ void turn(FpropArgs const& a, Place<T> const& place, 
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
-    adder2d_fprop_window_kernel(__grid_constant__ WindowArgs const a, __grid_constant__ FpropPlan const plan) {
+    adder2d_fprop_window_kernel(__grid_constant__ WindowArgs const a, __grid_constant__ TileConfig const config) {
   extern __shared__ __align__(16) float smem[];
   launch_dependents();
-  Work const work(plan);
+  WorkTile const work(config);
   int32_t const part = threadIdx.x / T::kPartThreads, stage_size = stage_floats(T::kTileK, a.patch);
-  View<T> const view(a, plan, work.tile);
-  Place<T> const place(threadIdx.x % T::kPartThreads);
+  OutputTile<T> const tile(a, config, work.tile);
+  Thread<T> const thread(threadIdx.x % T::kPartThreads);
 
   int32_t q;
-  int32_t const last_pixel = min(view.first_pixel + T::kTilePQ, a.NPQ) - 1;
-  int32_t const first_row = window_row(a, view.first_pixel, &q), last_row = window_row(a, last_pixel, &q) + kR - 1;
-  Filler<T> filler(a, view, first_row, last_row, work.first, reinterpret_cast<int32_t*>(smem + kStages * stage_size));
-  int32_t const first_w = part * T::kPartC * kR * kS * T::kPitchK + place.thread_k;
+  int32_t const last_pixel = min(tile.first_pixel + T::kTilePQ, a.NPQ) - 1;
+  int32_t const first_row = window_row(a, tile.first_pixel, &q), last_row = window_row(a, last_pixel, &q) + kR - 1;
+  Loader<T> loader(a, tile, first_row, last_row, work.first, reinterpret_cast<int32_t*>(smem + kStages * stage_size));
+  int32_t const first_w = part * T::kPartC * kR * kS * T::kPitchK + thread.thread_k;
   int32_t first_x[T::kRuns];
 #pragma unroll
   for (int i = 0; i < T::kRuns; ++i) {
     // Runs behind the last one add up the last one's windows, and are not stored.
-    int32_t const row = window_row(a, min(view.first_pixel + place.pq(i * T::kRun), a.NPQ - T::kRun), &q) - first_row;
+    int32_t const row = window_row(a, min(tile.first_pixel + thread.pq(i * T::kRun), a.NPQ - T::kRun), &q) - first_row;
     first_x[i] = kTerms * T::kPitchK + part * T::kPartC * a.patch + row * a.row_pitch + q;
   }
 
   __syncthreads();
-  filler.fill(smem);
+  loader.fill(smem);
   copy_commit();
   float acc[T::kThreadK][T::kThreadPQ] = {};
   int32_t stage = 0;
@@ -284,7 +304,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     __syncthreads();
     float const* const current = smem + stage;
     stage = stage_size - stage;
-    if (filler.slice < work.last) filler.fill(smem + stage);
+    if (loader.slice < work.last) loader.fill(smem + stage);
     copy_commit();
     float const* windows[T::kRuns];
 #pragma unroll
@@ -296,48 +316,54 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < T::kParts; ++i) {
-    if (part == i) turn<T>(a, place, acc, i == 0, smem);
+    if (part == i) transpose_sums<T>(a, thread, acc, i == 0, smem);
     __syncthreads();
   }
-  finish_turned(a, plan, work, view, smem);
+  store_transposed(a, config, work, tile, smem);
 }
 
 // ---- launcher
 
 template <class T>
-cudaError_t launch_tile(WindowArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  size_t const bytes = std::max<size_t>(smem_size(T::kTileK, args.patch), 16 * View<T>::kItems * T::kThreads);
+cudaError_t launch_tile(WindowArgs const& args, TileConfig const& config, cudaStream_t stream) {
+  size_t const bytes = std::max<size_t>(smem_size(T::kTileK, args.patch), 16 * OutputTile<T>::kItems * T::kThreads);
   size_t const most = std::max(bytes, std::min(smem_size(T::kTileK, kMaxPatch), smem_limit()));
-  return launch_tiled<View<T>>(adder2d_fprop_window_kernel<T>, bytes, most, T::kThreads, false, args, plan, stream);
+  return launch_tiled<OutputTile<T>>(adder2d_fprop_window_kernel<T>, bytes, most, T::kThreads, false, args, config,
+                                     stream);
 }
 
 // kWide pixels of a thread: 8 in runs of 4 or 2, or one run of 7.
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
-using Tile64x128 = Tile<64, 16 * kWide, kRun, 8, kWide, 4, 1, 3>;
+using Tile64x128 = Tile<64, 16 * kWide, kRun, 8, kWide, 4, 1, kArch.window_blocks_64>;
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
-using Tile32x128 = Tile<32, 16 * kWide, kRun, 4, kWide, 4, 1, 5>;
+using Tile32x128 = Tile<32, 16 * kWide, kRun, 4, kWide, 4, 1, kArch.window_blocks_32>;
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
-using Tile32x64 = Tile<32, 8 * kWide, kRun, 4, kWide, 4, 2, 5>;  // small problems: two parts of a block, and four times as many blocks
+// Small problems: two parts of a block, and four times as many blocks.
+using Tile32x64 = Tile<32, 8 * kWide, kRun, 4, kWide, 4, 2, kArch.window_blocks_32>;
 template <int kRun, int kWide = kRun == 7 ? 7 : 8>
-using Tile16x512 = Tile<16, 64 * kWide, kRun, 4, kWide, 4, 1, 2>;
+using Tile16x512 = Tile<16, 64 * kWide, kRun, 4, kWide, 4, 1, kArch.window_blocks_16>;
 
 constexpr int32_t kTileCount = 4;
-// In the order of launch_run. Rates are accumulated terms a cycle and multiprocessor, of 64.
-template <int kRun, int kRate>
+template <int kRun>
+constexpr double kRate = kRun == 4   ? kArch.window_rate_4
+                         : kRun == 7 ? kArch.window_rate_7
+                                     : kArch.window_rate_2;
+// In the order of launch_run.
+template <int kRun>
 constexpr TileSize kTiles[kTileCount] = {
-    {64, Tile64x128<kRun>::kTilePQ, kTerms, Tile64x128<kRun>::kBlocksPerSM, kRate},
-    {32, Tile32x128<kRun>::kTilePQ, kTerms, Tile32x128<kRun>::kBlocksPerSM, 54},
-    {32, Tile32x64<kRun>::kTilePQ, kTerms, Tile32x64<kRun>::kBlocksPerSM, kRate - 7},
-    {16, Tile16x512<kRun>::kTilePQ, kTerms, Tile16x512<kRun>::kBlocksPerSM, 46},
+    {64, Tile64x128<kRun>::kTilePQ, kTerms, Tile64x128<kRun>::kBlocksPerSM, kRate<kRun>},
+    {32, Tile32x128<kRun>::kTilePQ, kTerms, Tile32x128<kRun>::kBlocksPerSM, kArch.window_rate_32},
+    {32, Tile32x64<kRun>::kTilePQ, kTerms, Tile32x64<kRun>::kBlocksPerSM, kRate<kRun> - kArch.window_rate_small_less},
+    {16, Tile16x512<kRun>::kTilePQ, kTerms, Tile16x512<kRun>::kBlocksPerSM, kArch.window_rate_16},
 };
 
 template <int kRun>
-cudaError_t launch_run(WindowArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  switch (plan.tile % kTileCount) {
-    case 0: return launch_tile<Tile64x128<kRun>>(args, plan, stream);
-    case 1: return launch_tile<Tile32x128<kRun>>(args, plan, stream);
-    case 2: return launch_tile<Tile32x64<kRun>>(args, plan, stream);
-    case 3: return launch_tile<Tile16x512<kRun>>(args, plan, stream);
+cudaError_t launch_run(WindowArgs const& args, TileConfig const& config, cudaStream_t stream) {
+  switch (config.tile % kTileCount) {
+    case 0: return launch_tile<Tile64x128<kRun>>(args, config, stream);
+    case 1: return launch_tile<Tile32x128<kRun>>(args, config, stream);
+    case 2: return launch_tile<Tile32x64<kRun>>(args, config, stream);
+    case 3: return launch_tile<Tile16x512<kRun>>(args, config, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -346,14 +372,15 @@ cudaError_t launch_run(WindowArgs const& args, FpropPlan const& plan, cudaStream
 struct Run {
   int32_t pixels;
   TileSize const* tiles;
-  cudaError_t (*launch)(WindowArgs const&, FpropPlan const&, cudaStream_t);
+  cudaError_t (*launch)(WindowArgs const&, TileConfig const&, cudaStream_t);
 };
-// FpropPlan::tile is an index of these times kTileCount, and a tile's.
-constexpr Run kRuns[] = {{4, kTiles<4, 57>, launch_run<4>}, {7, kTiles<7, 54>, launch_run<7>}, {2, kTiles<2, 55>, launch_run<2>}};
+// TileConfig::tile is an index of these times kTileCount, and a tile's.
+constexpr Run kRuns[] = {{4, kTiles<4>, launch_run<4>}, {7, kTiles<7>, launch_run<7>}, {2, kTiles<2>, launch_run<2>}};
 
 // Elements of an image row in shared memory.
 int32_t row_pitch_of(FpropArgs const& a, int32_t run) {
-  // Windows that a warp reads at once lie in different banks as far as possible: an odd number of vectors, of 4, 2 or 1.
+  // Windows that a warp reads at once lie in different banks as far as possible: an odd number of vectors, of 4, 2
+  // or 1.
   int32_t const vector = run % 4 == 0 ? 4 : run % 2 == 0 ? 2 : 1;
   return (ceil_div(a.p.Q + kS - 1, vector) | 1) * vector;
 }
@@ -364,38 +391,52 @@ int32_t patch_of(FpropArgs const& a, int32_t run, int32_t pixels) {
   int32_t const lines = (Q - std::gcd(Q, pixels) + pixels - 1) / Q + 1;  // of the output that a tile touches
   bool const even = pixels % Q == 0;                                     // tiles start at the start of a line
   // Borders between images in a tile.
-  int32_t const borders = lines == 1 || (even && P % lines == 0) ? 0 : even && lines % P == 0 ? lines / P - 1 : (lines - 2) / P + 1;
+  int32_t const borders = lines == 1 || (even && P % lines == 0) ? 0
+                          : even && lines % P == 0               ? lines / P - 1
+                                                                 : (lines - 2) / P + 1;
   return ceil_div((lines + (kR - 1) * (1 + borders)) * row_pitch_of(a, run), 8) * 8 + 4;
 }
 
 // Whether rows hold a whole number of runs, and shared memory all tiles.
-bool suits(FpropArgs const& a, Run const& run) {
+bool can_implement_run(FpropArgs const& a, Run const& run) {
   size_t const limit = smem_limit();
   return a.p.Q % run.pixels == 0 && std::all_of(run.tiles, run.tiles + kTileCount, [&](TileSize const& size) {
-    int32_t const patch = patch_of(a, run.pixels, size.pq);
-    return patch <= kMaxPatch && smem_size(size.k, patch) <= limit;
-  });
+           int32_t const patch = patch_of(a, run.pixels, size.pq);
+           return patch <= kMaxPatch && smem_size(size.k, patch) <= limit;
+         });
 }
 
-}  // namespace
+// By run, then by tile.
+constexpr char const* kTileNames[] = {"64x128r4", "32x128r4", "32x64r4",  "16x512r4", "64x112r7", "32x112r7",
+                                      "32x56r7",  "16x448r7", "64x128r2", "32x128r2", "32x64r2",  "16x512r2"};
+constexpr int32_t kNameCount = sizeof(kTileNames) / sizeof(kTileNames[0]);
+static_assert(kNameCount == kTileCount * sizeof(kRuns) / sizeof(kRuns[0]), "one name a tile and run");
 
-bool plan_fprop_window(FpropArgs const& args, size_t workspace_bytes, FpropPlan* plan, double* cycles) {
+bool can_implement(FpropArgs const& args, size_t) {
   Adder2dParams const& p = args.p;
-  if (p.x_type != ADDER2D_FLOAT32 || p.w_type != ADDER2D_FLOAT32 || p.R != kR || p.S != kS || p.stride_h != 1 || p.stride_w != 1 ||
-      p.dil_h != 1 || p.dil_w != 1 || args.Cg % kTileC != 0)
+  if (p.x_type != ADDER2D_FLOAT32 || p.w_type != ADDER2D_FLOAT32 || p.R != kR || p.S != kS || p.stride_h != 1 ||
+      p.stride_w != 1 || p.dil_h != 1 || p.dil_w != 1 || args.Cg % kTileC != 0)
     return false;
   int64_t const reach = (p.N - 1) * p.x_stride[0] + (p.H - 1) * p.x_stride[2] + (p.W - 1) * p.x_stride[3];
-  if (reach > INT32_MAX || int64_t{p.N} * (p.P + kR - 1) > INT32_MAX) return false;
-  auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return static_cast<double>(a.CRS) / size.c; };
+  return reach <= INT32_MAX && int64_t{p.N} * (p.P + kR - 1) <= INT32_MAX;
+}
+
+bool plan(FpropArgs const& args, size_t workspace_bytes, TileForce const& force, TileConfig* config, double* cycles) {
+  if (force.packed == 1) return false;
+  TileProblem const problem{args.Kg, args.NPQ, args.p.groups, args.CRS};
   bool found = false;
   int32_t first_tile = 0;
   for (Run const& run : kRuns) {
     double predicted = 0;
-    FpropPlan candidate{};
-    if (suits(args, run)) candidate = choose_tile(args, run.tiles, kTileCount, slices_of, workspace_bytes, &predicted, true);
+    TileConfig candidate{};
+    TileForce own = force;
+    if (force.tile >= 0) own.tile = force.tile - first_tile;
+    bool const allowed = force.tile < 0 || (own.tile >= 0 && own.tile < kTileCount);
+    if (allowed && can_implement_run(args, run))
+      candidate = choose_tile(problem, run.tiles, kTileCount, SplitReduce::kForward, workspace_bytes, own, &predicted);
     if (predicted > 0 && (!found || predicted < *cycles)) {
-      *plan = candidate;
-      plan->tile += first_tile;
+      *config = candidate;
+      config->tile += first_tile;
       *cycles = predicted;
       found = true;
     }
@@ -404,16 +445,20 @@ bool plan_fprop_window(FpropArgs const& args, size_t workspace_bytes, FpropPlan*
   return found;
 }
 
-cudaError_t launch_fprop_window(FpropArgs const& problem, FpropPlan const& plan, cudaStream_t stream) {
-  Run const& run = kRuns[plan.tile / kTileCount];
+cudaError_t launch_plan(FpropArgs const& problem, TileConfig const& config, cudaStream_t stream) {
+  Run const& run = kRuns[config.tile / kTileCount];
   WindowArgs args{problem};
   args.rows = problem.p.P + kR - 1;
   args.row_pitch = row_pitch_of(problem, run.pixels);
-  args.patch = patch_of(problem, run.pixels, run.tiles[plan.tile % kTileCount].pq);
+  args.patch = patch_of(problem, run.pixels, run.tiles[config.tile % kTileCount].pq);
   args.div_rows = FastDiv(args.rows);
   args.div_row_pitch = FastDiv(args.row_pitch);
   args.channels = problem.p.x_stride[1] == 1 && problem.p.x_stride[3] != 1;
-  return run.launch(args, plan, stream);
+  return run.launch(args, config, stream);
 }
+
+}  // namespace
+
+FpropFamily const kFpropWindow{{"window", kTileNames, kNameCount}, can_implement, nullptr, plan, launch_plan};
 
 }  // namespace adder2d

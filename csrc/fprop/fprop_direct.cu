@@ -1,9 +1,13 @@
-// Any problem, without shared tiles: depth-wise layers and groups of few filters, where an implicit GEMM tile would be mostly
-// empty, and layers so small that the latency of a tile's pipeline would be most of the time. A thread computes a few outputs
-// that share what is read; where there are too few of these to fill the chip, threads share the reduction as well.
+// Any problem, without shared tiles: depth-wise layers and groups of few filters, where an implicit GEMM tile would be
+// mostly empty, and layers so small that the latency of a tile's pipeline would be most of the time. A thread computes
+// a few outputs that share what is read; where there are too few of these to fill the chip, threads share the reduction
+// as well.
 #include <algorithm>
 
-#include "fprop.h"
+#include "common/device.h"
+#include "common/launch.cuh"
+#include "fprop/fprop.h"
+#include "tile/epilogue.cuh"
 
 namespace adder2d {
 namespace {
@@ -24,14 +28,19 @@ struct Types {
 // launch(Types<..>{}) for the problem's types.
 template <typename Launch>
 cudaError_t with_types(Adder2dParams const& p, Launch const& launch) {
-  if (p.x_type == ADDER2D_FLOAT32 && p.w_type == ADDER2D_FLOAT32) return launch(Types<ADDER2D_FLOAT32, ADDER2D_FLOAT32>{});
-  if (p.x_type == ADDER2D_FLOAT16 && p.w_type == ADDER2D_FLOAT16) return launch(Types<ADDER2D_FLOAT16, ADDER2D_FLOAT16>{});
-  if (p.x_type == ADDER2D_FLOAT16 && p.w_type == ADDER2D_FLOAT32) return launch(Types<ADDER2D_FLOAT16, ADDER2D_FLOAT32>{});
-  if (p.x_type == ADDER2D_BFLOAT16 && p.w_type == ADDER2D_BFLOAT16) return launch(Types<ADDER2D_BFLOAT16, ADDER2D_BFLOAT16>{});
+  if (p.x_type == ADDER2D_FLOAT32 && p.w_type == ADDER2D_FLOAT32)
+    return launch(Types<ADDER2D_FLOAT32, ADDER2D_FLOAT32>{});
+  if (p.x_type == ADDER2D_FLOAT16 && p.w_type == ADDER2D_FLOAT16)
+    return launch(Types<ADDER2D_FLOAT16, ADDER2D_FLOAT16>{});
+  if (p.x_type == ADDER2D_FLOAT16 && p.w_type == ADDER2D_FLOAT32)
+    return launch(Types<ADDER2D_FLOAT16, ADDER2D_FLOAT32>{});
+  if (p.x_type == ADDER2D_BFLOAT16 && p.w_type == ADDER2D_BFLOAT16)
+    return launch(Types<ADDER2D_BFLOAT16, ADDER2D_BFLOAT16>{});
   return launch(Types<kAnyType, kAnyType>{});
 }
 
-// A thread's filters are those of a set of kFilters; the last set of a group may lack some, and repeats its last filter.
+// A thread's filters are those of a set of kFilters; the last set of a group may lack some, and repeats its last
+// filter.
 template <int kFilters>
 struct FilterSet {
   int32_t group, k, count;
@@ -42,13 +51,10 @@ struct FilterSet {
     k = group * a.Kg + rest * kFilters;
     count = min(kFilters, a.Kg - rest * kFilters);
   }
-  __device__ __forceinline__ int64_t weights(FpropArgs const& a, int f) const { return int64_t{k + min(f, count - 1)} * a.CRS; }
+  __device__ __forceinline__ int64_t weights(FpropArgs const& a, int f) const {
+    return int64_t{k + min(f, count - 1)} * a.CRS;
+  }
 };
-
-__device__ __forceinline__ void store_output(FpropArgs const& a, int32_t k, int64_t offset, float sum) {
-  float const bias = load_bias(a, k);
-  store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, bias - sum);
-}
 
 // ---- one thread an output
 
@@ -76,7 +82,8 @@ __global__ void __launch_bounds__(kTileThreads, 3)
   int32_t const h0 = p * a.p.stride_h - a.p.pad_h, w0 = q * a.p.stride_w - a.p.pad_w;
   int32_t const rows = a.p.P - p;  // kRows or, at the end, fewer
   int64_t const below = a.p.stride_h * a.p.x_stride[2];
-  int64_t row = n * a.p.x_stride[0] + int64_t{set.group} * a.Cg * a.p.x_stride[1] + h0 * a.p.x_stride[2] + w0 * a.p.x_stride[3];
+  int64_t row =
+      n * a.p.x_stride[0] + int64_t{set.group} * a.Cg * a.p.x_stride[1] + h0 * a.p.x_stride[2] + w0 * a.p.x_stride[3];
   int64_t w[kFilters];
 #pragma unroll
   for (int f = 0; f < kFilters; ++f) w[f] = set.weights(a, f);
@@ -87,14 +94,16 @@ __global__ void __launch_bounds__(kTileThreads, 3)
       bool inside[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
-        inside[i] = i < rows && static_cast<uint32_t>(h0) + i * a.p.stride_h + r * a.p.dil_h < static_cast<uint32_t>(a.p.H);
+        inside[i] =
+            i < rows && static_cast<uint32_t>(h0) + i * a.p.stride_h + r * a.p.dil_h < static_cast<uint32_t>(a.p.H);
       int64_t tap = row;
 #pragma unroll 3
       for (int32_t s = 0; s < a.p.S; ++s, tap += a.step_s) {
         bool const column_inside = static_cast<uint32_t>(w0 + s * a.p.dil_w) < static_cast<uint32_t>(a.p.W);
         float x[kRows];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) x[i] = inside[i] && column_inside ? T::load_x(a, tap + i * below) : 0.f;  // padding reads 0
+        // Padding reads 0.
+        for (int i = 0; i < kRows; ++i) x[i] = inside[i] && column_inside ? T::load_x(a, tap + i * below) : 0.f;
 #pragma unroll
         for (int f = 0; f < kFilters; ++f) {
           float const weight = T::load_w(a, w[f]++);
@@ -109,7 +118,8 @@ __global__ void __launch_bounds__(kTileThreads, 3)
   for (int i = 0; i < kRows; ++i) {
 #pragma unroll
     for (int f = 0; f < kFilters; ++f)
-      if (i < rows && f < set.count) store_output(a, set.k + f, y + i * a.p.y_stride[2], sum[i][f]);
+      if (i < rows && f < set.count)
+        store1(a, set.k + f, y + i * a.p.y_stride[2], Epilogue::filter(a, set.k + f), sum[i][f]);
   }
 }
 
@@ -129,7 +139,7 @@ cudaError_t launch_tile(FpropArgs const& args, cudaStream_t stream) {
     for (int64_t first = 0; first < all_sets; first += max_sets) {
       int32_t const sets = static_cast<int32_t>(std::min<int64_t>(all_sets - first, max_sets));
       TileGrid g{};
-      g.sets_first = kFilters == 1 && args.y_filters;
+      g.sets_first = kFilters == 1 && args.y_channels_last;
       g.div_0 = FastDiv(g.sets_first ? sets : args.p.Q);
       g.div_1 = FastDiv(g.sets_first ? args.p.Q : strips);
       g.div_2 = FastDiv(g.sets_first ? strips : sets);
@@ -138,7 +148,8 @@ cudaError_t launch_tile(FpropArgs const& args, cudaStream_t stream) {
       g.first_set = static_cast<int32_t>(first);
       uint32_t const blocks = static_cast<uint32_t>(ceil_div<int64_t>(g.threads, kTileThreads));
       cudaError_t const error = with_types(args.p, [&](auto types) {
-        return launch(adder2d_fprop_direct_kernel<decltype(types), kRows, kFilters>, dim3(blocks), dim3(kTileThreads), 0, stream, part, g);
+        return launch(adder2d_fprop_direct_kernel<decltype(types), kRows, kFilters>, dim3(blocks), dim3(kTileThreads),
+                      0, stream, part, g);
       });
       if (error != cudaSuccess) return error;
     }
@@ -150,8 +161,8 @@ cudaError_t launch_tile(FpropArgs const& args, cudaStream_t stream) {
 
 constexpr int kSharedThreads = 128;
 
-// Adds kShares neighbouring threads' sums of kValues outputs, halving the outputs at each step while there are several. A
-// thread is left with the sum of value (threadIdx.x % kShares) / (kShares / kValues).
+// Adds kShares neighbouring threads' sums of kValues outputs, halving the outputs at each step while there are several.
+// A thread is left with the sum of value (threadIdx.x % kShares) / (kShares / kValues).
 template <int kValues, int kShares>
 __device__ __forceinline__ float add_shares(float (&sum)[kValues]) {
   static_assert(kValues <= kShares && kShares <= 32, "a warp adds, and every value is left to some thread");
@@ -168,10 +179,12 @@ __device__ __forceinline__ float add_shares(float (&sum)[kValues]) {
   return sum[0];
 }
 
-// kShares threads take every kShares-th term of kPixels x kFilters outputs each. One image spans less than 2^31 elements.
+// kShares threads take every kShares-th term of kPixels x kFilters outputs each. One image spans less than 2^31
+// elements.
 template <class T, int kShares, int kPixels, int kFilters>
 __global__ void __launch_bounds__(kSharedThreads, 4)
-    adder2d_fprop_shared_kernel(__grid_constant__ FpropArgs const a, FastDiv const div_all_sets, FastDiv const div_sets, int32_t tiles) {
+    adder2d_fprop_shared_kernel(__grid_constant__ FpropArgs const a, FastDiv const div_all_sets, FastDiv const div_sets,
+                                int32_t tiles) {
   constexpr int kValues = kPixels * kFilters, kUnroll = 4, kLanes = kShares < 32 ? kShares : 32;
   int32_t const share = threadIdx.x % kShares, index = (blockIdx.x * kSharedThreads + threadIdx.x) / kShares;
   int32_t const tile = min(index, tiles - 1);  // all threads take part in the sums; only present tiles are stored
@@ -186,7 +199,8 @@ __global__ void __launch_bounds__(kSharedThreads, 4)
     int32_t const n = a.div_PQ.divmod(min(first + i, a.NPQ - 1), &pq), p = a.div_Q.divmod(pq, &q);
     h0[i] = p * a.p.stride_h - a.p.pad_h;
     w0[i] = q * a.p.stride_w - a.p.pad_w;
-    windows[i] = n * a.p.x_stride[0] + int64_t{set.group} * a.Cg * a.p.x_stride[1] + h0[i] * a.p.x_stride[2] + w0[i] * a.p.x_stride[3];
+    windows[i] = n * a.p.x_stride[0] + int64_t{set.group} * a.Cg * a.p.x_stride[1] + h0[i] * a.p.x_stride[2] +
+                 w0[i] * a.p.x_stride[3];
     outputs[i] = n * a.p.y_stride[0] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
   }
 #pragma unroll
@@ -239,7 +253,7 @@ __global__ void __launch_bounds__(kSharedThreads, 4)
   int64_t output = outputs[0];
 #pragma unroll
   for (int i = 1; i < kPixels; ++i) output = pixel == i ? outputs[i] : output;
-  store_output(a, set.k + f, output, total);
+  store1(a, set.k + f, output, Epilogue::filter(a, set.k + f), total);
 }
 
 template <int kShares, int kPixels, int kFilters>
@@ -247,8 +261,9 @@ cudaError_t launch_shared(FpropArgs const& args, cudaStream_t stream) {
   int32_t const group_sets = ceil_div(args.Kg, kFilters), sets = args.p.groups * group_sets;
   int32_t const tiles = ceil_div(args.NPQ, kPixels) * sets;
   return with_types(args.p, [&](auto types) {
-    return launch(adder2d_fprop_shared_kernel<decltype(types), kShares, kPixels, kFilters>, dim3(ceil_div(tiles, kSharedThreads / kShares)),
-                  dim3(kSharedThreads), 0, stream, args, FastDiv(sets), FastDiv(group_sets), tiles);
+    return launch(adder2d_fprop_shared_kernel<decltype(types), kShares, kPixels, kFilters>,
+                  dim3(ceil_div(tiles, kSharedThreads / kShares)), dim3(kSharedThreads), 0, stream, args, FastDiv(sets),
+                  FastDiv(group_sets), tiles);
   });
 }
 
@@ -256,22 +271,64 @@ cudaError_t launch_shared(FpropArgs const& args, cudaStream_t stream) {
 bool has_small_image(Adder2dParams const& p) {
   auto const span = [](int64_t size, int64_t stride) { return size * (stride < 0 ? -stride : stride); };
   return span(p.C / p.groups, p.x_stride[1]) + span(int64_t{p.R} * p.dil_h, p.x_stride[2]) +
-             span(int64_t{p.S} * p.dil_w, p.x_stride[3]) <= 0x7fffffff;
+             span(int64_t{p.S} * p.dil_w, p.x_stride[3]) <=
+         0x7fffffff;
+}
+
+// ---- families
+
+constexpr char const* kDirectNames[] = {"2x4", "4x1"};                            // rows x filters
+constexpr char const* kSharedNames[] = {"128x2x4", "128x4x1", "8x1x2", "8x1x1"};  // threads x pixels x filters
+
+bool can_implement_direct(FpropArgs const&, size_t) { return true; }
+
+bool plan_direct(FpropArgs const& args, size_t, TileForce const& force, TileConfig* config, double*) {
+  *config = {};
+  config->tile = force.tile >= 0 ? force.tile : args.Kg > 2 ? 0 : 1;
+  return force.splits <= 1 && force.packed != 1;
+}
+
+cudaError_t launch_direct(FpropArgs const& args, TileConfig const& config, cudaStream_t stream) {
+  return config.tile == 0 ? launch_tile<2, 4>(args, stream) : launch_tile<4, 1>(args, stream);
+}
+
+// The index of a thread is an int32, whatever the tile.
+bool can_implement_shared(FpropArgs const& args, size_t) {
+  return has_small_image(args.p) && int64_t{args.NPQ} * args.p.K <= kMaxIndex / kSharedThreads;
+}
+
+// Reductions are shared out, as long as that does not need more threads than the chip runs at once.
+bool plan_shared(FpropArgs const& args, size_t, TileForce const& force, TileConfig* config, double*) {
+  *config = {};
+  if (force.splits > 1 || force.packed == 1) return false;
+  int64_t const outputs = int64_t{args.NPQ} * args.p.K, threads = int64_t{multiprocessor_count()} * 2048;
+  int32_t tile = force.tile;
+  if (tile < 0 && args.CRS >= 128 && outputs * 16 <= threads) tile = args.Kg > 2 ? 0 : 1;
+  if (tile < 0 && args.CRS >= 16 && outputs * (args.Kg > 1 ? 4 : 8) <= threads) tile = args.Kg > 1 ? 2 : 3;
+  config->tile = tile;
+  return tile >= 0;
+}
+
+cudaError_t launch_shared_plan(FpropArgs const& args, TileConfig const& config, cudaStream_t stream) {
+  switch (config.tile) {
+    case 0: return launch_shared<128, 2, 4>(args, stream);
+    case 1: return launch_shared<128, 4, 1>(args, stream);
+    case 2: return launch_shared<8, 1, 2>(args, stream);
+    case 3: return launch_shared<8, 1, 1>(args, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-cudaError_t launch_fprop_direct(FpropArgs const& args, cudaStream_t stream) {
-  // Reductions are shared out, as long as that does not need more threads than the chip runs at once.
-  int64_t const outputs = int64_t{args.NPQ} * args.p.K, threads = int64_t{multiprocessor_count()} * 2048;
-  if (has_small_image(args.p)) {
-    if (args.CRS >= 128 && outputs * 16 <= threads)
-      return args.Kg > 2 ? launch_shared<128, 2, 4>(args, stream) : launch_shared<128, 4, 1>(args, stream);
-    if (args.CRS >= 16 && args.Kg > 1 && outputs * 4 <= threads) return launch_shared<8, 1, 2>(args, stream);
-    if (args.CRS >= 16 && args.Kg == 1 && outputs * 8 <= threads) return launch_shared<8, 1, 1>(args, stream);
-  }
-  if (takes_fprop_depthwise(args)) return launch_fprop_depthwise(args, stream);
-  return args.Kg > 2 ? launch_tile<2, 4>(args, stream) : launch_tile<4, 1>(args, stream);
+bool prefers_direct(FpropArgs const& args) {
+  int64_t const reduction = args.CRS, terms = int64_t{args.NPQ} * args.p.K * reduction;
+  return args.Kg < 8 || (reduction <= 32 && args.Kg <= 32) || terms <= int64_t{multiprocessor_count()} * 32768;
 }
+
+FpropFamily const kFpropShared{
+    {"shared", kSharedNames, 4}, can_implement_shared, prefers_direct, plan_shared, launch_shared_plan};
+FpropFamily const kFpropDirect{
+    {"direct", kDirectNames, 2}, can_implement_direct, prefers_direct, plan_direct, launch_direct};
 
 }  // namespace adder2d

@@ -1,19 +1,27 @@
 // 1 x 1 kernels at stride 1 of few channels, on float32 arithmetic: blocks that go through many tiles.
 //
-// A tile of so few channels is short work: in fprop_simt.cu its first copies, its stores and its start cost a seventh of the time. Here
-// a block keeps the weights of kTileK filters in shared memory and goes through a range of pixels, tile after tile. The ring of image
-// slices runs across their borders: the next tile's first slice is on its way while this tile is added up and stored. Neither weights
-// nor image are packed, and sums are stored as the threads hold them, four pixels or four filters at once.
+// A tile of so few channels is short work: in fprop_simt.cu its first copies, its stores and its start cost a seventh
+// of the time. Here a block keeps the weights of kTileK filters in shared memory and goes through a range of pixels,
+// tile after tile. The ring of image slices runs across their borders: the next tile's first slice is on its way while
+// this tile is added up and stored. Neither weights nor image are packed, and sums are stored as the threads hold them,
+// four pixels or four filters at once.
 #include <algorithm>
 
-#include "fprop_tiled.cuh"
+#include "common/cp_async.cuh"
+#include "common/device.h"
+#include "common/launch.cuh"
+#include "fprop/fprop.h"
+#include "tile/arch.h"
+#include "tile/epilogue.cuh"
+#include "tile/mainloop.cuh"
 
 namespace adder2d {
 namespace {
 
 // ---- traits
 
-constexpr int32_t kMaxChannels = 128;  // whose weights let three blocks into 227 KiB; with many more, tiles are long work anyway
+// Whose weights let three blocks into 227 KiB; with many more, tiles are long work anyway.
+constexpr int32_t kMaxChannels = 128;
 
 template <int kTileK_, int kTilePQ_, int kTileC_>
 struct Tile {
@@ -25,28 +33,31 @@ struct Tile {
   static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
   static constexpr int kLanesK = 4, kLanesPQ = 8;  // a warp's threads
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
-  static constexpr int kBlocksPerSM = 3;
-  static constexpr int kRows = kThreads / 8;  // filters, or pixels, copied at once: 8 threads side by side along the channels
+  static constexpr int kBlocksPerSM = kArch.pointwise_blocks;
+  // Filters, or pixels, copied at once: 8 threads side by side along the channels.
+  static constexpr int kRows = kThreads / 8;
   static constexpr int kLanes = kTilePQ / 4;  // where pixels lie side by side: threads along them
   // 8 threads that store 8 channels of a filter, or a pixel, find different banks.
   static constexpr int kPitchK = kTileK + 4, kPitchPQ = kTilePQ + 4;
   static constexpr int kStageFloats = kTileC * kPitchPQ;
 
-  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
+  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0,
+                "warps must tile the block");
   static_assert(kTileC % 8 == 0 && kTileK % kRows == 0 && kTilePQ % kRows == 0, "8 lanes copy along the channels");
   static_assert(kThreads % kLanes == 0 && 8 % (kThreads / kLanes) == 0, "threads copy whole rows of pixels");
 };
 
 constexpr int32_t kStages = 2;  // slices in flight
 
-// The stages, the bias, the weights.
+// The stages, the epilogue's filters, the weights.
 template <class T>
 constexpr size_t smem_size(int32_t channels) {
-  return sizeof(float) * (kStages * T::kStageFloats + T::kTileK + channels * T::kPitchK);
+  return sizeof(float) * (kStages * T::kStageFloats + channels * T::kPitchK) + sizeof(Epilogue::Filter) * T::kTileK;
 }
 
-// How the output is shared out. Blocks of a range of pixels lie side by side, so that they read the same image at the same time; the
-// ranges with one tile more than others come first, so that multiprocessors get the same number of tiles.
+// How the output is shared out. Blocks of a range of pixels lie side by side, so that they read the same image at the
+// same time; the ranges with one tile more than others come first, so that multiprocessors get the same number of
+// tiles.
 struct Ranges {
   int32_t tiles_k;
   int32_t count, tiles, longer;  // the first `longer` ranges have a tile more than `tiles`
@@ -74,18 +85,20 @@ __device__ __forceinline__ float* at(float* first, int32_t m, int32_t pitch) {
 
 // ---- fill
 
-// The fills of a block, slice after slice and tile after tile: the image [kTileC][kPitchPQ]. Pixels behind the last one are copied
-// from it, and not stored.
+// The fills of a block, slice after slice and tile after tile: the image [kTileC][kPitchPQ]. Pixels behind the last one
+// are copied from it, and not stored.
 template <class T, bool kChannels>
-struct Filler {
+struct Loader {
   FpropArgs const& a;
   int32_t pixel, tiles;    // of the tile being filled: the thread's first pixel; tiles from this one on
   int32_t channel, slice;  // the next slice's first channel; channels of a slice
   int32_t dst;             // where the thread's first copy goes in the stage
-  float const* x;          // where it comes from, in the first channel of pixel 0 (kChannels), or of the thread's pixels
+  // Where it comes from, in the first channel of pixel 0 (kChannels), or of the thread's pixels.
+  float const* x;
   float const* group;
 
-  __device__ __forceinline__ Filler(FpropArgs const& args, Ranges const& ranges, int32_t g, int32_t first_pixel, int32_t count)
+  __device__ __forceinline__ Loader(FpropArgs const& args, Ranges const& ranges, int32_t g, int32_t first_pixel,
+                                    int32_t count)
       : a(args), tiles(count), channel(0), slice(ranges.slice) {
     int32_t const lanes = kChannels ? 8 : T::kLanes, lane = threadIdx.x % lanes, row = threadIdx.x / lanes;
     pixel = first_pixel + (kChannels ? row : 4 * lane);
@@ -138,20 +151,22 @@ template <class T, bool kChannels>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     adder2d_fprop_pointwise_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ Ranges const ranges) {
   extern __shared__ __align__(16) float smem[];
-  float* const b_smem = smem + kStages * T::kStageFloats;
-  float* const w_smem = b_smem + T::kTileK;
+  static_assert(sizeof(Epilogue::Filter) == sizeof(float), "four of them are one read of shared memory");
+  constexpr int kFilterFloats = T::kTileK * sizeof(Epilogue::Filter) / sizeof(float);
+  float* const filters_smem = smem + kStages * T::kStageFloats;
+  float* const w_smem = filters_smem + kFilterFloats;
   int32_t const k_tile = blockIdx.x % ranges.tiles_k, rest = blockIdx.x / ranges.tiles_k;
   int32_t const group = rest % a.p.groups, range = rest / a.p.groups;
   int32_t const first_k = group * a.Kg + k_tile * T::kTileK, end_k = (group + 1) * a.Kg;
   int32_t const first_tile = range * ranges.tiles + min(range, ranges.longer);
   int32_t tiles = ranges.tiles + (range < ranges.longer);
   int32_t first_pixel = first_tile * T::kTilePQ;
-  ThreadPlace<T> const place(threadIdx.x);
+  ThreadCoord<T> const thread(threadIdx.x);
 
-  Filler<T, kChannels> filler(a, ranges, group, first_pixel, tiles);
+  Loader<T, kChannels> loader(a, ranges, group, first_pixel, tiles);
   int32_t stage = 0;
   auto const fill = [&] {
-    filler.fill(smem + stage);
+    loader.fill(smem + stage);
     copy_commit();
     stage = T::kStageFloats - stage;
   };
@@ -165,7 +180,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     }
   }
   copy_commit();
-  if (threadIdx.x < T::kTileK) b_smem[threadIdx.x] = load_bias(a, min(first_k + static_cast<int32_t>(threadIdx.x), end_k - 1));
+  if (threadIdx.x < T::kTileK)
+    reinterpret_cast<Epilogue::Filter*>(filters_smem)[threadIdx.x] =
+        Epilogue::filter(a, min(first_k + static_cast<int32_t>(threadIdx.x), end_k - 1));
 
 #pragma unroll 1
   for (; tiles > 0; --tiles, first_pixel += T::kTilePQ) {
@@ -175,27 +192,29 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     do {
       copy_wait<0>();
       __syncthreads();
-      add_terms<T>(w_smem + channel * T::kPitchK + place.thread_k, smem + (T::kStageFloats - stage) + place.thread_pq, terms, fill, acc);
+      add_terms<T>(w_smem + channel * T::kPitchK + thread.thread_k, smem + (T::kStageFloats - stage) + thread.thread_pq,
+                   terms, fill, acc);
       channel += terms;
       terms = min(terms, a.Cg - channel);
     } while (terms > 0);
 
-    int32_t const filters = end_k - first_k - place.thread_k;  // from the thread's first one on
-    alignas(16) float b[T::kThreadK];
+    int32_t const count = end_k - first_k - thread.thread_k;  // from the thread's first one on
+    alignas(16) Epilogue::Filter f[T::kThreadK];
 #pragma unroll
-    for (int i = 0; i < T::kThreadK; i += 4) *reinterpret_cast<float4*>(&b[i]) = *reinterpret_cast<float4 const*>(b_smem + place.k(i));
+    for (int i = 0; i < T::kThreadK; i += 4)
+      *reinterpret_cast<float4*>(&f[i]) = *reinterpret_cast<float4 const*>(filters_smem + thread.k(i));
     if constexpr (kChannels) {
       int32_t const pitch = 4 * static_cast<int32_t>(a.p.y_stride[3]);
 #pragma unroll
       for (int j = 0; j < T::kThreadPQ; ++j) {
-        int32_t const m = first_pixel + place.pq(j);
-        float* const y = at(static_cast<float*>(a.p.y) + (first_k + place.thread_k), m, pitch);
+        int32_t const m = first_pixel + thread.pq(j);
+        float* const y = at(static_cast<float*>(a.p.y) + (first_k + thread.thread_k), m, pitch);
 #pragma unroll
         for (int i = 0; i < T::kThreadK; i += 4) {
-          int32_t const k = place.k(i) - place.thread_k;
-          if (m < a.NPQ && k < filters)
-            *reinterpret_cast<float4*>(y + k) =
-                make_float4(b[i] - acc[i][j], b[i + 1] - acc[i + 1][j], b[i + 2] - acc[i + 2][j], b[i + 3] - acc[i + 3][j]);
+          int32_t const k = thread.k(i) - thread.thread_k;
+          if (m < a.NPQ && k < count)
+            store4_at<false>(y + k, {f[i], f[i + 1], f[i + 2], f[i + 3]},
+                             make_float4(acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j]));
         }
       }
     } else {
@@ -203,19 +222,20 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
       int32_t ends[T::kGroupsPQ];
 #pragma unroll
       for (int j = 0; j < T::kGroupsPQ; ++j) {
-        int32_t const m = first_pixel + place.pq(4 * j);
+        int32_t const m = first_pixel + thread.pq(4 * j);
         int32_t pq;
         int32_t const n = a.div_PQ.divmod(m, &pq);
-        y[j] = static_cast<float*>(a.p.y) + (n * a.p.y_stride[0] + pq + (first_k + place.thread_k) * a.p.y_stride[1]);
-        ends[j] = m < a.NPQ ? filters : 0;
+        y[j] = static_cast<float*>(a.p.y) + (n * a.p.y_stride[0] + pq + (first_k + thread.thread_k) * a.p.y_stride[1]);
+        ends[j] = m < a.NPQ ? count : 0;
       }
 #pragma unroll
       for (int i = 0; i < T::kThreadK; ++i) {
-        int32_t const k = place.k(i) - place.thread_k;
+        int32_t const k = thread.k(i) - thread.thread_k;
 #pragma unroll
         for (int j = 0; j < T::kGroupsPQ; ++j) {
           float const* const sums = &acc[i][4 * j];
-          if (k < ends[j]) store16(y[j], make_float4(b[i] - sums[0], b[i] - sums[1], b[i] - sums[2], b[i] - sums[3]));
+          if (k < ends[j])
+            store4_at<true>(y[j], {f[i], f[i], f[i], f[i]}, make_float4(sums[0], sums[1], sums[2], sums[3]));
           y[j] += (i % 4 == 3 ? T::kTileK / T::kGroupsK - 3 : 1) * a.p.y_stride[1];
         }
       }
@@ -233,53 +253,67 @@ cudaError_t launch_layout(FpropArgs const& args, cudaStream_t stream) {
   cudaError_t const error = allow_smem(kernel, std::min(smem_size<T>(kMaxChannels), smem_limit()));
   if (error != cudaSuccess) return error;
   Ranges const ranges = share_out<T>(args);
-  return launch(kernel, dim3(ranges.tiles_k * args.p.groups * ranges.count), dim3(T::kThreads), smem_size<T>(args.Cg), stream, args, ranges);
+  return launch(kernel, dim3(ranges.tiles_k * args.p.groups * ranges.count), dim3(T::kThreads), smem_size<T>(args.Cg),
+                stream, args, ranges);
 }
 
 template <class T>
 cudaError_t launch_tile(FpropArgs const& args, cudaStream_t stream) {
-  return args.y_filters ? launch_layout<T, true>(args, stream) : launch_layout<T, false>(args, stream);
+  return args.y_channels_last ? launch_layout<T, true>(args, stream) : launch_layout<T, false>(args, stream);
 }
 
 using Tile64x128 = Tile<64, 128, 32>;
 using Tile32x256 = Tile<32, 256, 16>;
 
-// Predicted cycles, to rank beside those of fprop_plan.cu; 0 where not all blocks run at once, or find no room.
+// Predicted cycles, to rank beside those of choose_tile; 0 where not all blocks run at once, or find no room.
 template <class T>
 double predict(FpropArgs const& args) {
   int32_t const multiprocessors = multiprocessor_count();
   Ranges const ranges = share_out<T>(args);
   int64_t const heads = int64_t{ranges.tiles_k} * args.p.groups;
   if (heads > multiprocessors * T::kBlocksPerSM || smem_size<T>(args.Cg) > smem_limit()) return 0;
-  // Blocks of the busiest multiprocessor, in turns of which they hide each other's waits: of all ranges, then of the longer ones.
+  // Blocks of the busiest multiprocessor, in turns of which they hide each other's waits: of all ranges, then of the
+  // longer ones.
   auto const turns = [&](int64_t blocks) {
     int64_t const sharing = ceil_div(blocks, int64_t{multiprocessors});
-    return blocks > 0 ? sharing + 0.4 * (T::kBlocksPerSM - sharing) : 0.0;
+    return blocks > 0 ? sharing + kArch.pointwise_partial_turn * (T::kBlocksPerSM - sharing) : 0.0;
   };
   double const tiles = ranges.tiles * turns(heads * ranges.count) + turns(heads * ranges.longer);
-  return tiles * (args.Cg * (T::kTileK * T::kTilePQ / 56.0) + 100 * ceil_div(args.Cg, ranges.slice) + 200) + 4000;
+  double const tile = args.Cg * (T::kTileK * T::kTilePQ / kArch.pointwise_rate) +
+                      kArch.pointwise_slice * ceil_div(args.Cg, ranges.slice) + kArch.pointwise_tile;
+  return tiles * tile + kArch.pointwise_start;
+}
+
+constexpr char const* kTileNames[] = {"64x128", "32x256"};
+
+bool can_implement(FpropArgs const& args, size_t) {
+  Adder2dParams const& p = args.p;
+  bool const singles = p.x_type == ADDER2D_FLOAT32 && p.w_type == ADDER2D_FLOAT32 && p.y_type == ADDER2D_FLOAT32;
+  if (!is_pointwise(p) || !singles || args.Cg % 8 != 0 || args.Cg > kMaxChannels || !args.y_vectors) return false;
+  // x lies as y does: channels side by side, pixels one after the other; or four pixels of a channel at an aligned
+  // address.
+  int64_t const* const stride = p.x_stride;
+  bool const channels = stride[1] == 1 && stride[2] == p.W * stride[3] && stride[0] == p.H * stride[2];
+  bool const reach = std::max(stride[3], p.y_stride[3]) <= INT32_MAX / 4;  // of at()
+  return args.y_channels_last ? channels && args.y_linear && reach : is_plane(args);
+}
+
+bool plan(FpropArgs const& args, size_t, TileForce const& force, TileConfig* config, double* cycles) {
+  if (force.splits > 1 || force.packed == 1) return false;
+  double const wide = force.tile == 1 ? 0 : predict<Tile64x128>(args),
+               narrow = force.tile == 0 ? 0 : predict<Tile32x256>(args);
+  *config = {};
+  config->tile = wide == 0 || (narrow != 0 && narrow < wide);
+  *cycles = config->tile == 0 ? wide : narrow;
+  return *cycles != 0;
+}
+
+cudaError_t launch_plan(FpropArgs const& args, TileConfig const& config, cudaStream_t stream) {
+  return config.tile == 0 ? launch_tile<Tile64x128>(args, stream) : launch_tile<Tile32x256>(args, stream);
 }
 
 }  // namespace
 
-bool plan_fprop_pointwise(FpropArgs const& args, FpropPlan* plan, double* cycles) {
-  Adder2dParams const& p = args.p;
-  bool const singles = p.x_type == ADDER2D_FLOAT32 && p.w_type == ADDER2D_FLOAT32 && p.y_type == ADDER2D_FLOAT32;
-  if (!is_pointwise(p) || !singles || args.Cg % 8 != 0 || args.Cg > kMaxChannels || !args.y_vectors) return false;
-  // x lies as y does: channels side by side, pixels one after the other; or four pixels of a channel at an aligned address.
-  int64_t const* const stride = p.x_stride;
-  bool const channels = stride[1] == 1 && stride[2] == p.W * stride[3] && stride[0] == p.H * stride[2];
-  bool const reach = std::max(stride[3], p.y_stride[3]) <= INT32_MAX / 4;  // of at()
-  if (args.y_filters ? !channels || !args.y_linear || !reach : !is_plane(args)) return false;
-  double const wide = predict<Tile64x128>(args), narrow = predict<Tile32x256>(args);
-  *plan = {};
-  plan->tile = wide == 0 || (narrow != 0 && narrow < wide);
-  *cycles = plan->tile == 0 ? wide : narrow;
-  return *cycles != 0;
-}
-
-cudaError_t launch_fprop_pointwise(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  return plan.tile == 0 ? launch_tile<Tile64x128>(args, stream) : launch_tile<Tile32x256>(args, stream);
-}
+FpropFamily const kFpropPointwise{{"pointwise", kTileNames, 2}, can_implement, nullptr, plan, launch_plan};
 
 }  // namespace adder2d

@@ -1,12 +1,15 @@
-// Depth-wise layers of the common kernels and strides, whose bound is memory: a thread takes a strip of kRows x 2 outputs and
-// reads each row of its window once, several rows ahead. The two are neighbours along the width, or along the channels where
-// these lie side by side (channels_last), so that they are one load. All other layers take fprop_direct.cu.
-#include "fprop.h"
+// Depth-wise layers of the common kernels and strides, whose bound is memory: a thread takes a strip of kRows x 2
+// outputs and reads each row of its window once, several rows ahead. The two are neighbours along the width, or along
+// the channels where these lie side by side (channels_last), so that they are one load. fprop_direct.cu has all other
+// layers.
+#include "common/launch.cuh"
+#include "fprop/fprop.h"
+#include "tile/epilogue.cuh"
 
 namespace adder2d {
 namespace {
 
-constexpr int kRows = 7;       // outputs of a strip along the height: maps of 7, 14, 28, 56, 112 rows divide evenly
+constexpr int kRows = 7;  // outputs of a strip along the height: maps of 7, 14, 28, 56, 112 rows divide evenly
 constexpr int kMaxThreads = 256;
 
 // ---- elements
@@ -16,18 +19,11 @@ struct Element {  // 16 bits
   using One = uint16_t;
   using Two = uint32_t;
 
-  __device__ __forceinline__ static float to_float(uint16_t bits) {
-    return kType == ADDER2D_BFLOAT16 ? __uint_as_float(uint32_t{bits} << 16) : __half2float(__ushort_as_half(bits));
-  }
+  static_assert(is_16_bit(kType), "two elements are 32 bits");
+  __device__ __forceinline__ static float to_float(uint16_t bits) { return bits_as_float(bits, kType); }
   __device__ __forceinline__ static float2 to_floats(uint32_t bits) {
     if (kType == ADDER2D_BFLOAT16) return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
     return make_float2(to_float(static_cast<uint16_t>(bits)), to_float(static_cast<uint16_t>(bits >> 16)));
-  }
-  __device__ __forceinline__ static void store(void* base, int64_t index, float2 const& v) {
-    alignas(4) uint16_t halves[2];
-    store_from_float(halves, 0, kType, v.x);
-    store_from_float(halves, 1, kType, v.y);
-    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(base) + index) = *reinterpret_cast<uint32_t*>(halves);
   }
 };
 
@@ -38,9 +34,6 @@ struct Element<ADDER2D_FLOAT32> {
 
   __device__ __forceinline__ static float to_float(float v) { return v; }
   __device__ __forceinline__ static float2 to_floats(float2 v) { return v; }
-  __device__ __forceinline__ static void store(void* base, int64_t index, float2 const& v) {
-    *reinterpret_cast<float2*>(static_cast<float*>(base) + index) = v;
-  }
 };
 
 // *pointer, or zero where `valid` is false.
@@ -56,21 +49,10 @@ __device__ __forceinline__ T load_if(bool valid, Pointer const* pointer) {
 // What the kernels know of the launch beyond FpropArgs.
 struct Strips {
   FastDiv div_columns, div_strips, div_K, div_Kg;  // columns: of pairs (width), or of blocks (channels)
-  int32_t threads;    // width: of all blocks
-  FastDiv div_chunks; // channels: blocks side by side along the channels
-  bool y_pairs;       // the two outputs may be stored at once
+  int32_t threads;                                 // width: of all blocks
+  FastDiv div_chunks;                              // channels: blocks side by side along the channels
+  bool y_pairs;                                    // the two outputs may be stored at once
 };
-
-// Stores outputs p, q, k and their neighbours; the neighbour lies at `next`, where it is `present`.
-template <int32_t kType>
-__device__ __forceinline__ void store_two(FpropArgs const& a, bool pairs, int64_t index, int64_t next, bool present, float2 const& y) {
-  if (pairs) {
-    Element<kType>::store(a.p.y, index, y);
-  } else {
-    store_from_float(a.p.y, index, kType, y.x);
-    if (present) store_from_float(a.p.y, index + next, kType, y.y);
-  }
-}
 
 // Whether the row or column `offset` behind `start` is one of `size`.
 __device__ __forceinline__ bool inside(int32_t start, int offset, int32_t size) {
@@ -85,14 +67,15 @@ struct Strip {
   static constexpr int kTall = (kRows - 1) * kStride + kKernel;
   static constexpr int kWide = kStride + kKernel;  // of two outputs side by side
   static constexpr int kTaps = kKernel * kKernel;
-  static constexpr int kPad = kKernel / 2;         // width: padding is as even as this one
+  static constexpr int kPad = kKernel / 2;  // width: padding is as even as this one
 };
 
 // ---- pairs along the width
 
 // Threads side by side take pairs side by side, then strips below each other, then maps.
 template <int32_t kType, int kKernel, int kStride>
-__global__ void __launch_bounds__(128) adder2d_fprop_depthwise_width_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ Strips const g) {
+__global__ void __launch_bounds__(128)
+    adder2d_fprop_depthwise_width_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ Strips const g) {
   using E = Element<kType>;
   using One = typename E::One;
   using Two = typename E::Two;
@@ -105,7 +88,8 @@ __global__ void __launch_bounds__(128) adder2d_fprop_depthwise_width_kernel(__gr
   int32_t pair, strip, k;
   int32_t const map = g.div_strips.divmod(g.div_columns.divmod(index, &pair), &strip), n = g.div_K.divmod(map, &k);
   int32_t const p = strip * kRows, q = 2 * pair, h0 = p * kStride - a.p.pad_h, w0 = q * kStride - a.p.pad_w;
-  One const* const x = static_cast<One const*>(a.p.x) + n * a.p.x_stride[0] + g.div_Kg.div(k) * a.p.x_stride[1] + h0 * a.p.x_stride[2] + w0;
+  One const* const x = static_cast<One const*>(a.p.x) + n * a.p.x_stride[0] + g.div_Kg.div(k) * a.p.x_stride[1] +
+                       h0 * a.p.x_stride[2] + w0;
 
   bool const first_inside = inside(w0, 0, a.p.W), last_inside = inside(w0, S::kWide - 1, a.p.W);
   bool pair_inside[kPairs];  // both or neither: the first is even, as W is
@@ -134,10 +118,12 @@ __global__ void __launch_bounds__(128) adder2d_fprop_depthwise_width_kernel(__gr
     load_weights(ADDER2D_FLOAT32);
   } else if (a.p.w_type == ADDER2D_FLOAT16) {
     load_weights(ADDER2D_FLOAT16);
-  } else {
+  } else if (a.p.w_type == ADDER2D_BFLOAT16) {
     load_weights(ADDER2D_BFLOAT16);
+  } else {
+    __builtin_unreachable();
   }
-  float const bias = load_bias(a, k);
+  Epilogue::Filter const filter = Epilogue::filter(a, k), filters[2] = {filter, filter};
   int64_t const y = n * a.p.y_stride[0] + k * a.p.y_stride[1] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
 
   float sum[kRows][2] = {};
@@ -163,16 +149,16 @@ __global__ void __launch_bounds__(128) adder2d_fprop_depthwise_width_kernel(__gr
         add_term(&sum[i][1], x_row[kStride + s], w[r * kKernel + s]);
       }
       if (r == kKernel - 1 && p + i < a.p.P)
-        store_two<kType>(a, g.y_pairs, y + i * a.p.y_stride[2], a.p.y_stride[3], q + 1 < a.p.Q,
-                         make_float2(bias - sum[i][0], bias - sum[i][1]));
+        store2<kType>(a, g.y_pairs, y + i * a.p.y_stride[2], a.p.y_stride[3], q + 1 < a.p.Q, filters,
+                      make_float2(sum[i][0], sum[i][1]));
     }
   }
 }
 
 // ---- pairs along the channels
 
-// A block takes blockDim.x pairs of channels and blockDim.y columns, so that columns side by side share what they read. As
-// many filters as channels.
+// A block takes blockDim.x pairs of channels and blockDim.y columns, so that columns side by side share what they read.
+// As many filters as channels.
 template <int32_t kType, int kKernel, int kStride>
 __global__ void __launch_bounds__(kMaxThreads)
     adder2d_fprop_depthwise_channels_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ Strips const g) {
@@ -189,7 +175,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   int32_t const p = strip * kRows, h0 = p * kStride - a.p.pad_h, w0 = q * kStride - a.p.pad_w;
   bool const present = c < a.p.C && q < a.p.Q;
   using One = typename E::One;
-  One const* const x = static_cast<One const*>(a.p.x) + n * a.p.x_stride[0] + c + h0 * a.p.x_stride[2] + w0 * a.p.x_stride[3];
+  One const* const x =
+      static_cast<One const*>(a.p.x) + n * a.p.x_stride[0] + c + h0 * a.p.x_stride[2] + w0 * a.p.x_stride[3];
 
   bool column_inside[kKernel];
 #pragma unroll
@@ -207,14 +194,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   // The weights of the block's channels lie side by side, channel by channel; threads want them tap by tap.
   int32_t const channels = min(2 * static_cast<int32_t>(blockDim.x), a.p.C - c0);
   for (int32_t j = threadIdx.y * blockDim.x + threadIdx.x; j < channels * S::kTaps; j += blockDim.x * blockDim.y)
-    reinterpret_cast<float*>(w_smem[j % S::kTaps])[j / S::kTaps] = load_as_float(a.p.w, int64_t{c0} * S::kTaps + j, a.p.w_type);
+    reinterpret_cast<float*>(w_smem[j % S::kTaps])[j / S::kTaps] =
+        load_as_float(a.p.w, int64_t{c0} * S::kTaps + j, a.p.w_type);
   __syncthreads();
   if (!present) return;
   float2 w[S::kTaps];
 #pragma unroll
   for (int j = 0; j < S::kTaps; ++j) w[j] = w_smem[j][threadIdx.x];
-  float2 bias = make_float2(-0.f, -0.f);  // as load_bias, with one branch for both
-  if (a.p.b != nullptr) bias = make_float2(load_as_float(a.p.b, c, a.p.w_type), load_as_float(a.p.b, c + 1, a.p.w_type));
+  Epilogue::Filter filters[2];
+  Epilogue::filters(a, c, filters);
   int64_t const y = n * a.p.y_stride[0] + c * a.p.y_stride[1] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
 
   float sum[kRows][2] = {};
@@ -234,8 +222,8 @@ __global__ void __launch_bounds__(kMaxThreads)
         add_term(&sum[i][1], x_row[s].y, w[r * kKernel + s].y);
       }
       if (r == kKernel - 1 && p + i < a.p.P)
-        store_two<kType>(a, g.y_pairs, y + i * a.p.y_stride[2], a.p.y_stride[1], true,
-                         make_float2(bias.x - sum[i][0], bias.y - sum[i][1]));
+        store2<kType>(a, g.y_pairs, y + i * a.p.y_stride[2], a.p.y_stride[1], true, filters,
+                      make_float2(sum[i][0], sum[i][1]));
     }
   }
 }
@@ -251,11 +239,11 @@ bool has_pairs(void const* base, int32_t type, int64_t const (&stride)[4], int a
 
 constexpr int kChannelAxis = 1, kWidthAxis = 3;
 
-bool takes_channels(Adder2dParams const& p) {
+bool can_pair_channels(Adder2dParams const& p) {
   return p.K == p.C && p.C % 2 == 0 && p.C >= 16 && has_pairs(p.x, p.x_type, p.x_stride, kChannelAxis);
 }
 
-bool takes_width(Adder2dParams const& p) {
+bool can_pair_width(Adder2dParams const& p) {
   return p.W % 2 == 0 && p.pad_w % 2 == p.R / 2 % 2 && has_pairs(p.x, p.x_type, p.x_stride, kWidthAxis);
 }
 
@@ -270,14 +258,15 @@ cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
   Strips g{};
   int32_t const strips = static_cast<int32_t>(ceil_div<int64_t>(p.P, kRows));
   g.div_strips = FastDiv(strips);
-  if (takes_channels(p)) {
+  if (can_pair_channels(p)) {
     g.y_pairs = has_pairs(p.y, p.y_type, p.y_stride, kChannelAxis);
     int32_t const pairs = p.C / 2, lanes = pairs > 16 ? 32 : pairs > 8 ? 16 : 8, chunks = ceil_div(pairs, lanes);
     int32_t const blocks = ceil_div(p.Q, kMaxThreads / lanes), columns = ceil_div(p.Q, blocks);
     g.div_chunks = FastDiv(chunks);
     g.div_columns = FastDiv(blocks);
     dim3 const grid(p.N * strips * blocks * chunks);
-    return launch(adder2d_fprop_depthwise_channels_kernel<kType, kKernel, kStride>, grid, dim3(lanes, columns), 0, stream, args, g);
+    return launch(adder2d_fprop_depthwise_channels_kernel<kType, kKernel, kStride>, grid, dim3(lanes, columns), 0,
+                  stream, args, g);
   } else {
     g.y_pairs = p.Q % 2 == 0 && has_pairs(p.y, p.y_type, p.y_stride, kWidthAxis);
     g.div_columns = FastDiv(ceil_div(p.Q, 2));
@@ -285,8 +274,8 @@ cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
     g.div_Kg = FastDiv(args.Kg);
     g.threads = static_cast<int32_t>(width_threads(p));
     constexpr int kThreads = 128;
-    return launch(adder2d_fprop_depthwise_width_kernel<kType, kKernel, kStride>, dim3(ceil_div(g.threads, kThreads)), dim3(kThreads), 0,
-                  stream, args, g);
+    return launch(adder2d_fprop_depthwise_width_kernel<kType, kKernel, kStride>, dim3(ceil_div(g.threads, kThreads)),
+                  dim3(kThreads), 0, stream, args, g);
   }
 }
 
@@ -297,22 +286,32 @@ cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
   return one ? launch_strips<kType, 5, 1>(args, stream) : launch_strips<kType, 5, 2>(args, stream);
 }
 
-}  // namespace
+constexpr char const* kTileNames[] = {"7x2"};
 
-bool takes_fprop_depthwise(FpropArgs const& args) {
+bool can_implement(FpropArgs const& args, size_t) {
   Adder2dParams const& p = args.p;
   bool const square = p.R == p.S && (p.R == 3 || p.R == 5) && p.stride_h == p.stride_w && p.stride_h <= 2;
   constexpr int64_t kMaxIndex = 0x7fffffff - kMaxThreads;  // the index of a thread, or of a block, is an int32
-  return args.Cg == 1 && square && p.dil_h == 1 && p.dil_w == 1 && p.x_type == p.y_type && width_threads(p) <= kMaxIndex &&
-         (takes_channels(p) || takes_width(p));
+  return args.Cg == 1 && square && p.dil_h == 1 && p.dil_w == 1 && p.x_type == p.y_type &&
+         width_threads(p) <= kMaxIndex && (can_pair_channels(p) || can_pair_width(p));
 }
 
-cudaError_t launch_fprop_depthwise(FpropArgs const& args, cudaStream_t stream) {
-  switch (args.p.x_type) {
+bool plan(FpropArgs const&, size_t, TileForce const& force, TileConfig* config, double*) {
+  *config = {};
+  return force.splits <= 1 && force.packed != 1;
+}
+
+cudaError_t launch_plan(FpropArgs const& args, TileConfig const&, cudaStream_t stream) {
+  switch (static_cast<Adder2dType>(args.p.x_type)) {
     case ADDER2D_FLOAT32: return launch_strips<ADDER2D_FLOAT32>(args, stream);
     case ADDER2D_FLOAT16: return launch_strips<ADDER2D_FLOAT16>(args, stream);
-    default: return launch_strips<ADDER2D_BFLOAT16>(args, stream);
+    case ADDER2D_BFLOAT16: return launch_strips<ADDER2D_BFLOAT16>(args, stream);
   }
+  return cudaErrorInvalidValue;
 }
+
+}  // namespace
+
+FpropFamily const kFpropDepthwise{{"depthwise", kTileNames, 1}, can_implement, prefers_direct, plan, launch_plan};
 
 }  // namespace adder2d

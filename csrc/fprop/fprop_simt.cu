@@ -1,12 +1,18 @@
 // Implicit GEMM on float32 arithmetic: filters by output pixels, reduced over (c, r, s), without an im2col in memory.
 //
-// A block owns a tile of kTileK filters by kTilePQ output pixels and steps through the reduction kTileC terms at a time;
-// asynchronous copies fill a ring of kStages slices in shared memory while a thread accumulates its 8 x 8 outputs. One
-// accumulated |x - w| is two float32 additions, so everything else in the inner loop is overhead to be kept small.
+// A block owns a tile of kTileK filters by kTilePQ output pixels and steps through the reduction kTileC terms at a
+// time; asynchronous copies fill a ring of kStages slices in shared memory while a thread accumulates its 8 x 8
+// outputs. One accumulated |x - w| is two float32 additions, so everything else in the inner loop is overhead to be
+// kept small.
 #include <algorithm>
 #include <type_traits>
 
-#include "fprop_tiled.cuh"
+#include "common/cp_async.cuh"
+#include "common/launch.cuh"
+#include "fprop/fprop.h"
+#include "tile/arch.h"
+#include "tile/mainloop.cuh"
+#include "tile/split_k.cuh"
 
 namespace adder2d {
 namespace {
@@ -25,28 +31,32 @@ template <Fill kFill>
 constexpr bool kIsPacked = kFill == Fill::kPixels || kFill == Fill::kChannels || kFill == Fill::kPlane;
 // Where x is in channels_last, y is too as a rule; elsewhere a thread stores four pixels at once as it holds them.
 template <Fill kFill>
-constexpr bool kIsTurned = kFill == Fill::kChannels || kFill == Fill::kAny;
+constexpr bool kIsTransposed = kFill == Fill::kChannels || kFill == Fill::kAny;
 
-template <int kTileK_, int kTilePQ_, int kTileC_, int kStages_, int kThreadK_ = 8, int kThreadPQ_ = 8, int kBlocks = 3>
+template <int kTileK_, int kTilePQ_, int kTileC_, int kStages_, int kThreadK_ = 8, int kThreadPQ_ = 8,
+          int kBlocks = kArch.simt_blocks>
 struct Tile {
   static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;  // outputs of a block: filters, pixels
   static constexpr int kTileC = kTileC_;                      // reduction terms of a slice
   static constexpr int kStages = kStages_;                    // slices in flight
-  static constexpr int kUnroll = kTileC >= 32 ? 4 : 8;  // terms of the inner loop; a longer body misses the instruction cache
+  // Terms of the inner loop; a longer body misses the instruction cache.
+  static constexpr int kUnroll = kTileC >= 32 ? 4 : 8;
   static constexpr int kThreadK = kThreadK_, kThreadPQ = kThreadPQ_;  // outputs of a thread, in groups of 4 by 4
   static constexpr int kGroupsK = kThreadK / 4, kGroupsPQ = kThreadPQ / 4;
   static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
   static constexpr int kLanesK = 4, kLanesPQ = 8;  // a warp's threads
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
   static constexpr int kBlocksPerSM = kBlocks;
-  static constexpr int kRowsK = kThreads / 8;           // filters loaded at once: 8 threads side by side along the reduction
+  // Filters loaded at once: 8 threads side by side along the reduction.
+  static constexpr int kRowsK = kThreads / 8;
   static constexpr int kTermSlices = kThreads / kTileC;  // slices whose terms are made at once, one by each thread
   // Rows of shared memory are padded by 4 floats: loads along the reduction then store to 32 different banks.
   static constexpr int kPitchK = kTileK + 4, kPitchPQ = kTilePQ + 4;
   static constexpr int kStageFloats = kTileC * (kPitchK + kPitchPQ);
 
   static_assert(kThreads == 128, "the fill loops are laid out for 128 threads");
-  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
+  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0,
+                "warps must tile the block");
   static_assert(kTileC % kUnroll == 0 && kUnroll % 2 == 0, "fragments alternate between two buffers");
   static_assert(kTileC % 8 == 0 && kTileK % 16 == 0, "8 lanes load along the reduction, 16 rows at a time");
   static_assert(kTilePQ % kThreads == 0 || kThreads % kTilePQ == 0, "threads must divide the pixels evenly");
@@ -77,17 +87,19 @@ struct Smem {
   alignas(16) TermType term[2][kHasTerms ? T::kThreads : 1];  // of the slices being filled, and of those that come next
 };
 
-// The tile's place in the output, and the place of a thread in the tile. Unless sums change hands (kTurned), an item is one of the
-// thread's filters and four of its pixels.
-template <class T, bool kTurned>
-struct View : TurnedTile<T>, ThreadPlace<T> {
-  static constexpr int kItems = kTurned ? TurnedTile<T>::kItems : T::kThreadK * T::kGroupsPQ;
+// The tile's place in the output, and the place of a thread in the tile. Unless sums change hands (kTransposed), an
+// item is one of the thread's filters and four of its pixels.
+template <class T>
+using OutputTile = EpilogueTile<T::kTileK, T::kTilePQ, T::kThreads, T::kLanesPQ>;
+template <class T, bool kTransposed>
+struct OutputCoord : OutputTile<T>, ThreadCoord<T> {
+  static constexpr int kItems = kTransposed ? OutputTile<T>::kItems : T::kThreadK * T::kGroupsPQ;
 
-  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread)
-      : TurnedTile<T>(a, plan, tile), ThreadPlace<T>(thread) {}
+  __device__ __forceinline__ OutputCoord(FpropArgs const& a, TileConfig const& config, int32_t tile, int32_t thread)
+      : OutputTile<T>(a, config, tile), ThreadCoord<T>(thread) {}
   __device__ __forceinline__ void store(FpropArgs const& a, int32_t item, int32_t thread, float4 const& sum) const {
-    if constexpr (kTurned) {
-      TurnedTile<T>::store(a, item, thread, sum);
+    if constexpr (kTransposed) {
+      OutputTile<T>::store(a, item, thread, sum);
     } else {
       int32_t const m = this->first_pixel + this->pq(item % T::kGroupsPQ * 4);
       store4<false>(a, this->first_k + this->k(item / T::kGroupsPQ), this->end_k, m, output_offset(a, m), sum);
@@ -119,54 +131,55 @@ __device__ __forceinline__ void copy_element(float* dst, void const* base, int64
 
 // The fills of one tile, slice after slice: weights [kTileC][kPitchK], then pixels [kTileC][kPitchPQ].
 template <class T, Fill kFill>
-struct Filler {
+struct Loader {
   FpropArgs const& a;
   Smem<T, kFill>& smem;
   int32_t origin, slice, made;  // the first slice; the next one; the first slice of the term table in use
-  int32_t r, s;          // packed fills: the slice's tap
-  int32_t rows_k;        // unpacked weights: filters of the tile from the thread's first one on
-  int64_t w_index;       // element of the weights that the thread copies first
-  int64_t x_offset;      // packed fills: elements from a window's first tap to the slice's tap and first channel
-  // kTaps: the pixels' first taps, and bits for the rows and columns of taps inside the input. kPlane: the first of four pixels, and
-  // whether they exist.
+  int32_t r, s;                 // packed fills: the slice's tap
+  int32_t rows_k;               // unpacked weights: filters of the tile from the thread's first one on
+  int64_t w_index;              // element of the weights that the thread copies first
+  int64_t x_offset;             // packed fills: elements from a window's first tap to the slice's tap and first channel
+  // kTaps: the pixels' first taps, and bits for the rows and columns of taps inside the input. kPlane: the first of
+  // four pixels, and whether they exist.
   static constexpr int kPixels = T::kThreads > T::kTilePQ || kFill == Fill::kPlane ? 1 : T::kTilePQ / T::kThreads;
   float const* window[kPixels];
   uint32_t taps[kPixels];
 
-  __device__ __forceinline__ Filler(FpropArgs const& args, FpropPlan const& plan, Smem<T, kFill>& shared,
-                                    View<T, kIsTurned<kFill>> const& view, int32_t first_slice)
+  __device__ __forceinline__ Loader(FpropArgs const& args, TileConfig const& config, Smem<T, kFill>& shared,
+                                    OutputCoord<T, kIsTransposed<kFill>> const& coord, int32_t first_slice)
       : a(args), smem(shared), origin(first_slice), slice(first_slice), made(first_slice), r(0), s(0) {
     if constexpr (kFill == Fill::kTaps) {
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) {
-        Pixel const pixel = make_pixel(a, view.group, view.first_pixel + i * T::kThreads + threadIdx.x % T::kTilePQ);
+        Pixel const pixel = make_pixel(a, coord.group, coord.first_pixel + i * T::kThreads + threadIdx.x % T::kTilePQ);
         window[i] = static_cast<float const*>(a.p.x) + pixel.offset;
         taps[i] = 0;
         for (int32_t row = 0; row < a.p.R; ++row)
           if (static_cast<uint32_t>(pixel.h0 + row * a.p.dil_h) < static_cast<uint32_t>(a.p.H)) taps[i] |= tap_row(row);
         for (int32_t column = 0; column < a.p.S; ++column)
-          if (static_cast<uint32_t>(pixel.w0 + column * a.p.dil_w) < static_cast<uint32_t>(a.p.W)) taps[i] |= tap_column(column);
+          if (static_cast<uint32_t>(pixel.w0 + column * a.p.dil_w) < static_cast<uint32_t>(a.p.W))
+            taps[i] |= tap_column(column);
       }
     } else if constexpr (kFill == Fill::kPlane) {
-      int32_t const m = view.first_pixel + 4 * (threadIdx.x % (T::kTilePQ / 4));
-      window[0] = static_cast<float const*>(a.p.x) + make_pixel(a, view.group, m).offset;
+      int32_t const m = coord.first_pixel + 4 * (threadIdx.x % (T::kTilePQ / 4));
+      window[0] = static_cast<float const*>(a.p.x) + make_pixel(a, coord.group, m).offset;
       taps[0] = m < a.NPQ;
     } else {
       for (int i = threadIdx.x; i < T::kTilePQ; i += T::kThreads)
-        smem.pixel[i] = make_pixel(a, view.group, view.first_pixel + i);
+        smem.pixel[i] = make_pixel(a, coord.group, coord.first_pixel + i);
     }
     if constexpr (kIsPacked<kFill>) {
       int32_t rs;
       int32_t const c = a.div_RS.divmod(slice, &rs) * T::kTileC;
       r = a.div_S.divmod(rs, &s);
       x_offset = c * a.p.x_stride[1] + r * a.p.dil_h * a.p.x_stride[2] + s * a.p.dil_w * a.p.x_stride[3];
-      int32_t const pitch = plan.tiles_k * T::kTileK, row = threadIdx.x / (T::kTileK / 4);
-      w_index = (int64_t{view.group} * a.CRS + slice * T::kTileC + row) * pitch + view.first_k - view.group * a.Kg +
+      int32_t const pitch = config.tiles_k * T::kTileK, row = threadIdx.x / (T::kTileK / 4);
+      w_index = (int64_t{coord.group} * a.CRS + slice * T::kTileC + row) * pitch + coord.first_k - coord.group * a.Kg +
                 4 * (threadIdx.x % (T::kTileK / 4));
     } else {
       int32_t const row = threadIdx.x / 8, lane = threadIdx.x % 8;
-      rows_k = view.end_k - view.first_k - row;
-      w_index = int64_t{view.first_k + row} * a.CRS + int64_t{slice} * T::kTileC + lane;
+      rows_k = coord.end_k - coord.first_k - row;
+      w_index = int64_t{coord.first_k + row} * a.CRS + int64_t{slice} * T::kTileC + lane;
       make_terms(slice);
     }
   }
@@ -181,16 +194,17 @@ struct Filler {
     if constexpr (kFill == Fill::kTaps) {
       int32_t column;
       int32_t const row = a.div_S.divmod(rs, &column);
-      table[threadIdx.x] = Tap{static_cast<int32_t>(term.offset), j < a.CRS ? tap_row(row) | tap_column(column) : kNoTap};
+      table[threadIdx.x] =
+          Tap{static_cast<int32_t>(term.offset), j < a.CRS ? tap_row(row) | tap_column(column) : kNoTap};
     } else {
       table[threadIdx.x] = term;
     }
   }
 
-  __device__ __forceinline__ void fill_w(FpropPlan const& plan, float* w_smem) const {
+  __device__ __forceinline__ void fill_w(TileConfig const& config, float* w_smem) const {
     if constexpr (kIsPacked<kFill>) {
       constexpr int kLanes = T::kTileK / 4, kRows = T::kThreads / kLanes;
-      int32_t const lane = threadIdx.x % kLanes, row = threadIdx.x / kLanes, pitch = plan.tiles_k * T::kTileK;
+      int32_t const lane = threadIdx.x % kLanes, row = threadIdx.x / kLanes, pitch = config.tiles_k * T::kTileK;
       float const* src = static_cast<float const*>(a.p.workspace) + w_index;  // 16 bytes of a row a thread
 #pragma unroll
       for (int j = 0; j < T::kTileC; j += kRows, src += int64_t{kRows} * pitch)
@@ -276,11 +290,11 @@ struct Filler {
   }
 
   // Starts the copies of the next slice. A barrier lies between two calls.
-  __device__ __forceinline__ void fill(FpropPlan const& plan, float* stage) {
-    fill_w(plan, stage);
+  __device__ __forceinline__ void fill(TileConfig const& config, float* stage) {
+    fill_w(config, stage);
     fill_x(stage + T::kTileC * T::kPitchK);
     if constexpr (kIsPacked<kFill>) {
-      w_index += T::kTileC * plan.tiles_k * T::kTileK;
+      w_index += T::kTileC * config.tiles_k * T::kTileK;
       x_offset += a.step_s;
       if (++s == a.p.S) {
         s = 0;
@@ -303,13 +317,15 @@ struct Filler {
 
 // Accumulates slices first .. last - 1 of one tile into acc[filter][pixel].
 template <class T, Fill kFill>
-__device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& plan, View<T, kIsTurned<kFill>> const& view,
-                                           int32_t first, int32_t last, Smem<T, kFill>& smem, float (&acc)[T::kThreadK][T::kThreadPQ]) {
-  Filler<T, kFill> filler(a, plan, smem, view, first);
+__device__ __forceinline__ void accumulate(FpropArgs const& a, TileConfig const& config,
+                                           OutputCoord<T, kIsTransposed<kFill>> const& coord, int32_t first,
+                                           int32_t last, Smem<T, kFill>& smem,
+                                           float (&acc)[T::kThreadK][T::kThreadPQ]) {
+  Loader<T, kFill> loader(a, config, smem, coord, first);
   if constexpr (kIsPacked<kFill>) wait_for_primary();
   int32_t fill_stage = 0;
   auto fill = [&] {
-    if (filler.slice < last) filler.fill(plan, smem.stage[fill_stage]);
+    if (loader.slice < last) loader.fill(config, smem.stage[fill_stage]);
     fill_stage = fill_stage + 1 == T::kStages ? 0 : fill_stage + 1;
     copy_commit();  // an empty group keeps the count that copy_wait relies on
   };
@@ -322,8 +338,8 @@ __device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& 
   for (int32_t slice = first; slice < last; ++slice) {
     copy_wait<T::kStages - 2>();
     __syncthreads();
-    float const* const w_smem = smem.stage[stage] + view.thread_k;
-    float const* const x_smem = smem.stage[stage] + T::kTileC * T::kPitchK + view.thread_pq;
+    float const* const w_smem = smem.stage[stage] + coord.thread_k;
+    float const* const x_smem = smem.stage[stage] + T::kTileC * T::kPitchK + coord.thread_pq;
     stage = stage + 1 == T::kStages ? 0 : stage + 1;
     // Unpacked weights may end within the last slice.
     int32_t const left = kIsPacked<kFill> ? T::kTileC : ceil_div(a.CRS - slice * T::kTileC, T::kUnroll) * T::kUnroll;
@@ -337,7 +353,7 @@ __device__ __forceinline__ void accumulate(FpropArgs const& a, FpropPlan const& 
 // order of the slices. A block moves 32 filters by 128 terms through shared memory.
 constexpr int kPackFilters = 32, kPackTerms = 128, kPackRows = 8;
 
-__global__ void __launch_bounds__(kPackFilters * kPackRows)
+__global__ void __launch_bounds__(kPackFilters* kPackRows)
     adder2d_pack_kernel(__grid_constant__ FpropArgs const a, int32_t pitch, int32_t channels) {
   __shared__ float tile[kPackFilters][kPackTerms + 1];
   launch_dependents();
@@ -347,7 +363,8 @@ __global__ void __launch_bounds__(kPackFilters * kPackRows)
   for (int i = row; i < kPackFilters; i += kPackRows) {
     float const* const src = static_cast<float const*>(a.p.w) + (int64_t{group} * a.Kg + first_k + i) * a.CRS;
 #pragma unroll
-    for (int j = lane; j < kPackTerms; j += 32) tile[i][j] = first_k + i < a.Kg && first_j + j < a.CRS ? __ldg(src + first_j + j) : 0.f;
+    for (int j = lane; j < kPackTerms; j += 32)
+      tile[i][j] = first_k + i < a.Kg && first_j + j < a.CRS ? __ldg(src + first_j + j) : 0.f;
   }
   __syncthreads();
   if (first_k + lane >= pitch) return;
@@ -364,24 +381,24 @@ __global__ void __launch_bounds__(kPackFilters * kPackRows)
 
 template <class T, Fill kFill>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
-    adder2d_fprop_simt_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ FpropPlan const plan) {
+    adder2d_fprop_simt_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ TileConfig const config) {
   extern __shared__ __align__(16) unsigned char smem_bytes[];
   launch_dependents();
-  Work const work(plan);
-  using Tiled = View<T, kIsTurned<kFill>>;
-  Tiled const view(a, plan, work.tile, threadIdx.x);
+  WorkTile const work(config);
+  using Coord = OutputCoord<T, kIsTransposed<kFill>>;
+  Coord const coord(a, config, work.tile, threadIdx.x);
   float acc[T::kThreadK][T::kThreadPQ] = {};
-  accumulate(a, plan, view, work.first, work.last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), acc);
-  if constexpr (kIsTurned<kFill>) {
-    using Turned = typename Tiled::Turned;
+  accumulate(a, config, coord, work.first, work.last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), acc);
+  if constexpr (kIsTransposed<kFill>) {
+    using Transpose = typename Coord::Transpose;
     float* const sums = reinterpret_cast<float*>(smem_bytes);
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < T::kThreadPQ; ++j)
 #pragma unroll
-      for (int i = 0; i < T::kThreadK; ++i) sums[Turned::index(a, view.k(i), view.pq(j))] = acc[i][j];
+      for (int i = 0; i < T::kThreadK; ++i) sums[Transpose::index(a, coord.k(i), coord.pq(j))] = acc[i][j];
     __syncthreads();
-    finish_turned(a, plan, work, view, sums);
+    store_transposed(a, config, work, coord, sums);
   } else {
     if (work.split >= 0) {
       auto const get = [&](int32_t item) {
@@ -395,15 +412,16 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
         sums[2] = v.z;
         sums[3] = v.w;
       };
-      if (!join_splits<Tiled>(a, plan, work, get, put)) return;
+      if (!reduce_splits<Coord>(a, config, work, get, put)) return;
     }
 #pragma unroll
     for (int j = 0; j < T::kThreadPQ; j += 4) {
-      int32_t const m = view.first_pixel + view.pq(j);
+      int32_t const m = coord.first_pixel + coord.pq(j);
       int64_t const offset = output_offset(a, m);
 #pragma unroll
       for (int i = 0; i < T::kThreadK; ++i)
-        store4<false>(a, view.first_k + view.k(i), view.end_k, m, offset, make_float4(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]));
+        store4<false>(a, coord.first_k + coord.k(i), coord.end_k, m, offset,
+                      make_float4(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]));
     }
   }
 }
@@ -411,35 +429,38 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
 // ---- launcher
 
 template <class T, Fill kFill>
-cudaError_t launch_tile(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
+cudaError_t launch_tile(FpropArgs const& args, TileConfig const& config, cudaStream_t stream) {
   if (kIsPacked<kFill>) {
-    int32_t const pitch = plan.tiles_k * T::kTileK;
+    int32_t const pitch = config.tiles_k * T::kTileK;
     dim3 const grid(ceil_div(args.CRS, kPackTerms), ceil_div(pitch, kPackFilters), args.p.groups);
-    cudaError_t const error = launch(adder2d_pack_kernel, grid, dim3(kPackFilters * kPackRows), 0, stream, args, pitch, T::kTileC);
+    cudaError_t const error =
+        launch(adder2d_pack_kernel, grid, dim3(kPackFilters * kPackRows), 0, stream, args, pitch, T::kTileC);
     if (error != cudaSuccess) return error;
   }
-  using Tiled = View<T, kIsTurned<kFill>>;
+  using Coord = OutputCoord<T, kIsTransposed<kFill>>;
   // No more than it needs: the rest is first-level cache.
-  constexpr size_t kSmemBytes = std::max<size_t>(sizeof(Smem<T, kFill>), kIsTurned<kFill> ? 16 * Tiled::kItems * T::kThreads : 0);
-  return launch_tiled<Tiled>(adder2d_fprop_simt_kernel<T, kFill>, kSmemBytes, kSmemBytes, T::kThreads, kIsPacked<kFill>, args, plan, stream);
+  constexpr size_t kSmemBytes =
+      std::max<size_t>(sizeof(Smem<T, kFill>), kIsTransposed<kFill> ? 16 * Coord::kItems * T::kThreads : 0);
+  return launch_tiled<Coord>(adder2d_fprop_simt_kernel<T, kFill>, kSmemBytes, kSmemBytes, T::kThreads, kIsPacked<kFill>,
+                             args, config, stream);
 }
 
 using Tile64x128 = Tile<64, 128, 32, 2>;
 using Tile128x64 = Tile<128, 64, 32, 2>;
 using Tile32x256 = Tile<32, 256, 8, 3>;
-using Tile16x256 = Tile<16, 256, 8, 3, 4, 8, 4>;
-using Tile32x64 = Tile<32, 64, 16, 3, 4, 4, 6>;  // small problems: four times as many blocks
+using Tile16x256 = Tile<16, 256, 8, 3, 4, 8, kArch.simt_blocks_16>;
+using Tile32x64 = Tile<32, 64, 16, 3, 4, 4, kArch.simt_blocks_small>;  // small problems: four times as many blocks
 
-// Accumulated terms a cycle and multiprocessor, of 64. Short slices take more copies and barriers a term.
 template <class T>
-constexpr double kRate = T::kThreadK == 8 ? (T::kTileC < 16 ? 52 : 54) : 42;
+constexpr double kRate = T::kThreadK != 8 ? kArch.simt_rate_small
+                         : T::kTileC < 16 ? kArch.simt_rate_short_slices
+                                          : kArch.simt_rate;
 template <class T>
 constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate<T>};
-// In the order of launch_fprop_simt.
-constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile128x64>, kSizeOf<Tile32x256>, kSizeOf<Tile16x256>, kSizeOf<Tile32x64>};
+// In the order of launch_plan.
+constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile128x64>, kSizeOf<Tile32x256>, kSizeOf<Tile16x256>,
+                               kSizeOf<Tile32x64>};
 constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
-
-constexpr double kPackCycles = 60e3;  // a shorter kernel does not earn the packing back
 
 // Channels lie side by side, and 32 bits reach every element.
 bool is_channels_last(FpropArgs const& a) {
@@ -457,40 +478,52 @@ Fill choose_fill(FpropArgs const& a, bool packed) {
 }
 
 template <class T>
-cudaError_t launch_any_fill(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  switch (choose_fill(args, plan.packed_bytes != 0)) {
-    case Fill::kTaps: return launch_tile<T, Fill::kTaps>(args, plan, stream);
-    case Fill::kAny: return launch_tile<T, Fill::kAny>(args, plan, stream);
-    case Fill::kPixels: return launch_tile<T, Fill::kPixels>(args, plan, stream);
-    case Fill::kChannels: return launch_tile<T, Fill::kChannels>(args, plan, stream);
-    case Fill::kPlane: return launch_tile<T, Fill::kPlane>(args, plan, stream);
+cudaError_t launch_any_fill(FpropArgs const& args, TileConfig const& config, cudaStream_t stream) {
+  switch (choose_fill(args, config.packed_bytes != 0)) {
+    case Fill::kTaps: return launch_tile<T, Fill::kTaps>(args, config, stream);
+    case Fill::kAny: return launch_tile<T, Fill::kAny>(args, config, stream);
+    case Fill::kPixels: return launch_tile<T, Fill::kPixels>(args, config, stream);
+    case Fill::kChannels: return launch_tile<T, Fill::kChannels>(args, config, stream);
+    case Fill::kPlane: return launch_tile<T, Fill::kPlane>(args, config, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+constexpr char const* kTileNames[] = {"64x128", "128x64", "32x256", "16x256", "32x64"};
+static_assert(sizeof(kTileNames) / sizeof(kTileNames[0]) == kTileCount, "one name a tile");
+
+bool can_implement(FpropArgs const&, size_t) { return true; }
+
+bool plan(FpropArgs const& args, size_t workspace_bytes, TileForce const& force, TileConfig* config, double* cycles) {
+  TileProblem const problem{args.Kg, args.NPQ, args.p.groups, args.CRS};
+  *config = choose_tile(problem, kTiles, kTileCount, SplitReduce::kForward, workspace_bytes, force, cycles);
+  if (*cycles == 0) return false;
+  size_t const packed_bytes = size_t{4} * args.p.groups * args.CRS * config->tiles_k * kTiles[config->tile].k;
+  bool const can_pack = args.Cg % kTiles[config->tile].c == 0 && args.p.x_type == ADDER2D_FLOAT32 &&
+                        args.p.w_type == ADDER2D_FLOAT32 && config->workspace_bytes + packed_bytes <= workspace_bytes;
+  bool const packs =
+      force.packed >= 0 ? force.packed == 1 : can_pack && (is_channels_last(args) || *cycles > kArch.simt_pack_cycles);
+  if (packs && !can_pack) return false;
+  if (packs) {
+    config->packed_bytes = packed_bytes;
+    config->workspace_bytes += packed_bytes;
+  }
+  return true;
+}
+
+cudaError_t launch_plan(FpropArgs const& args, TileConfig const& config, cudaStream_t stream) {
+  switch (config.tile) {
+    case 0: return launch_any_fill<Tile64x128>(args, config, stream);
+    case 1: return launch_any_fill<Tile128x64>(args, config, stream);
+    case 2: return launch_any_fill<Tile32x256>(args, config, stream);
+    case 3: return launch_any_fill<Tile16x256>(args, config, stream);
+    case 4: return launch_any_fill<Tile32x64>(args, config, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-FpropPlan plan_fprop_simt(FpropArgs const& args, size_t workspace_bytes, double* cycles) {
-  auto const slices_of = [](FpropArgs const& a, TileSize const& size) { return static_cast<double>(a.CRS) / size.c; };
-  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices_of, workspace_bytes, cycles, true);
-  size_t const packed_bytes = size_t{4} * args.p.groups * args.CRS * plan.tiles_k * kTiles[plan.tile].k;
-  if (args.Cg % kTiles[plan.tile].c == 0 && args.p.x_type == ADDER2D_FLOAT32 && args.p.w_type == ADDER2D_FLOAT32 &&
-      (is_channels_last(args) || *cycles > kPackCycles) && plan.workspace_bytes + packed_bytes <= workspace_bytes) {
-    plan.packed_bytes = packed_bytes;
-    plan.workspace_bytes += packed_bytes;
-  }
-  return plan;
-}
-
-cudaError_t launch_fprop_simt(FpropArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
-  switch (plan.tile) {
-    case 0: return launch_any_fill<Tile64x128>(args, plan, stream);
-    case 1: return launch_any_fill<Tile128x64>(args, plan, stream);
-    case 2: return launch_any_fill<Tile32x256>(args, plan, stream);
-    case 3: return launch_any_fill<Tile16x256>(args, plan, stream);
-    case 4: return launch_any_fill<Tile32x64>(args, plan, stream);
-  }
-  return cudaErrorInvalidValue;
-}
+FpropFamily const kFpropSimt{{"simt", kTileNames, kTileCount}, can_implement, nullptr, plan, launch_plan};
 
 }  // namespace adder2d

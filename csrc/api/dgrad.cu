@@ -1,20 +1,32 @@
 // Entry points of the input gradient: validation, choice of kernel, batches beyond 2^31 pixels.
-#include "dgrad.h"
+#include "dgrad/dgrad.h"
 
 #include <algorithm>
 #include <numeric>
+
+#include "api/forced.h"
+#include "common/plan_cache.h"
+#include "tile/arch.h"
 
 namespace adder2d {
 namespace {
 
 constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, and a tile may overhang the end
-constexpr size_t kMaxSplitBytes = 64 << 20;
-constexpr int32_t kMaxPhases = 1024;  // with more, tiles would be mostly empty
+constexpr int32_t kMaxPhases = 1024;               // with more, tiles would be mostly empty
 
 DgradAxis make_axis(int32_t size, int32_t taps, int32_t outputs, int32_t stride, int32_t pad, int32_t dilation) {
   int32_t const common = std::gcd(stride, dilation);
   int32_t const phases = std::min(stride, size);
-  return {stride, pad, dilation, size, taps, outputs, phases, ceil_div(size, stride), stride / common, dilation / common,
+  return {stride,
+          pad,
+          dilation,
+          size,
+          taps,
+          outputs,
+          phases,
+          ceil_div(size, stride),
+          stride / common,
+          dilation / common,
           FastDiv(phases)};
 }
 
@@ -60,7 +72,7 @@ DgradArgs make_args(Adder2dDgradParams const& params) {
     args.dy_step[i] = static_cast<int32_t>(bytes);
     args.small_steps &= bytes == args.dy_step[i];
   }
-  args.filter_vectors = p.y_type != ADDER2D_FLOAT32 && p.y_stride[1] == 1 && multiples(p.y_stride, 8) && args.Kg % 8 == 0 &&
+  args.filter_vectors = is_16_bit(p.y_type) && p.y_stride[1] == 1 && multiples(p.y_stride, 8) && args.Kg % 8 == 0 &&
                         reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
   args.x_vectors = make_vectors(args, p.x, p.x_type, p.x_stride);
   args.dx_vectors = make_vectors(args, args.dx, args.dx_type, args.dx_stride);
@@ -73,20 +85,56 @@ int32_t images_per_launch(Adder2dParams const& p) {
   return static_cast<int32_t>(std::clamp<int64_t>(kMaxPixels / IJ, 1, std::max(p.N, 1)));
 }
 
-// A plan for the workspace that there is; one that needs more where none needs less.
-DgradPlan choose(DgradArgs const& args) {
-  Adder2dParams key = args.p;  // the rest of the arguments follows from it but for addresses, which plans do not depend on
-  key.x = key.w = key.b = key.y = key.workspace = nullptr;
-  return cached_plan<DgradPlan>(key, [&] {
-    DgradPlan const plan = plan_dgrad_simt(args, kMaxSplitBytes);
-    return plan.workspace_bytes > key.workspace_bytes ? plan_dgrad_simt(args, 0) : plan;
-  });
+constexpr FamilyNames const* kFamilies[] = {&kDgradDirect, &kDgradSimt};
+constexpr int32_t kFamilyCount = sizeof(kFamilies) / sizeof(kFamilies[0]);
+
+ForcedChoice forced_choice;
+
+// Whether the tiled kernel accepts the problem: it steps through dy by int32 strides, and counts pixels and phases as
+// int32.
+bool can_implement_simt(DgradArgs const& args) {
+  return args.small_steps && int64_t{args.h.phases} * args.w.phases <= kMaxPhases &&
+         int64_t{args.h.positions} * args.w.positions <= kMaxPixels;
 }
 
-// A tiled kernel needs enough channels a group to fill the short side of a tile, and steps through dy by int32 strides.
-bool wants_direct(DgradArgs const& args) {
-  return args.Cg < 8 || !args.small_steps || int64_t{args.h.phases} * args.w.phases > kMaxPhases ||
-         int64_t{args.h.positions} * args.w.positions > kMaxPixels;
+// With fewer channels a group the short side of its tiles would be mostly empty.
+bool prefers_direct(DgradArgs const& args) { return args.Cg < 8; }
+
+struct Choice {
+  FamilyNames const* family;  // null where the forced one cannot implement the problem
+  DgradConfig config;
+};
+
+// For the workspace that there is.
+Choice choose(DgradArgs const& args, Forced const& forced) {
+  Choice const direct{&kDgradDirect, {}};
+  bool const forces_direct = forced.family >= 0 && kFamilies[forced.family] == &kDgradDirect;
+  bool const forces_simt = forced.family >= 0 && !forces_direct;
+  if (forces_direct) return forced.tile.splits > 1 || forced.tile.packed == 1 ? Choice{} : direct;
+  if (!can_implement_simt(args) || (prefers_direct(args) && !forces_simt)) return forces_simt ? Choice{} : direct;
+  if (forces_simt && forced.tile.packed == 0) return {};
+  Choice simt{&kDgradSimt, {}};
+  size_t const bytes = args.p.workspace_bytes;
+  for (size_t const split_bytes : {kMaxWorkspaceBytes, size_t{0}})  // splits, where there is room for their sums
+    if (plan_dgrad_simt(args, split_bytes, forced.tile, &simt.config) && simt.config.workspace_bytes <= bytes)
+      return simt;
+  return forces_simt ? Choice{} : direct;
+}
+
+Choice choose_cached(DgradArgs const& args, Forced const& forced) {
+  if (forced.family >= 0) return choose(args, forced);
+  // The rest of the arguments follows from it but for addresses, which plans do not depend on.
+  Adder2dParams key = args.p;
+  key.x = key.w = key.b = key.y = key.workspace = nullptr;
+  return cached_plan<Choice>(key, [&] { return choose(args, forced); });
+}
+
+// The problem of the first launch of adder2d_dgrad.
+DgradArgs first_launch(Adder2dDgradParams const& params, size_t workspace_bytes) {
+  Adder2dDgradParams part = params;
+  part.layer.N = std::min(part.layer.N, images_per_launch(part.layer));
+  part.layer.workspace_bytes = workspace_bytes;
+  return make_args(part);
 }
 
 }  // namespace
@@ -96,15 +144,13 @@ using namespace adder2d;
 
 size_t adder2d_dgrad_workspace(Adder2dDgradParams const* params) {
   if (adder2d_dgrad_check(params) != nullptr || params->layer.N == 0) return 0;
-  Adder2dDgradParams part = *params;
-  part.layer.N = images_per_launch(part.layer);
-  DgradArgs const args = make_args(part);
-  return wants_direct(args) ? 0 : plan_dgrad_simt(args, kMaxSplitBytes).workspace_bytes;
+  return choose(first_launch(*params, SIZE_MAX), forced_choice.get()).config.workspace_bytes;
 }
 
 int32_t adder2d_dgrad(Adder2dDgradParams const* params, void* stream_pointer) {
   if (adder2d_dgrad_check(params) != nullptr) return cudaErrorInvalidValue;
   cudaStream_t const stream = static_cast<cudaStream_t>(stream_pointer);
+  Forced const forced = forced_choice.get();
   Adder2dParams const& whole = params->layer;
   int32_t const step = images_per_launch(whole);
   for (int64_t n = 0; n < whole.N; n += step) {
@@ -114,14 +160,20 @@ int32_t adder2d_dgrad(Adder2dDgradParams const* params, void* stream_pointer) {
     part.layer.y = static_cast<char*>(whole.y) + n * whole.y_stride[0] * type_size(whole.y_type);
     part.dx = static_cast<char*>(params->dx) + n * params->dx_stride[0] * type_size(params->dx_type);
     DgradArgs const args = make_args(part);
-    DgradPlan plan{};
-    bool direct = wants_direct(args);
-    if (!direct) {
-      plan = choose(args);
-      direct = plan.workspace_bytes > whole.workspace_bytes;
-    }
-    cudaError_t const error = direct ? launch_dgrad_direct(args, stream) : launch_dgrad_simt(args, plan, stream);
+    Choice const choice = choose_cached(args, forced);
+    if (choice.family == nullptr) return cudaErrorNotSupported;
+    bool const direct = choice.family == &kDgradDirect;
+    cudaError_t const error =
+        direct ? launch_dgrad_direct(args, stream) : launch_dgrad_simt(args, choice.config, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
+
+char const* adder2d_dgrad_describe(Adder2dDgradParams const* params) {
+  if (adder2d_dgrad_check(params) != nullptr || params->layer.N == 0) return nullptr;
+  Choice const choice = choose(first_launch(*params, params->layer.workspace_bytes), forced_choice.get());
+  return choice.family == nullptr ? nullptr : describe_choice(*choice.family, choice.config);
+}
+
+char const* adder2d_dgrad_force(char const* choice) { return forced_choice.set(choice, kFamilies, kFamilyCount); }

@@ -1,15 +1,20 @@
 // Implicit GEMM on half pairs: float16 and bfloat16 input, Ampere and newer.
 //
-// Pairs lie along the channels, which therefore lie side by side in memory: a small kernel before the main one packs the
-// weights in the order in which they are read, and the image too, unless it is float16 in channels_last already.
+// Pairs lie along the channels, which therefore lie side by side in memory: a small kernel before the main one packs
+// the weights in the order in which they are read, and the image too, unless it is float16 in channels_last already.
 //
 // For every output, 32 terms are 16 pairs of |x - w|, added in float16 four pairs at a time and then to a float32
 // accumulator: no term is rounded more than seven times in float16, however long the sum (the difference, two levels of
 // four, three sums of fours, the two halves).
 //
-// Halves lose what float32 keeps: a difference or a sum beyond 65504, and bits below 2^-24 of inputs that are not float16.
-// A tile in which that may have happened is summed again by exact_sum, in float32: slow, and rare.
-#include "fprop_tiled.cuh"
+// Halves lose what float32 keeps: a difference or a sum beyond 65504, and bits below 2^-24 of inputs that are not
+// float16. A tile in which that may have happened is summed again by exact_sum, in float32: slow, and rare.
+#include "common/cp_async.cuh"
+#include "common/device.h"
+#include "common/launch.cuh"
+#include "fprop/fprop.h"
+#include "tile/arch.h"
+#include "tile/split_k.cuh"
 
 namespace adder2d {
 namespace {
@@ -19,15 +24,15 @@ constexpr int kMinChannels = 3;  // of a group: vectors would be mostly empty wi
 
 // ---- problem
 
-// The problem as these kernels read it. The reduction runs over vectors of kVector channels: all of one tap, then the next
-// tap's. Channels of a group are filled up with zeros to a multiple of kVector, on both sides.
+// The problem as these kernels read it. The reduction runs over vectors of kVector channels: all of one tap, then the
+// next tap's. Channels of a group are filled up with zeros to a multiple of kVector, on both sides.
 struct HalfArgs : FpropArgs {
-  __half const* image;            // [N][H][W][groups][channels], packed or the input itself
+  __half const* image;             // [N][H][W][groups][channels], packed or the input itself
   int32_t step_n, step_h, step_w;  // vectors from one image, row and column to the next
-  int32_t vectors;                // of a tap and group
-  int32_t pitch;                  // filters of a group in the packed weights, rounded up
+  int32_t vectors;                 // of a tap and group
+  int32_t pitch;                   // filters of a group in the packed weights, rounded up
   bool packs_image;
-  bool exact_halves;              // no conversion rounds
+  bool exact_halves;  // no conversion rounds
   FastDiv div_vectors, div_HW, div_W;
 };
 
@@ -35,21 +40,23 @@ struct HalfArgs : FpropArgs {
 
 template <int kTileK_, int kTilePQ_, int kThreadK_, int kStages_, int kBlocks>
 struct Tile {
-  static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;       // outputs of a block: filters, pixels
-  static constexpr int kTileC = 32, kVectors = kTileC / kVector;   // halves of a slice of the reduction
-  static constexpr int kStages = kStages_;                         // slices in flight
-  static constexpr int kThreadK = kThreadK_, kThreadPQ = 4;        // outputs of a thread
+  static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;      // outputs of a block: filters, pixels
+  static constexpr int kTileC = 32, kVectors = kTileC / kVector;  // halves of a slice of the reduction
+  static constexpr int kStages = kStages_;                        // slices in flight
+  static constexpr int kThreadK = kThreadK_, kThreadPQ = 4;       // outputs of a thread
   static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
-  static constexpr int kLanesK = kTileK >= 4 * kThreadK ? 4 : kTileK / kThreadK, kLanesPQ = 32 / kLanesK;  // a warp's threads
+  // A warp's threads.
+  static constexpr int kLanesK = kTileK >= 4 * kThreadK ? 4 : kTileK / kThreadK, kLanesPQ = 32 / kLanesK;
   static constexpr int kWarpsK = kTileK / (kLanesK * kThreadK);
   static constexpr int kStepK = kTileK / kThreadK, kStepPQ = kTilePQ / kThreadPQ;  // between outputs of a thread
-  static constexpr int kPitch = kTileC + kVector;  // 80 bytes, so that 8 rows of 16 bytes lie in 32 different banks
+  static constexpr int kPitch = kTileC + kVector;    // 80 bytes, so that 8 rows of 16 bytes lie in 32 different banks
   static constexpr int kRows = kThreads / kVectors;  // rows of a slice that are copied at once
   static constexpr int kBlocksPerSM = kBlocks;
 
   static_assert(kTileC == 32, "two turns of 16 channels, then to float32: what bounds the error");
   static_assert(kThreadK % 4 == 0, "sums are stored four filters at a time");
-  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0, "warps must tile the block");
+  static_assert(kTileK % (kLanesK * kThreadK) == 0 && kTilePQ % (kLanesPQ * kThreadPQ) == 0,
+                "warps must tile the block");
   static_assert(kTilePQ % kRows == 0 && (kTileK % kRows == 0 || kTileK < kRows), "copies must tile the slice");
 };
 
@@ -66,10 +73,13 @@ struct Smem {
 };
 
 template <class T>
-struct View : TurnedTile<T> {
+using OutputTile = EpilogueTile<T::kTileK, T::kTilePQ, T::kThreads, T::kLanesPQ>;
+template <class T>
+struct OutputCoord : OutputTile<T> {
   int32_t thread_k, thread_pq;  // first output that the thread sums; the others lie kStepK, kStepPQ apart
 
-  __device__ __forceinline__ View(FpropArgs const& a, FpropPlan const& plan, int32_t tile, int32_t thread) : TurnedTile<T>(a, plan, tile) {
+  __device__ __forceinline__ OutputCoord(FpropArgs const& a, TileConfig const& config, int32_t tile, int32_t thread)
+      : OutputTile<T>(a, config, tile) {
     int32_t const warp = thread / 32, lane = thread % 32;
     thread_k = warp % T::kWarpsK * T::kLanesK + lane / T::kLanesPQ;
     thread_pq = warp / T::kWarpsK * T::kLanesPQ + lane % T::kLanesPQ;
@@ -81,15 +91,17 @@ struct View : TurnedTile<T> {
 // ---- pack
 
 constexpr int kPackThreads = 256, kPackWarps = kPackThreads / 32;
-constexpr int kPackPixels = 64;                  // of the image a warp, with one vector of each: two side by side a lane
-constexpr int kPackPitch = kPackPixels + 1;      // vectors of a warp in shared memory: eight warps' lie in different banks
+// Of the image a warp, with one vector of each: two side by side a lane.
+constexpr int kPackPixels = 64;
+// Vectors of a warp in shared memory: eight warps' lie in different banks.
+constexpr int kPackPitch = kPackPixels + 1;
 constexpr int kPackFilters = 8;                  // of the weights a block, one a warp
 constexpr int kPackElements = 4 * kVector * 49;  // of one filter in a block, at most
 static_assert(kPackPixels == 2 * 32 && kPackWarps == 8 && kPackFilters == kPackWarps, "threads are numbered by shifts");
 
-// How blocks share the work. First come those of the weights: columns of vectors, rows of filters, groups. Behind them, warps
-// take the image: the vectors of kPackPixels pixels, then those of the next pixels.
-struct PackPlan {
+// How blocks share the work. First come those of the weights: columns of vectors, rows of filters, groups. Behind them,
+// warps take the image: the vectors of kPackPixels pixels, then those of the next pixels.
+struct PackConfig {
   int32_t slices, weight_blocks;
   int32_t shift;                             // binary logarithm of the vectors of a tap in a block of the weights
   int32_t pitch;                             // vectors from one filter to the next in shared memory
@@ -106,14 +118,17 @@ __device__ __forceinline__ uint32_t half_pair(float low, float high) {
 
 // Eight bfloat16 as halves.
 __device__ __forceinline__ uint4 to_halves(uint4 const& v) {
-  auto const pair = [](uint32_t bits) { return half_pair(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)); };
+  auto const pair = [](uint32_t bits) {
+    return half_pair(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+  };
   return make_uint4(pair(v.x), pair(v.y), pair(v.z), pair(v.w));
 }
 
-// Copies what a warp has of a filter to shared memory, converted, and zeros from `length` to `end`. Loads are started in batches:
-// one after the other, they would take longer than all else.
+// Copies what a warp has of a filter to shared memory, converted, and zeros from `length` to `end`. Loads are started
+// in batches: one after the other, they would take longer than all else.
 template <class From, class To, class Convert>
-__device__ __forceinline__ void copy_filter(From const* from, To* to, int32_t length, int32_t end, Convert const& convert) {
+__device__ __forceinline__ void copy_filter(From const* from, To* to, int32_t length, int32_t end,
+                                            Convert const& convert) {
   constexpr int kBatch = sizeof(From) == 16 ? 4 : 8;
 #pragma unroll 1
   for (int32_t i = threadIdx.x % 32; i < end; i += kBatch * 32) {
@@ -128,17 +143,18 @@ __device__ __forceinline__ void copy_filter(From const* from, To* to, int32_t le
 
 // Weights [K, Cg, R, S] of any type to halves [groups][slices][pitch][kTileC], with zeros where there is nothing.
 template <int kTileC>
-__device__ __forceinline__ void pack_weights(HalfArgs const& a, PackPlan const& plan, uint4* smem) {
+__device__ __forceinline__ void pack_weights(HalfArgs const& a, PackConfig const& config, uint4* smem) {
   int32_t column, row;
-  int32_t const group = plan.div_rows.divmod(plan.div_columns.divmod(blockIdx.x, &column), &row);
-  int32_t const RS = a.p.R * a.p.S, shift = plan.shift, first_vector = column << shift, first_k = row * kPackFilters;
+  int32_t const group = config.div_rows.divmod(config.div_columns.divmod(blockIdx.x, &column), &row);
+  int32_t const RS = a.p.R * a.p.S, shift = config.shift, first_vector = column << shift, first_k = row * kPackFilters;
   int32_t const warp = threadIdx.x / 32, first_c = first_vector * kVector;
-  int32_t const end = kVector * RS << shift, length = first_k + warp < a.Kg ? min(kVector << shift, a.Cg - first_c) * RS : 0;
+  int32_t const end = kVector * RS << shift,
+                length = first_k + warp < a.Kg ? min(kVector << shift, a.Cg - first_c) * RS : 0;
   int64_t const from = ((int64_t{group} * a.Kg + first_k + warp) * a.Cg + first_c) * RS;
-  uint4* const filter = smem + warp * plan.pitch;  // as in memory, 16 bits each
+  uint4* const filter = smem + warp * config.pitch;  // as in memory, 16 bits each
   if (a.p.w_type == ADDER2D_FLOAT32) {
     auto const* const src = static_cast<float const*>(a.p.w) + from;
-    if (plan.w_vectors) {
+    if (config.w_vectors) {
       copy_filter(reinterpret_cast<float4 const*>(src), reinterpret_cast<uint2*>(filter), length / 4, end / 4,
                   [](float4 const& v) { return make_uint2(half_pair(v.x, v.y), half_pair(v.z, v.w)); });
     } else {
@@ -146,7 +162,7 @@ __device__ __forceinline__ void pack_weights(HalfArgs const& a, PackPlan const& 
     }
   } else {
     auto const* const src = static_cast<uint16_t const*>(a.p.w) + from;
-    if (plan.w_vectors) {
+    if (config.w_vectors) {
       copy_filter(reinterpret_cast<uint4 const*>(src), filter, length / 8, end / 8, [](uint4 const& v) { return v; });
     } else {
       copy_filter(src, reinterpret_cast<uint16_t*>(filter), length, end, [](uint16_t v) { return v; });
@@ -155,19 +171,22 @@ __device__ __forceinline__ void pack_weights(HalfArgs const& a, PackPlan const& 
   __syncthreads();
 
   constexpr int kVectors = kTileC / kVector;
-  uint4* const to = static_cast<uint4*>(a.p.workspace) + (group * plan.slices * a.pitch + first_k) * kVectors;
+  uint4* const to = static_cast<uint4*>(a.p.workspace) + (group * config.slices * a.pitch + first_k) * kVectors;
   auto const store = [&](int32_t k, int32_t vector, uint4 const& v) {  // vector of the whole reduction
     to[(vector / kVectors * a.pitch + k) * kVectors + vector % kVectors] = v;
   };
-  // Eight lanes take a slice's four vectors of two filters, a line to store; where RS is odd and above 3, banks hardly conflict.
+  // Eight lanes take a slice's four vectors of two filters, a line to store; where RS is odd and above 3, banks hardly
+  // conflict.
   int32_t const low = min(shift, 2), part_low = threadIdx.x & ((1 << low) - 1), k_low = threadIdx.x >> low & 1;
 #pragma unroll 1
-  for (int32_t i = threadIdx.x >> (low + 1); i < kPackFilters / 2 * RS << (shift - low); i += kPackThreads >> (low + 1)) {
+  for (int32_t i = threadIdx.x >> (low + 1); i < kPackFilters / 2 * RS << (shift - low);
+       i += kPackThreads >> (low + 1)) {
     int32_t tap;
     int32_t const rest = a.div_RS.divmod(i, &tap), k = rest % (kPackFilters / 2) * 2 + k_low;
     int32_t const part = (rest / (kPackFilters / 2) << low) + part_low;
     if (first_vector + part >= a.vectors) continue;
-    auto const* const from_smem = reinterpret_cast<uint16_t const*>(smem + k * plan.pitch) + part * kVector * RS + tap;
+    auto const* const from_smem =
+        reinterpret_cast<uint16_t const*>(smem + k * config.pitch) + part * kVector * RS + tap;
     alignas(16) uint16_t packed[kVector];
 #pragma unroll
     for (int e = 0; e < kVector; ++e) packed[e] = from_smem[e * RS];
@@ -175,14 +194,16 @@ __device__ __forceinline__ void pack_weights(HalfArgs const& a, PackPlan const& 
     store(k, tap * a.vectors + first_vector + part, a.p.w_type == ADDER2D_BFLOAT16 ? to_halves(v) : v);
   }
   int32_t const vectors = RS * a.vectors;  // behind them, the last slice is filled up
-  for (int32_t i = threadIdx.x; i < kPackFilters * (plan.slices * kVectors - vectors) && first_vector == 0; i += kPackThreads)
+  for (int32_t i = threadIdx.x; i < kPackFilters * (config.slices * kVectors - vectors) && first_vector == 0;
+       i += kPackThreads)
     store(i % kPackFilters, vectors + i / kPackFilters, uint4{});
 }
 
 // The image to [N][H][W][groups * vectors].
-__device__ __forceinline__ void pack_image(HalfArgs const& a, PackPlan const& plan, uint4* smem) {
+__device__ __forceinline__ void pack_image(HalfArgs const& a, PackConfig const& config, uint4* smem) {
   int32_t const warp = threadIdx.x / 32, lane = threadIdx.x % 32, pixels = a.p.N * a.p.H * a.p.W;
-  int32_t const first_warp = (static_cast<int32_t>(blockIdx.x) - plan.weight_blocks) * kPackWarps;  // of all that take the image
+  // Counted among the warps that take the image.
+  int32_t const first_warp = (static_cast<int32_t>(blockIdx.x) - config.weight_blocks) * kPackWarps;
   auto const* const x = static_cast<uint16_t const*>(a.p.x);
   auto const offset_of = [&](int32_t m) {  // of the first pixel for absent ones
     int32_t hw, w;
@@ -192,13 +213,13 @@ __device__ __forceinline__ void pack_image(HalfArgs const& a, PackPlan const& pl
   // Eight lanes write what the eight warps have of a pixel, mostly vectors side by side, and of the pixel 32 behind it.
   int32_t vector, part;
   int32_t const source = threadIdx.x % kPackWarps, pixel = threadIdx.x / kPackWarps;
-  int32_t const m = plan.div_image.divmod(first_warp + source, &vector) * kPackPixels + pixel;
+  int32_t const m = config.div_image.divmod(first_warp + source, &vector) * kPackPixels + pixel;
   uint4 v[2];
   if (a.p.x_stride[1] == 1) {  // channels lie side by side already
     int32_t const group = a.div_vectors.divmod(vector, &part);
     int32_t const c = group * a.Cg + part * kVector;
     uint16_t const* const src[] = {x + offset_of(m) + c, x + offset_of(m + 32) + c};
-    if (plan.x_vectors) {
+    if (config.x_vectors) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) v[j] = __ldg(reinterpret_cast<uint4 const*>(src[j]));
     } else {
@@ -213,14 +234,15 @@ __device__ __forceinline__ void pack_image(HalfArgs const& a, PackPlan const& pl
   } else {
     // A lane reads its warp's vector of two pixels side by side, channel by channel, and leaves them 32 vectors apart.
     int32_t warp_vector;
-    int32_t const first_m = plan.div_image.divmod(first_warp + warp, &warp_vector) * kPackPixels + 2 * lane;
+    int32_t const first_m = config.div_image.divmod(first_warp + warp, &warp_vector) * kPackPixels + 2 * lane;
     int32_t const group = a.div_vectors.divmod(warp_vector, &part), channels = min(kVector, a.Cg - part * kVector);
     int64_t const step = a.p.x_stride[1];
     auto const* src = x + (group * a.Cg + part * kVector) * step + offset_of(first_m);
     uint32_t pairs[kVector];
-    if (plan.x_pairs) {
+    if (config.x_pairs) {
 #pragma unroll
-      for (int e = 0; e < kVector; ++e, src += step) pairs[e] = e < channels ? __ldg(reinterpret_cast<uint32_t const*>(src)) : 0;
+      for (int e = 0; e < kVector; ++e, src += step)
+        pairs[e] = e < channels ? __ldg(reinterpret_cast<uint32_t const*>(src)) : 0;
     } else {
       int64_t const next = offset_of(first_m + 1) - offset_of(first_m);
       uint32_t bits[2][kVector];
@@ -255,14 +277,14 @@ __device__ __forceinline__ void pack_image(HalfArgs const& a, PackPlan const& pl
 
 template <int kTileC>
 __global__ void __launch_bounds__(kPackThreads)
-    adder2d_pack_half_kernel(__grid_constant__ HalfArgs const a, __grid_constant__ PackPlan const plan) {
+    adder2d_pack_half_kernel(__grid_constant__ HalfArgs const a, __grid_constant__ PackConfig const config) {
   extern __shared__ __align__(16) unsigned char smem_bytes[];
   launch_dependents();
   auto* const smem = reinterpret_cast<uint4*>(smem_bytes);
-  if (blockIdx.x < plan.weight_blocks) {
-    pack_weights<kTileC>(a, plan, smem);
+  if (blockIdx.x < config.weight_blocks) {
+    pack_weights<kTileC>(a, config, smem);
   } else {
-    pack_image(a, plan, smem);
+    pack_image(a, config, smem);
   }
 }
 
@@ -270,16 +292,16 @@ __global__ void __launch_bounds__(kPackThreads)
 
 // The slices of one tile in order. A thread copies the same vector of a slice for some filters and some pixels.
 template <class T>
-struct Filler {
+struct Loader {
   HalfArgs const& a;
   Smem<T>& smem;
-  __half const* w;          // what the thread copies first of the slice's packed weights
+  __half const* w;  // what the thread copies first of the slice's packed weights
   int32_t thread;
-  int32_t vector, dh, dw;   // the thread's vector of the slice: of which tap; behind the last tap dh is kOutside
-  int32_t offset;           // vectors from a window's first one to this one
+  int32_t vector, dh, dw;  // the thread's vector of the slice: of which tap; behind the last tap dh is kOutside
+  int32_t offset;          // vectors from a window's first one to this one
 
-  __device__ __forceinline__ Filler(HalfArgs const& args, FpropPlan const& plan, Smem<T>& shared, View<T> const& view,
-                                    int32_t slice)
+  __device__ __forceinline__ Loader(HalfArgs const& args, TileConfig const& config, Smem<T>& shared,
+                                    OutputCoord<T> const& coord, int32_t slice)
       : a(args), smem(shared), thread(threadIdx.x) {
     asm volatile("" : "+r"(thread));  // else it is read from the special register for each slice, which takes long
     int32_t s;
@@ -289,17 +311,17 @@ struct Filler {
     dw = s * a.p.dil_w;
     offset = vector + r * a.p.dil_h * a.step_h + dw * a.step_w;
     w = static_cast<__half const*>(a.p.workspace) +
-        ((int64_t{view.group} * plan.slices + slice) * a.pitch + view.first_k - view.group * a.Kg) * T::kTileC +
+        ((int64_t{coord.group} * config.slices + slice) * a.pitch + coord.first_k - coord.group * a.Kg) * T::kTileC +
         threadIdx.x * kVector;
     for (int i = threadIdx.x; i < T::kTilePQ; i += T::kThreads) {
       Window window{0, 0, kOutside, 0};
-      int32_t const m = view.first_pixel + i;
+      int32_t const m = coord.first_pixel + i;
       if (m < a.NPQ) {
         int32_t pq, q;
         int32_t const n = a.div_PQ.divmod(m, &pq), p = a.div_Q.divmod(pq, &q);
         window.h0 = p * a.p.stride_h - a.p.pad_h;
         window.w0 = q * a.p.stride_w - a.p.pad_w;
-        window.offset = n * a.step_n + view.group * a.vectors + window.h0 * a.step_h + window.w0 * a.step_w;
+        window.offset = n * a.step_n + coord.group * a.vectors + window.h0 * a.step_h + window.w0 * a.step_w;
       }
       smem.window[i] = window;
     }
@@ -358,20 +380,21 @@ __device__ __forceinline__ __half2 add_four(__half2 const* x, __half2 const* w) 
 
 // Accumulates slices first .. last - 1 into acc[pixel][filter].
 template <class T>
-__device__ __forceinline__ void accumulate(HalfArgs const& a, FpropPlan const& plan, View<T> const& view, int32_t first,
-                                           int32_t last, Smem<T>& smem, float (&acc)[T::kThreadPQ][T::kThreadK]) {
-  Filler<T> filler(a, plan, smem, view, first);
+__device__ __forceinline__ void accumulate(HalfArgs const& a, TileConfig const& config, OutputCoord<T> const& coord,
+                                           int32_t first, int32_t last, Smem<T>& smem,
+                                           float (&acc)[T::kThreadPQ][T::kThreadK]) {
+  Loader<T> loader(a, config, smem, coord, first);
   wait_for_primary();
   __syncthreads();
   int32_t next = first, fill_stage = 0;
-  Window windows[Filler<T>::kPixels];
+  Window windows[Loader<T>::kPixels];
   auto fill = [&] {
-    if (next < last) filler.fill(fill_stage, windows);
+    if (next < last) loader.fill(fill_stage, windows);
     ++next;
     fill_stage = fill_stage + 1 == T::kStages ? 0 : fill_stage + 1;
     copy_commit();  // an empty group keeps the count that copy_wait relies on
   };
-  filler.read(windows);
+  loader.read(windows);
   for (int i = 0; i < T::kStages - 1; ++i) fill();
 
   int32_t stage = 0;
@@ -379,13 +402,13 @@ __device__ __forceinline__ void accumulate(HalfArgs const& a, FpropPlan const& p
   for (int32_t slice = first; slice < last; ++slice) {
     copy_wait<T::kStages - 2>();
     __syncthreads();
-    __half const* const w_smem = smem.w[stage][view.thread_k];
-    __half const* const x_smem = smem.x[stage][view.thread_pq];
+    __half const* const w_smem = smem.w[stage][coord.thread_k];
+    __half const* const x_smem = smem.x[stage][coord.thread_pq];
     stage = stage + 1 == T::kStages ? 0 : stage + 1;
     __half2 x[T::kThreadPQ][8], pairs[T::kThreadPQ][T::kThreadK];
 #pragma unroll
     for (int j = 0; j < T::kThreadPQ; ++j) load16(x[j], x_smem + j * T::kStepPQ * T::kPitch);
-    filler.read(windows);
+    loader.read(windows);
 #pragma unroll
     for (int i = 0; i < T::kThreadK; ++i) {
       __half2 w[8];
@@ -411,7 +434,8 @@ __device__ __forceinline__ void accumulate(HalfArgs const& a, FpropPlan const& p
 
 // Sum over the same slices for one output, in float32 from memory.
 template <class T>
-__device__ __noinline__ float exact_sum(HalfArgs const& a, int32_t group, int32_t k, int32_t m, int32_t first, int32_t last) {
+__device__ __noinline__ float exact_sum(HalfArgs const& a, int32_t group, int32_t k, int32_t m, int32_t first,
+                                        int32_t last) {
   if (m >= a.NPQ || k >= (group + 1) * a.Kg) return 0.f;
   Pixel const pixel = make_pixel(a, group, m);
   float sum = 0.f;
@@ -433,64 +457,66 @@ __device__ __noinline__ float exact_sum(HalfArgs const& a, int32_t group, int32_
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
-    adder2d_fprop_half_kernel(__grid_constant__ HalfArgs const a, __grid_constant__ FpropPlan const plan) {
+    adder2d_fprop_half_kernel(__grid_constant__ HalfArgs const a, __grid_constant__ TileConfig const config) {
   extern __shared__ __align__(16) unsigned char smem_bytes[];
   launch_dependents();
-  Work const work(plan);
-  View<T> const view(a, plan, work.tile, threadIdx.x);
+  WorkTile const work(config);
+  OutputCoord<T> const coord(a, config, work.tile, threadIdx.x);
   float acc[T::kThreadPQ][T::kThreadK] = {};
-  accumulate(a, plan, view, work.first, work.last, *reinterpret_cast<Smem<T>*>(smem_bytes), acc);
+  accumulate(a, config, coord, work.first, work.last, *reinterpret_cast<Smem<T>*>(smem_bytes), acc);
 
-  // Overflow and NaN show as such in the sums. What conversion to half rounded away below 2^-24 is at most 2^-25 for either
-  // side of a term: 2^-12 of a sum of at least 2^-12 a term.
+  // Overflow and NaN show as such in the sums. What conversion to half rounded away below 2^-24 is at most 2^-25 for
+  // either side of a term: 2^-12 of a sum of at least 2^-12 a term.
   float const least = a.exact_halves ? 0.f : (work.last - work.first) * T::kTileC * 0x1p-12f;
   bool exact = true;
 #pragma unroll
   for (int j = 0; j < T::kThreadPQ; ++j)
 #pragma unroll
     for (int i = 0; i < T::kThreadK; ++i) {
-      bool const present = view.first_pixel + view.pq(j) < a.NPQ && view.first_k + view.k(i) < view.end_k;
+      bool const present = coord.first_pixel + coord.pq(j) < a.NPQ && coord.first_k + coord.k(i) < coord.end_k;
       exact &= isfinite(acc[j][i]) && (acc[j][i] >= least || !present);
     }
-  using Turned = typename View<T>::Turned;
+  using Transpose = typename OutputCoord<T>::Transpose;
   float* const sums = reinterpret_cast<float*>(smem_bytes);
   if (__syncthreads_or(!exact)) {
 #pragma unroll 1
     for (int i = 0; i < T::kThreadPQ * T::kThreadK; ++i) {
-      int32_t const k = view.k(i % T::kThreadK), pq = view.pq(i / T::kThreadK);
-      sums[Turned::index(a, k, pq)] = exact_sum<T>(a, view.group, view.first_k + k, view.first_pixel + pq, work.first, work.last);
+      int32_t const k = coord.k(i % T::kThreadK), pq = coord.pq(i / T::kThreadK);
+      sums[Transpose::index(a, k, pq)] =
+          exact_sum<T>(a, coord.group, coord.first_k + k, coord.first_pixel + pq, work.first, work.last);
     }
   } else {
 #pragma unroll
     for (int j = 0; j < T::kThreadPQ; ++j)
 #pragma unroll
-      for (int i = 0; i < T::kThreadK; ++i) sums[Turned::index(a, view.k(i), view.pq(j))] = acc[j][i];
+      for (int i = 0; i < T::kThreadK; ++i) sums[Transpose::index(a, coord.k(i), coord.pq(j))] = acc[j][i];
   }
   __syncthreads();
-  finish_turned(a, plan, work, view, sums);
+  store_transposed(a, config, work, coord, sums);
 }
 
 // ---- launcher
 
-using Tile64x128 = Tile<64, 128, 8, 3, 2>;
-using Tile32x256 = Tile<32, 256, 8, 3, 2>;
-using Tile16x256 = Tile<16, 256, 8, 2, 4>;
-using Tile32x64 = Tile<32, 64, 4, 3, 4>;  // small problems: four times as many blocks
+using Tile64x128 = Tile<64, 128, 8, 3, kArch.half_blocks>;
+using Tile32x256 = Tile<32, 256, 8, 3, kArch.half_blocks>;
+using Tile16x256 = Tile<16, 256, 8, 2, kArch.half_blocks_thin>;
+using Tile32x64 = Tile<32, 64, 4, 3, kArch.half_blocks_thin>;  // small problems: four times as many blocks
 
-// Accumulated terms a cycle and multiprocessor, of 128.
 template <class T>
-constexpr double kRate = T::kThreadK < 8 ? 60 : T::kTileK < 32 ? 78 : 85;
+constexpr double kRate = T::kThreadK < 8  ? kArch.half_rate_small
+                         : T::kTileK < 32 ? kArch.half_rate_thin
+                                          : kArch.half_rate;
 template <class T>
 constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kRate<T>};
-// In the order of launch_fprop_half.
+// In the order of launch_plan.
 constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile32x256>, kSizeOf<Tile16x256>, kSizeOf<Tile32x64>};
 constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 constexpr int32_t kTileC = Tile64x128::kTileC;
 constexpr int32_t kMaxTileK = 64;
 
 // Whether these kernels take the layer, device and workspace aside.
-bool suits_half(Adder2dParams const& p) {
-  return p.x_type != ADDER2D_FLOAT32 && p.C / p.groups >= kMinChannels && p.R * p.S <= kPackElements / kVector;
+bool has_half_shape(Adder2dParams const& p) {
+  return is_16_bit(p.x_type) && p.C / p.groups >= kMinChannels && p.R * p.S <= kPackElements / kVector;
 }
 
 // Vectors of a tap and group.
@@ -506,10 +532,11 @@ size_t weight_bytes(Adder2dParams const& p) {
 
 // Vectors can be copied straight from the input.
 bool is_packed_image(Adder2dParams const& p) {
-  int64_t const reach = int64_t{p.N - 1} * p.x_stride[0] + int64_t{p.H - 1} * p.x_stride[2] + int64_t{p.W - 1} * p.x_stride[3];
-  return p.x_type == ADDER2D_FLOAT16 && p.x_stride[1] == 1 && p.C / p.groups % kVector == 0 && p.x_stride[0] % kVector == 0 &&
-         p.x_stride[2] % kVector == 0 && p.x_stride[3] % kVector == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
-         reach / kVector <= INT32_MAX / 4;
+  int64_t const reach =
+      int64_t{p.N - 1} * p.x_stride[0] + int64_t{p.H - 1} * p.x_stride[2] + int64_t{p.W - 1} * p.x_stride[3];
+  return p.x_type == ADDER2D_FLOAT16 && p.x_stride[1] == 1 && p.C / p.groups % kVector == 0 &&
+         p.x_stride[0] % kVector == 0 && p.x_stride[2] % kVector == 0 && p.x_stride[3] % kVector == 0 &&
+         reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && reach / kVector <= INT32_MAX / 4;
 }
 
 // Of workspace for packed images.
@@ -517,12 +544,12 @@ size_t image_bytes(Adder2dParams const& p, int32_t images) {
   return is_packed_image(p) ? 0 : sizeof(uint4) * images * p.H * p.W * p.groups * vectors_of(p);
 }
 
-HalfArgs make_half_args(FpropArgs const& problem, FpropPlan const& plan) {
+HalfArgs make_half_args(FpropArgs const& problem, TileConfig const& config) {
   HalfArgs args{};
   static_cast<FpropArgs&>(args) = problem;
   Adder2dParams const& p = problem.p;
   args.vectors = vectors_of(p);
-  args.pitch = plan.tiles_k * kTiles[plan.tile].k;
+  args.pitch = config.tiles_k * kTiles[config.tile].k;
   args.exact_halves = p.x_type == ADDER2D_FLOAT16 && p.w_type == ADDER2D_FLOAT16;
   args.packs_image = !is_packed_image(p);
   args.div_vectors = FastDiv(args.vectors);
@@ -542,14 +569,15 @@ HalfArgs make_half_args(FpropArgs const& problem, FpropPlan const& plan) {
   return args;
 }
 
-PackPlan make_pack_plan(HalfArgs const& args, FpropPlan const& plan) {
+PackConfig make_pack_config(HalfArgs const& args, TileConfig const& config) {
   Adder2dParams const& p = args.p;
   int64_t const* const stride = p.x_stride;
   int32_t const RS = p.R * p.S;
-  PackPlan pack{};
-  pack.slices = plan.slices;
+  PackConfig pack{};
+  pack.slices = config.slices;
   // A slice's four vectors where they find room, and more while a lane has less than three of them to copy.
-  while (kVector * RS << (pack.shift + 1) <= kPackElements && (pack.shift < 2 || RS << (pack.shift + 1) <= 96)) ++pack.shift;
+  while (kVector * RS << (pack.shift + 1) <= kPackElements && (pack.shift < 2 || RS << (pack.shift + 1) <= 96))
+    ++pack.shift;
   pack.pitch = ceil_div((RS << pack.shift) - 4, 8) * 8 + 4;  // so that two filters lie 16 banks apart
   int32_t const columns = ceil_div(args.vectors, 1 << pack.shift), rows = args.pitch / kPackFilters;
   pack.weight_blocks = columns * rows * p.groups;
@@ -566,9 +594,9 @@ PackPlan make_pack_plan(HalfArgs const& args, FpropPlan const& plan) {
 }
 
 template <class T>
-cudaError_t launch_tile(HalfArgs const& args, FpropPlan const& plan, cudaStream_t stream) {
+cudaError_t launch_tile(HalfArgs const& args, TileConfig const& config, cudaStream_t stream) {
   static_assert(T::kTileK % kPackFilters == 0, "a block packs filters of one group");
-  PackPlan const pack = make_pack_plan(args, plan);
+  PackConfig const pack = make_pack_config(args, config);
   int64_t const chunks = args.packs_image ? ceil_div(int64_t{args.p.N} * args.p.H * args.p.W, int64_t{kPackPixels}) : 0;
   int64_t const image_blocks = ceil_div(chunks * args.p.groups * args.vectors, int64_t{kPackWarps});
   dim3 const pack_grid(static_cast<uint32_t>(pack.weight_blocks + image_blocks));
@@ -576,14 +604,49 @@ cudaError_t launch_tile(HalfArgs const& args, FpropPlan const& plan, cudaStream_
   cudaError_t const error =
       launch(adder2d_pack_half_kernel<T::kTileC>, pack_grid, dim3(kPackThreads), pack_smem, stream, args, pack);
   if (error != cudaSuccess) return error;
-  static_assert(16 * View<T>::kItems * T::kThreads <= sizeof(Smem<T>), "sums change hands where the slices were");
-  return launch_tiled<View<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), sizeof(Smem<T>), T::kThreads, true, args, plan, stream);
+  static_assert(16 * OutputCoord<T>::kItems * T::kThreads <= sizeof(Smem<T>),
+                "sums change hands where the slices were");
+  return launch_tiled<OutputCoord<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), sizeof(Smem<T>), T::kThreads, true,
+                                      args, config, stream);
+}
+
+constexpr char const* kTileNames[] = {"64x128", "32x256", "16x256", "32x64"};
+static_assert(sizeof(kTileNames) / sizeof(kTileNames[0]) == kTileCount, "one name a tile");
+
+bool can_implement(FpropArgs const& args, size_t workspace_bytes) {
+  // Weights and image must find room.
+  return has_half_shape(args.p) && weight_bytes(args.p) + image_bytes(args.p, args.p.N) <= workspace_bytes &&
+         compute_capability_major() >= 8;
+}
+
+bool is_preferred(FpropArgs const&) { return true; }
+
+bool plan(FpropArgs const& args, size_t workspace_bytes, TileForce const& force, TileConfig* config, double* cycles) {
+  if (force.packed == 0) return false;
+  size_t const packed_bytes = weight_bytes(args.p) + image_bytes(args.p, args.p.N);
+  TileProblem const problem{args.Kg, args.NPQ, args.p.groups, slices_of(args.p) * kTileC};
+  *config =
+      choose_tile(problem, kTiles, kTileCount, SplitReduce::kForward, workspace_bytes - packed_bytes, force, cycles);
+  config->packed_bytes = packed_bytes;
+  config->workspace_bytes += packed_bytes;
+  return *cycles != 0;
+}
+
+cudaError_t launch_plan(FpropArgs const& problem, TileConfig const& config, cudaStream_t stream) {
+  HalfArgs const args = make_half_args(problem, config);
+  switch (config.tile) {
+    case 0: return launch_tile<Tile64x128>(args, config, stream);
+    case 1: return launch_tile<Tile32x256>(args, config, stream);
+    case 2: return launch_tile<Tile16x256>(args, config, stream);
+    case 3: return launch_tile<Tile32x64>(args, config, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
 int32_t images_of_fprop_half(Adder2dParams const& p, int32_t images) {
-  if (!suits_half(p) || is_packed_image(p)) return images;
+  if (!has_half_shape(p) || is_packed_image(p)) return images;
   size_t const weights = weight_bytes(p);
   if (p.workspace_bytes <= weights) return images;
   int64_t const room = (p.workspace_bytes - weights) / image_bytes(p, 1);
@@ -591,34 +654,6 @@ int32_t images_of_fprop_half(Adder2dParams const& p, int32_t images) {
   return static_cast<int32_t>(ceil_div<int64_t>(images, ceil_div<int64_t>(images, room)));  // of about equal size
 }
 
-bool takes_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
-  // Weights and image must find room.
-  if (!suits_half(args.p) || weight_bytes(args.p) + image_bytes(args.p, args.p.N) > workspace_bytes) return false;
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 8;
-}
-
-FpropPlan plan_fprop_half(FpropArgs const& args, size_t workspace_bytes) {
-  size_t const packed_bytes = weight_bytes(args.p) + image_bytes(args.p, args.p.N);
-  auto const slices = [](FpropArgs const& a, TileSize const&) { return static_cast<double>(slices_of(a.p)); };
-  double cycles;
-  FpropPlan plan = choose_tile(args, kTiles, kTileCount, slices, workspace_bytes - packed_bytes, &cycles, true);
-  plan.packed_bytes = packed_bytes;
-  plan.workspace_bytes += packed_bytes;
-  return plan;
-}
-
-cudaError_t launch_fprop_half(FpropArgs const& problem, FpropPlan const& plan, cudaStream_t stream) {
-  HalfArgs const args = make_half_args(problem, plan);
-  switch (plan.tile) {
-    case 0: return launch_tile<Tile64x128>(args, plan, stream);
-    case 1: return launch_tile<Tile32x256>(args, plan, stream);
-    case 2: return launch_tile<Tile16x256>(args, plan, stream);
-    case 3: return launch_tile<Tile32x64>(args, plan, stream);
-  }
-  return cudaErrorInvalidValue;
-}
+FpropFamily const kFpropHalf{{"half", kTileNames, kTileCount}, can_implement, is_preferred, plan, launch_plan};
 
 }  // namespace adder2d

@@ -1,11 +1,12 @@
-// Entry points of the weight gradient, and what follows on a convolution, in three kernels: sums of dy a filter and chunk;
-// dw = convolved - w * sum(dy) and sums of its squares a block; dw divided to the wanted norm. Where wgrad_simt.cu needs no
-// convolution, the third alone. Every sum runs in one fixed order.
+// The weight gradient from that of a convolution, in three kernels: sums of dy per filter and chunk; dw = convolved - w
+// * sum(dy) and sums of its squares per block; dw divided to the wanted norm, which wgrad_simt.cu uses as well. Every
+// sum runs in one fixed order.
 #include <algorithm>
 #include <cmath>
 
-#include "common.cuh"
-#include "wgrad.h"
+#include "common/convert.cuh"
+#include "common/launch.cuh"
+#include "wgrad/wgrad.h"
 
 namespace adder2d {
 namespace {
@@ -24,7 +25,7 @@ int64_t filter_size(Adder2dParams const& p) { return int64_t{p.C / p.groups} * p
 // Threads run along the pixels of one filter, or along filters where those lie side by side.
 struct SumArgs {
   Adder2dParams p;  // y is dy
-  float* sums;  // [K, chunks]
+  float* sums;      // [K, chunks]
   bool filters;
   int32_t vec;                      // elements of a load
   int32_t lanes_k_log2;             // threads of a block along the filters
@@ -46,10 +47,12 @@ SumArgs make_sum_args(Adder2dParams const& p) {
   args.filters = p.K > 1 && stride[1] == 1 && !pixels;
   args.vec = 1;
   if (args.filters) {
-    if (aligned && p.K % vec == 0 && (p.P < 2 || stride[2] % vec == 0) && (p.Q < 2 || stride[3] % vec == 0)) args.vec = vec;
+    if (aligned && p.K % vec == 0 && (p.P < 2 || stride[2] % vec == 0) && (p.Q < 2 || stride[3] % vec == 0))
+      args.vec = vec;
     while (args.lanes_k_log2 < 5 && (args.vec << args.lanes_k_log2) < p.K) ++args.lanes_k_log2;
     static_assert(1 << 5 == kMaxLanesK);
-  } else if (pixels && aligned && PQ % vec == 0 && (p.P < 2 || p.Q < 2 || stride[2] == p.Q) && (p.K < 2 || stride[1] % vec == 0)) {
+  } else if (pixels && aligned && PQ % vec == 0 && (p.P < 2 || p.Q < 2 || stride[2] == p.Q) &&
+             (p.K < 2 || stride[1] % vec == 0)) {
     args.vec = vec;
   }
   int32_t const lanes = kThreads >> args.lanes_k_log2;
@@ -151,8 +154,9 @@ __global__ void __launch_bounds__(kThreads) adder2d_wgrad_sum_kernel(__grid_cons
 template <typename T>
 cudaError_t launch_sum(SumArgs const& args, cudaStream_t stream) {
   constexpr int kVec = 16 / sizeof(T);
-  auto const kernel = args.filters ? (args.vec > 1 ? adder2d_wgrad_sum_kernel<T, kVec, true> : adder2d_wgrad_sum_kernel<T, 1, true>)
-                                   : (args.vec > 1 ? adder2d_wgrad_sum_kernel<T, kVec, false> : adder2d_wgrad_sum_kernel<T, 1, false>);
+  auto const kernel =
+      args.filters ? (args.vec > 1 ? adder2d_wgrad_sum_kernel<T, kVec, true> : adder2d_wgrad_sum_kernel<T, 1, true>)
+                   : (args.vec > 1 ? adder2d_wgrad_sum_kernel<T, kVec, false> : adder2d_wgrad_sum_kernel<T, 1, false>);
   int64_t const blocks = int64_t{args.tiles} * args.chunks;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   return launch(kernel, dim3(static_cast<uint32_t>(blocks)), dim3(kThreads), 0, stream, args);
@@ -261,15 +265,8 @@ __global__ void __launch_bounds__(kThreads)
   if (length < 1e-12) length = 1e-12;  // NaN stays
   float const divisor = static_cast<float>(length / norm);
 #pragma unroll 4
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += int64_t{gridDim.x} * kThreads) dw[i] /= divisor;
-}
-
-cudaError_t launch_scale(Adder2dWgradParams const& params, int64_t squares, cudaStream_t stream) {
-  int64_t const size = params.layer.K * filter_size(params.layer);
-  uint32_t const blocks = static_cast<uint32_t>(std::min<int64_t>(ceil_div<int64_t>(size, kThreads * kLoads), kBlocks / 4));
-  return launch_dependent(adder2d_wgrad_scale_kernel, dim3(blocks), dim3(kThreads), 0, stream, params.dw, size,
-                          static_cast<double const*>(params.layer.workspace), squares,
-                          params.eta * std::sqrt(static_cast<double>(size)));
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += int64_t{gridDim.x} * kThreads)
+    dw[i] /= divisor;
 }
 
 // The workspace holds the squares, then the sums.
@@ -279,47 +276,45 @@ size_t workspace_bytes(DwArgs const& args) {
   return squares_count(args) * sizeof(double) + int64_t{args.p.layer.K} * args.chunks * sizeof(float);
 }
 
-cudaError_t finish(Adder2dWgradParams const& params, cudaStream_t stream) {
+}  // namespace
+
+cudaError_t launch_wgrad_scale(Adder2dWgradParams const& params, int64_t squares, cudaStream_t stream) {
+  int64_t const size = params.layer.K * filter_size(params.layer);
+  uint32_t const blocks =
+      static_cast<uint32_t>(std::min<int64_t>(ceil_div<int64_t>(size, kThreads * kLoads), kBlocks / 4));
+  return launch_dependent(adder2d_wgrad_scale_kernel, dim3(blocks), dim3(kThreads), 0, stream, params.dw, size,
+                          static_cast<double const*>(params.layer.workspace), squares,
+                          params.eta * std::sqrt(static_cast<double>(size)));
+}
+
+FamilyNames const kWgradConvolved{"convolved", nullptr, 0};
+
+size_t wgrad_convolved_workspace(Adder2dWgradParams const& params) {
+  Adder2dParams either = params.layer;
+  int32_t chunks = 0;
+  for (uintptr_t address : {0, 1}) {  // dy aligned, and not
+    either.y = reinterpret_cast<void*>(address);
+    chunks = std::max(chunks, make_sum_args(either).chunks);
+  }
+  return workspace_bytes(make_dw_args(params, chunks));
+}
+
+cudaError_t launch_wgrad_convolved(Adder2dWgradParams const& params, cudaStream_t stream) {
   SumArgs sum = make_sum_args(params.layer);
   DwArgs dw = make_dw_args(params, sum.chunks);
   int64_t const count = squares_count(dw), blocks = int64_t{params.layer.K} * dw.blocks;
   if (workspace_bytes(dw) > params.layer.workspace_bytes || blocks > 0x7fffffff) return cudaErrorInvalidValue;
   dw.squares = count > 0 ? static_cast<double*>(params.layer.workspace) : nullptr;
   dw.sums = sum.sums = reinterpret_cast<float*>(static_cast<double*>(params.layer.workspace) + count);
-  cudaError_t error = params.layer.y_type == ADDER2D_FLOAT32   ? launch_sum<float>(sum, stream)
-                      : params.layer.y_type == ADDER2D_FLOAT16 ? launch_sum<__half>(sum, stream)
-                                                               : launch_sum<__nv_bfloat16>(sum, stream);
+  cudaError_t error = cudaErrorInvalidValue;
+  switch (static_cast<Adder2dType>(params.layer.y_type)) {
+    case ADDER2D_FLOAT32: error = launch_sum<float>(sum, stream); break;
+    case ADDER2D_FLOAT16: error = launch_sum<__half>(sum, stream); break;
+    case ADDER2D_BFLOAT16: error = launch_sum<__nv_bfloat16>(sum, stream); break;
+  }
   if (error != cudaSuccess) return error;
   error = launch_dependent(adder2d_wgrad_kernel, dim3(static_cast<uint32_t>(blocks)), dim3(kThreads), 0, stream, dw);
-  return error != cudaSuccess || count == 0 ? error : launch_scale(params, count, stream);
+  return error != cudaSuccess || count == 0 ? error : launch_wgrad_scale(params, count, stream);
 }
 
-}  // namespace
 }  // namespace adder2d
-
-using namespace adder2d;
-
-int32_t adder2d_wgrad_takes(Adder2dWgradParams const* params) {
-  return adder2d_wgrad_check(params) == nullptr && plan_wgrad_simt(*params).taken;
-}
-
-size_t adder2d_wgrad_workspace(Adder2dWgradParams const* params) {
-  if (adder2d_wgrad_check(params) != nullptr) return 0;
-  Adder2dParams either = params->layer;
-  int32_t chunks = 0;
-  for (uintptr_t address : {0, 1}) {  // dy aligned, and not
-    either.y = reinterpret_cast<void*>(address);
-    chunks = std::max(chunks, make_sum_args(either).chunks);
-  }
-  return std::max(workspace_bytes(make_dw_args(*params, chunks)), plan_wgrad_simt(*params).workspace_bytes);
-}
-
-int32_t adder2d_wgrad(Adder2dWgradParams const* params, void* stream_pointer) {
-  if (adder2d_wgrad_check(params) != nullptr) return cudaErrorInvalidValue;
-  cudaStream_t const stream = static_cast<cudaStream_t>(stream_pointer);
-  if (params->convolved != nullptr) return finish(*params, stream);
-  WgradPlan const plan = plan_wgrad_simt(*params);
-  if (!plan.taken || plan.workspace_bytes > params->layer.workspace_bytes) return cudaErrorInvalidValue;
-  cudaError_t const error = launch_wgrad_simt(*params, plan, stream);
-  return error != cudaSuccess || params->eta == 0 ? error : launch_scale(*params, plan.reduce_blocks, stream);
-}

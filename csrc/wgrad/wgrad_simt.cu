@@ -1,16 +1,23 @@
 // The weight gradient of 3x3 layers with few channels: sum(dy * x) and sum(dy) over all pixels on float32 arithmetic.
 //
-// Few channels make a small matrix of sums, 144 by 16 in ResNet-20's first stage, over very many pixels. A block owns a tile
-// of kTileK filters by kTileC channels by all nine taps, and some of the pixels. Chunks of dy, with the patch of x that they
-// read, go through a ring in shared memory, channels side by side: no tap is copied twice, as im2col would. A thread keeps
-// the sums of 8 filters by 4 channels by the three taps of one row of the kernel, and walks along a row of dy with a window
-// of three pixels of x in registers: per pixel it reads one new pixel of x and one of dy, 3 x 16 bytes for 96 products. Groups
-// of threads take different rows of the chunk.
+// Few channels make a small matrix of sums, 144 by 16 in ResNet-20's first stage, over very many pixels. A block owns a
+// tile of kTileK filters by kTileC channels by all nine taps, and some of the pixels. Chunks of dy, with the patch of x
+// that they read, go through a ring in shared memory, channels side by side: no tap is copied twice, as im2col would. A
+// thread keeps the sums of 8 filters by 4 channels by the three taps of one row of the kernel, and walks along a row of
+// dy with a window of three pixels of x in registers: per pixel it reads one new pixel of x and one of dy, 3 x 16 bytes
+// for 96 products. Groups of threads take different rows of the chunk.
 //
-// Sums of groups meet in shared memory, those of blocks in the workspace, always in the same order: results repeat exactly.
+// Sums of groups meet in shared memory, those of blocks in the workspace, always in the same order: results repeat
+// exactly.
 #include <algorithm>
 
-#include "wgrad.h"
+#include "common/convert.cuh"
+#include "common/cp_async.cuh"
+#include "common/device.h"
+#include "common/launch.cuh"
+#include "common/plan_cache.h"
+#include "tile/arch.h"
+#include "wgrad/wgrad.h"
 
 namespace adder2d {
 namespace {
@@ -24,17 +31,19 @@ constexpr int kUnroll = 4;  // pixels of the inner loop; strips are multiples of
 template <int kTileK_, int kTileC_>
 struct Tile {
   static constexpr int kTileK = kTileK_, kTileC = kTileC_;  // sums of a block, for each tap
-  static constexpr int kThreadK = 8, kThreadC = 4;          // sums of a thread, for each tap of its row; filters as 2 x 4
+  // Sums of a thread, for each tap of its row; filters as 2 x 4.
+  static constexpr int kThreadK = 8, kThreadC = 4;
   static constexpr int kThreads = 384, kWarps = kThreads / 32;
   static constexpr int kLanesK = kTileK / kThreadK, kLanesC = kTileC / kThreadC;
   static constexpr int kGroups = kThreads / (kTaps * kLanesK * kLanesC);
   // The four floats of padding send what a warp copies, 8 pixels of 4 channels, to 32 different banks.
   static constexpr int kPitchK = kTileK + 4, kPitchC = kTileC + 4;
-  static constexpr int kSums = kTileK * kTileC;                   // of one tap
-  static constexpr int kTurnFloats = kGroups * kTaps * kSums;     // sums that meet in shared memory at a time
+  static constexpr int kSums = kTileK * kTileC;                // of one tap
+  static constexpr int kTurnFloats = kGroups * kTaps * kSums;  // sums that meet in shared memory at a time
 
   static_assert(32 % kLanesC == 0 && kThreads / kTaps % (kLanesK * kLanesC) == 0, "warps hold one row of the kernel");
-  static_assert(32 % (kTileK / 4) == 0 && 32 % (kTileC / 4) == 0, "warps copy whole pixels; threads add dy of four filters");
+  static_assert(32 % (kTileK / 4) == 0 && 32 % (kTileC / 4) == 0,
+                "warps copy whole pixels; threads add dy of four filters");
   static_assert(kPitchK % 32 == 4 || kPitchK % 32 == 20, "banks");
   static_assert(kPitchC % 32 == 4 || kPitchC % 32 == 20, "banks");
   static_assert(kTurnFloats * sizeof(float) <= 48 << 10, "what every device has");
@@ -51,11 +60,16 @@ template <class T>
 constexpr TileSize kSizeOf{T::kTileK, T::kTileC, T::kGroups};
 // In the order of launch_wgrad_simt.
 constexpr TileSize kTiles[] = {kSizeOf<Tile16x16>, kSizeOf<Tile32x16>, kSizeOf<Tile32x32>};
+constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
+constexpr char const* kTileNames[] = {"16x16", "32x16", "32x32"};  // filters x channels
+static_assert(sizeof(kTileNames) / sizeof(kTileNames[0]) == kTileCount, "one name a tile");
 constexpr int32_t kWarps = Tile16x16::kWarps;
 constexpr size_t kTurnBytes = Tile16x16::kTurnFloats * sizeof(float);
-static_assert(Tile32x16::kTurnFloats == Tile16x16::kTurnFloats && Tile32x32::kTurnFloats == Tile16x16::kTurnFloats, "kTurnBytes");
+static_assert(Tile32x16::kTurnFloats == Tile16x16::kTurnFloats && Tile32x32::kTurnFloats == Tile16x16::kTurnFloats,
+              "kTurnBytes");
 
-constexpr int kReduceLanes = 32, kReduceParts = 8;  // of a block that adds splits: weights, threads that share a weight's splits
+// Of a block that adds splits: weights, threads that share a weight's splits.
+constexpr int kReduceLanes = 32, kReduceParts = 8;
 
 // x or dy.
 struct Source {
@@ -70,7 +84,7 @@ struct Source {
 struct Args {
   Adder2dWgradParams p;
   Source x, dy;
-  int32_t Cg, Kg;  // channels and filters of one group
+  int32_t Cg, Kg;   // channels and filters of one group
   double* squares;  // [reduce_blocks], or null
   float* partial;   // [splits][tiles][kTaps s][kTaps r][kTileK][kTileC]
   float* sums;      // of dy: [splits][groups * tiles_k][kTileK]
@@ -78,29 +92,32 @@ struct Args {
 
 // ---- fill
 
-__device__ __forceinline__ float convert(uint16_t bits, int32_t type) {
-  return type == ADDER2D_FLOAT16 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(uint32_t{bits} << 16);
+__device__ __forceinline__ void copy1(float* dst, float const* src, bool valid, int32_t) {
+  copy4_async(dst, src, valid);
 }
-
-__device__ __forceinline__ void copy1(float* dst, float const* src, bool valid, int32_t) { copy4_async(dst, src, valid); }
 __device__ __forceinline__ void copy1(float* dst, uint16_t const* src, bool valid, int32_t type) {
-  *dst = convert(valid ? __ldg(src) : uint16_t{0}, type);
+  *dst = bits_as_float(valid ? __ldg(src) : uint16_t{0}, type);
 }
-__device__ __forceinline__ void copy4(float* dst, float const* src, bool valid, int32_t) { copy16_async(dst, src, valid); }
+__device__ __forceinline__ void copy4(float* dst, float const* src, bool valid, int32_t) {
+  copy16_async(dst, src, valid);
+}
 __device__ __forceinline__ void copy4(float* dst, uint16_t const* src, bool valid, int32_t type) {
   uint2 const v = valid ? __ldg(reinterpret_cast<uint2 const*>(src)) : uint2{};
-  *reinterpret_cast<float4*>(dst) = make_float4(convert(v.x & 0xffff, type), convert(v.x >> 16, type),
-                                                convert(v.y & 0xffff, type), convert(v.y >> 16, type));
+  *reinterpret_cast<float4*>(dst) = make_float4(bits_as_float(v.x & 0xffff, type), bits_as_float(v.x >> 16, type),
+                                                bits_as_float(v.y & 0xffff, type), bits_as_float(v.y >> 16, type));
 }
 
-// A warp copies a row of pixels with kTile channels each, of which `channels` exist. Zeros go where there is no element.
+// A warp copies a row of pixels with kTile channels each, of which `channels` exist. Zeros go where there is no
+// element.
 template <int kTile, bool kVectors, typename Element>
 __device__ __forceinline__ void fill_row(Source const& source, Element const* src, int32_t channels, int32_t column,
                                          int32_t columns, float* dst) {
-  // Neighbours in a warp take four channels at once (channels_last), else 8 pixels of one channel: whole sectors of NCHW.
+  // Neighbours in a warp take four channels at once (channels_last), else 8 pixels of one channel: whole sectors of
+  // NCHW.
   constexpr int kLanes = kVectors ? kTile / 4 : 4, kPixels = 32 / kLanes, kPitch = kTile + 4;
   int32_t const lane = threadIdx.x % 32;
-  int32_t const pixel = kVectors ? lane / kLanes : lane % kPixels, channel = kVectors ? lane % kLanes * 4 : lane / kPixels;
+  int32_t const pixel = kVectors ? lane / kLanes : lane % kPixels,
+                channel = kVectors ? lane % kLanes * 4 : lane / kPixels;
   int64_t const step = source.stride[1] * 4;
   src += channel * source.stride[1] + pixel * source.stride[3];
   dst += pixel * kPitch + channel;
@@ -143,41 +160,42 @@ __device__ __forceinline__ void fill_row(Source const& source, int32_t n, int32_
 
 // ---- tile
 
-struct Place {
+struct TileCoord {
   int32_t group, tile_k, tile_c;
 
-  __device__ __forceinline__ Place(WgradPlan const& plan, int32_t tile) {
-    tile_c = tile % plan.tiles_c;
-    int32_t const rest = tile / plan.tiles_c;
-    tile_k = rest % plan.tiles_k;
-    group = rest / plan.tiles_k;
+  __device__ __forceinline__ TileCoord(WgradConfig const& config, int32_t tile) {
+    tile_c = tile % config.tiles_c;
+    int32_t const rest = tile / config.tiles_c;
+    tile_k = rest % config.tiles_k;
+    group = rest / config.tiles_k;
   }
 };
 
 // Starts the copies of a chunk: the patch of x, then dy, a row at a time and warp.
 template <class T>
-__device__ __forceinline__ void fill(Args const& a, WgradPlan const& plan, Place const& place, int32_t chunk, float* stage) {
+__device__ __forceinline__ void fill(Args const& a, WgradConfig const& config, TileCoord const& coord, int32_t chunk,
+                                     float* stage) {
   int32_t block_q, block_p;
-  int32_t const rest = plan.div_chunks_q.divmod(chunk, &block_q);
-  int32_t const n = plan.div_chunks_p.divmod(rest, &block_p) * plan.images;
-  int32_t const p = block_p * plan.rows, q = block_q * plan.strip;
+  int32_t const rest = config.div_chunks_q.divmod(chunk, &block_q);
+  int32_t const n = config.div_chunks_p.divmod(rest, &block_p) * config.images;
+  int32_t const p = block_p * config.rows, q = block_q * config.strip;
   Adder2dParams const& layer = a.p.layer;
-  int32_t const x_rows = plan.images * plan.x_rows, dy_rows = plan.images * plan.rows;
+  int32_t const x_rows = config.images * config.x_rows, dy_rows = config.images * config.rows;
   int32_t i = threadIdx.x / 32;
 #pragma unroll 1
   for (; i < x_rows; i += T::kWarps) {
     int32_t row;
-    int32_t const image = plan.div_x_rows.divmod(i, &row), c = place.tile_c * T::kTileC;
-    fill_row<T::kTileC>(a.x, n + image, p * layer.stride_h - layer.pad_h + row, q * layer.stride_w - layer.pad_w, plan.x_columns,
-                        place.group * a.Cg + c, a.Cg - c, stage + i * plan.x_columns * T::kPitchC);
+    int32_t const image = config.div_x_rows.divmod(i, &row), c = coord.tile_c * T::kTileC;
+    fill_row<T::kTileC>(a.x, n + image, p * layer.stride_h - layer.pad_h + row, q * layer.stride_w - layer.pad_w,
+                        config.x_columns, coord.group * a.Cg + c, a.Cg - c, stage + i * config.x_columns * T::kPitchC);
   }
-  stage += x_rows * plan.x_columns * T::kPitchC;
+  stage += x_rows * config.x_columns * T::kPitchC;
 #pragma unroll 1
   for (i -= x_rows; i < dy_rows; i += T::kWarps) {
     int32_t row;
-    int32_t const image = plan.div_rows.divmod(i, &row), k = place.tile_k * T::kTileK;
-    fill_row<T::kTileK>(a.dy, n + image, p + row, q, plan.strip, place.group * a.Kg + k, a.Kg - k,
-                        stage + i * plan.strip * T::kPitchK);
+    int32_t const image = config.div_rows.divmod(i, &row), k = coord.tile_k * T::kTileK;
+    fill_row<T::kTileK>(a.dy, n + image, p + row, q, config.strip, coord.group * a.Kg + k, a.Kg - k,
+                        stage + i * config.strip * T::kPitchK);
   }
 }
 
@@ -185,7 +203,8 @@ __device__ __forceinline__ void fill(Args const& a, WgradPlan const& plan, Place
 template <class T, int kStride>
 __device__ __forceinline__ void add_row(float const* x_smem, float const* dy_smem, int32_t strip,
                                         float (&acc)[kTaps][T::kThreadK][T::kThreadC]) {
-  // What the next pixel needs is read while this one is added. Nothing is read behind the last one: it may be being filled.
+  // What the next pixel needs is read while this one is added. Nothing is read behind the last one: it may be being
+  // filled.
   constexpr int kRing = kUnroll * kStride;
   static_assert(kRing >= kTaps + kStride, "a window, and what comes into it next");
   float x[kRing][T::kThreadC], dy[2][T::kThreadK];
@@ -194,7 +213,8 @@ __device__ __forceinline__ void add_row(float const* x_smem, float const* dy_sme
   };
   auto const load_dy = [&](int pixel) {
     *reinterpret_cast<float4*>(&dy[pixel % 2][0]) = *reinterpret_cast<float4 const*>(dy_smem + pixel * T::kPitchK);
-    *reinterpret_cast<float4*>(&dy[pixel % 2][4]) = *reinterpret_cast<float4 const*>(dy_smem + pixel * T::kPitchK + T::kTileK / 2);
+    *reinterpret_cast<float4*>(&dy[pixel % 2][4]) =
+        *reinterpret_cast<float4 const*>(dy_smem + pixel * T::kPitchK + T::kTileK / 2);
   };
 #pragma unroll
   for (int s = 0; s < kTaps; ++s) load_x(s);
@@ -230,17 +250,18 @@ __device__ __forceinline__ void add(float4* sum, float4 const& v) {
 
 template <class T, int kStride>
 __global__ void __launch_bounds__(T::kThreads, 1)
-    adder2d_wgrad_simt_kernel(__grid_constant__ Args const a, __grid_constant__ WgradPlan const plan) {
+    adder2d_wgrad_simt_kernel(__grid_constant__ Args const a, __grid_constant__ WgradConfig const config) {
   extern __shared__ __align__(16) float smem[];
   launch_dependents();
-  int32_t const tile = blockIdx.x % plan.tiles, split = blockIdx.x / plan.tiles;
-  Place const place(plan, tile);
-  int32_t const first = static_cast<int32_t>(int64_t{plan.chunks} * split / plan.splits);
-  int32_t const last = static_cast<int32_t>(int64_t{plan.chunks} * (split + 1) / plan.splits);
+  int32_t const tile = blockIdx.x % config.tiles, split = blockIdx.x / config.tiles;
+  TileCoord const coord(config, tile);
+  int32_t const first = static_cast<int32_t>(int64_t{config.chunks} * split / config.splits);
+  int32_t const last = static_cast<int32_t>(int64_t{config.chunks} * (split + 1) / config.splits);
   int32_t const warp = threadIdx.x / 32, r = warp % kTaps, slot = warp / kTaps * 32 + threadIdx.x % 32;
   int32_t const thread_c = slot % T::kLanesC * 4, thread_k = slot / T::kLanesC % T::kLanesK * 4;
   int32_t const group = slot / (T::kLanesC * T::kLanesK);
-  int32_t const x_floats = plan.images * plan.x_rows * plan.x_columns * T::kPitchC, cells = plan.images * plan.rows;
+  int32_t const x_floats = config.images * config.x_rows * config.x_columns * T::kPitchC,
+                cells = config.images * config.rows;
   constexpr int kQuads = T::kTileK / 4;  // of filters
 
   float acc[kTaps][T::kThreadK][T::kThreadC] = {};
@@ -252,32 +273,34 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       copy_wait<kStages - 2>();
       __syncthreads();
     }
-    if (chunk + kStages - 1 < last) fill<T>(a, plan, place, chunk + kStages - 1, smem + fill_stage * plan.stage_floats);
+    if (chunk + kStages - 1 < last)
+      fill<T>(a, config, coord, chunk + kStages - 1, smem + fill_stage * config.stage_floats);
     fill_stage = fill_stage + 1 == kStages ? 0 : fill_stage + 1;
     copy_commit();  // an empty group keeps the count that copy_wait relies on
     if (chunk < first) continue;
-    float const* const x_smem = smem + stage * plan.stage_floats + thread_c;
-    float const* const dy_smem = smem + stage * plan.stage_floats + x_floats;
+    float const* const x_smem = smem + stage * config.stage_floats + thread_c;
+    float const* const dy_smem = smem + stage * config.stage_floats + x_floats;
     stage = stage + 1 == kStages ? 0 : stage + 1;
-    if (place.tile_c == 0) {
+    if (coord.tile_c == 0) {
       float const* share = dy_smem + threadIdx.x / kQuads * T::kPitchK + threadIdx.x % kQuads * 4;
       constexpr int kStep = T::kThreads / kQuads * T::kPitchK;
-      for (int32_t i = threadIdx.x; i < cells * plan.strip * kQuads; i += T::kThreads, share += kStep)
+      for (int32_t i = threadIdx.x; i < cells * config.strip * kQuads; i += T::kThreads, share += kStep)
         add(&dy_sum, *reinterpret_cast<float4 const*>(share));
     }
 #pragma unroll 1
     for (int32_t cell = group; cell < cells; cell += T::kGroups) {
       int32_t row;
-      int32_t const image = plan.div_rows.divmod(cell, &row);
-      int32_t const x_row = image * plan.x_rows + row * a.p.layer.stride_h + r * a.p.layer.dil_h;
-      add_row<T, kStride>(x_smem + x_row * plan.x_columns * T::kPitchC, dy_smem + cell * plan.strip * T::kPitchK + thread_k,
-                          plan.strip, acc);
+      int32_t const image = config.div_rows.divmod(cell, &row);
+      int32_t const x_row = image * config.x_rows + row * a.p.layer.stride_h + r * a.p.layer.dil_h;
+      add_row<T, kStride>(x_smem + x_row * config.x_columns * T::kPitchC,
+                          dy_smem + cell * config.strip * T::kPitchK + thread_k, config.strip, acc);
     }
   }
 
   // The groups' sums meet, for one tap along s after the other.
   constexpr int kTurnQuads = kTaps * T::kSums / 4;
-  float4* const partial = reinterpret_cast<float4*>(a.partial) + (int64_t{split} * plan.tiles + tile) * kTaps * kTurnQuads;
+  float4* const partial =
+      reinterpret_cast<float4*>(a.partial) + (int64_t{split} * config.tiles + tile) * kTaps * kTurnQuads;
 #pragma unroll
   for (int s = 0; s < kTaps; ++s) {
     __syncthreads();
@@ -297,7 +320,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       partial[s * kTurnQuads + quad] = sum;
     }
   }
-  if (place.tile_c != 0) return;
+  if (coord.tile_c != 0) return;
   // So do the threads' sums of dy.
 #pragma unroll
   for (int lanes = kQuads; lanes < 32; lanes *= 2) {
@@ -313,31 +336,31 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < T::kWarps; ++i) sum += smem[i * T::kTileK + threadIdx.x];
-  int64_t const row = (int64_t{split} * a.p.layer.groups + place.group) * plan.tiles_k + place.tile_k;
+  int64_t const row = (int64_t{split} * a.p.layer.groups + coord.group) * config.tiles_k + coord.tile_k;
   a.sums[row * T::kTileK + threadIdx.x] = sum;
 }
 
 // Adds the splits in order, subtracts w * sum(dy), and sums the squares of a block's weights.
 template <class T>
 __global__ void __launch_bounds__(kReduceLanes* kReduceParts)
-    adder2d_wgrad_reduce_kernel(__grid_constant__ Args const a, __grid_constant__ WgradPlan const plan) {
+    adder2d_wgrad_reduce_kernel(__grid_constant__ Args const a, __grid_constant__ WgradConfig const config) {
   __shared__ float2 smem[kReduceParts][kReduceLanes];
   static_assert(T::kSums % kReduceLanes == 0, "a block has one tap of one tile");
   launch_dependents();
   int32_t const lane = threadIdx.x % kReduceLanes, part = threadIdx.x / kReduceLanes;
   int32_t const index = blockIdx.x * kReduceLanes + lane, sum_index = index % T::kSums, turn = index / T::kSums;
   int32_t const r = turn % kTaps, s = turn / kTaps % kTaps;
-  Place const place(plan, turn / (kTaps * kTaps));
+  TileCoord const coord(config, turn / (kTaps * kTaps));
   int32_t const tile_sum_k = sum_index / T::kTileC;
-  int32_t const k = place.tile_k * T::kTileK + tile_sum_k, c = place.tile_c * T::kTileC + sum_index % T::kTileC;
-  int64_t const splits_step = int64_t{plan.tiles} * kTaps * kTaps * T::kSums;
-  int32_t const sums_step = a.p.layer.groups * plan.tiles_k * T::kTileK;
+  int32_t const k = coord.tile_k * T::kTileK + tile_sum_k, c = coord.tile_c * T::kTileC + sum_index % T::kTileC;
+  int64_t const splits_step = int64_t{config.tiles} * kTaps * kTaps * T::kSums;
+  int32_t const sums_step = a.p.layer.groups * config.tiles_k * T::kTileK;
   float const* partial = a.partial + index;
-  float const* sums = a.sums + (place.group * plan.tiles_k + place.tile_k) * T::kTileK + tile_sum_k;
+  float const* sums = a.sums + (coord.group * config.tiles_k + coord.tile_k) * T::kTileK + tile_sum_k;
   wait_for_primary();
   float convolved = 0.f, total = 0.f;
 #pragma unroll 4
-  for (int32_t split = part; split < plan.splits; split += kReduceParts) {
+  for (int32_t split = part; split < config.splits; split += kReduceParts) {
     convolved += partial[split * splits_step];
     total += sums[int64_t{split} * sums_step];
   }
@@ -351,7 +374,7 @@ __global__ void __launch_bounds__(kReduceLanes* kReduceParts)
   }
   double square = 0;
   if (k < a.Kg && c < a.Cg) {
-    int64_t const filter = int64_t{place.group} * a.Kg + k;
+    int64_t const filter = int64_t{coord.group} * a.Kg + k;
     int64_t const at = a.p.channels_last ? ((filter * kTaps + r) * kTaps + s) * a.Cg + c
                                          : ((filter * a.Cg + c) * kTaps + r) * kTaps + s;
     float const dw = fmaf(-load_as_float(a.p.layer.w, at, a.p.layer.w_type), total, convolved);
@@ -368,13 +391,13 @@ __global__ void __launch_bounds__(kReduceLanes* kReduceParts)
 
 constexpr int32_t kMaxStrip = 64, kMaxCells = 64, kMaxWaves = 3;
 constexpr int64_t kMaxChain = 4096;  // products that a thread adds up: with more of them rounding errors grow
-constexpr size_t kMaxSmem = 160 << 10;  // the rest is first-level cache, where copies of 4 bytes find the rest of their sectors
-constexpr size_t kMaxPartialBytes = 64 << 20;
 
-Source make_source(void const* data, int32_t type, int64_t const* stride, int32_t channels, int32_t N, int32_t H, int32_t W) {
+Source make_source(void const* data, int32_t type, int64_t const* stride, int32_t channels, int32_t N, int32_t H,
+                   int32_t W) {
   Source source{data, {stride[0], stride[1], stride[2], stride[3]}, type, N, H, W, false};
   bool const steps = (N == 1 || stride[0] % 4 == 0) && (H == 1 || stride[2] % 4 == 0) && (W == 1 || stride[3] % 4 == 0);
-  source.vectors = stride[1] == 1 && steps && channels % 4 == 0 && reinterpret_cast<uintptr_t>(data) % (4 * type_size(type)) == 0;
+  source.vectors =
+      stride[1] == 1 && steps && channels % 4 == 0 && reinterpret_cast<uintptr_t>(data) % (4 * type_size(type)) == 0;
   return source;
 }
 
@@ -389,13 +412,17 @@ Args make_args(Adder2dWgradParams const& params) {
   return args;
 }
 
-// Where this kernel is faster than a convolution (docs/performance.md): 3x3 and at most 64 channels and filters a group; with halves,
-// which a convolution multiplies on tensor cores, not the largest of these.
-bool wants_simt(Args const& args) {
+bool can_implement(Args const& args) {
   Adder2dParams const& p = args.p.layer;
-  if (p.x_type != ADDER2D_FLOAT32 && args.Cg * args.Kg > 2048 && int64_t{p.N} * p.P * p.Q > 65536) return false;
-  return p.N > 0 && p.R == kTaps && p.S == kTaps && p.dil_w == 1 && p.stride_w <= 2 && args.Cg >= 8 && args.Cg <= 64 &&
-         args.Kg >= 8 && args.Kg <= 64;
+  return p.N > 0 && p.R == kTaps && p.S == kTaps && p.dil_w == 1 && p.stride_w <= 2;
+}
+
+// Where this kernel is faster than a convolution (docs/performance.md): at most 64 channels and filters a group; with
+// halves, which a convolution multiplies on tensor cores, not the largest of these.
+bool is_preferred(Args const& args) {
+  Adder2dParams const& p = args.p.layer;
+  if (is_16_bit(p.x_type) && args.Cg * args.Kg > 2048 && int64_t{p.N} * p.P * p.Q > 65536) return false;
+  return args.Cg >= 8 && args.Cg <= 64 && args.Kg >= 8 && args.Kg <= 64;
 }
 
 // Predicted cycles of the fill of a row, of one warp. The constants here and below only have to rank.
@@ -404,53 +431,57 @@ double predict_row(Source const& source, int32_t columns, int32_t tile) {
   return 25 + copies * (source.vectors ? 8 : 4) * (source.type == ADDER2D_FLOAT32 ? 1 : 2);
 }
 
-// Of a block, whatever the plan.
-size_t most_smem() { return std::min(smem_limit(), kMaxSmem); }
+// Of a block, whatever the config.
+size_t most_smem() { return std::min(smem_limit(), kArch.wgrad_max_smem); }
 
-WgradPlan choose(Args const& args) {
+// `tile` is an index into kTiles, or below 0 for the best one.
+WgradConfig choose(Args const& args, int32_t tile) {
   Adder2dParams const& p = args.p.layer;
   size_t const smem_bytes = most_smem();
   int32_t const multiprocessors = multiprocessor_count();
-  WgradPlan best{};
+  WgradConfig best{};
   double best_cycles = 0;
 
-  auto const consider = [&](WgradPlan plan, TileSize const& size, int64_t chunks_n, int32_t chunks_p, int32_t chunks_q) {
-    int64_t const x_rows = int64_t{plan.rows - 1} * p.stride_h + int64_t{kTaps - 1} * p.dil_h + 1;
-    int64_t const x_columns = int64_t{plan.strip - 1} * p.stride_w + kTaps;
-    int64_t const cells = int64_t{plan.images} * plan.rows, turns = ceil_div<int64_t>(cells, size.groups);
-    int64_t const floats = plan.images * x_rows * x_columns * (size.c + 4) + cells * plan.strip * (size.k + 4);
+  auto const consider = [&](WgradConfig config, TileSize const& size, int64_t chunks_n, int32_t chunks_p,
+                            int32_t chunks_q) {
+    int64_t const x_rows = int64_t{config.rows - 1} * p.stride_h + int64_t{kTaps - 1} * p.dil_h + 1;
+    int64_t const x_columns = int64_t{config.strip - 1} * p.stride_w + kTaps;
+    int64_t const cells = int64_t{config.images} * config.rows, turns = ceil_div<int64_t>(cells, size.groups);
+    int64_t const floats = config.images * x_rows * x_columns * (size.c + 4) + cells * config.strip * (size.k + 4);
     size_t const ring_bytes = kStages * floats * sizeof(float);
     int64_t const chunks = chunks_n * chunks_p * chunks_q;
     if (ring_bytes > smem_bytes || chunks > INT32_MAX - kStages) return;
-    plan.x_rows = static_cast<int32_t>(x_rows);
-    plan.x_columns = static_cast<int32_t>(x_columns);
-    plan.chunks = static_cast<int32_t>(chunks);
-    plan.stage_floats = static_cast<int32_t>(floats);
-    plan.smem_bytes = std::max(ring_bytes, kTurnBytes);
+    config.x_rows = static_cast<int32_t>(x_rows);
+    config.x_columns = static_cast<int32_t>(x_columns);
+    config.chunks = static_cast<int32_t>(chunks);
+    config.stage_floats = static_cast<int32_t>(floats);
+    config.smem_bytes = std::max(ring_bytes, kTurnBytes);
     // A scheduler has a quarter of the warps. It adds 96 products a pixel, with 8 other instructions.
-    double const rows = plan.images * (x_rows * predict_row(args.x, plan.x_columns, size.c) +
-                                       plan.rows * predict_row(args.dy, plan.strip, size.k));
-    double const chunk = kWarps / 4 * turns * (plan.strip * 104 + 40) + rows / 4 + 300;
+    double const rows = config.images * (x_rows * predict_row(args.x, config.x_columns, size.c) +
+                                         config.rows * predict_row(args.dy, config.strip, size.k));
+    double const chunk = kWarps / 4 * turns * (config.strip * 104 + 40) + rows / 4 + 300;
     for (int32_t waves = 1; waves <= kMaxWaves; ++waves) {
-      int64_t const full = int64_t{waves} * multiprocessors / plan.tiles, least = ceil_div(chunks * turns * plan.strip, kMaxChain);
+      int64_t const full = int64_t{waves} * multiprocessors / config.tiles,
+                    least = ceil_div(chunks * turns * config.strip, kMaxChain);
       int64_t const splits = std::clamp<int64_t>(std::max(full, least), 1, chunks);
-      int64_t const blocks = splits * plan.tiles, block_chunks = ceil_div(chunks, splits);
-      int64_t const weights = int64_t{plan.tiles} * kTaps * kTaps * size.k * size.c;
-      int64_t const sums = int64_t{p.groups} * plan.tiles_k * size.k;
+      int64_t const blocks = splits * config.tiles, block_chunks = ceil_div(chunks, splits);
+      int64_t const weights = int64_t{config.tiles} * kTaps * kTaps * size.k * size.c;
+      int64_t const sums = int64_t{p.groups} * config.tiles_k * size.k;
       int64_t const partial_bytes = splits * weights * sizeof(float);
-      if (weights > INT32_MAX || blocks > INT32_MAX || partial_bytes > static_cast<int64_t>(kMaxPartialBytes)) continue;
+      if (weights > INT32_MAX || blocks > INT32_MAX || partial_bytes > static_cast<int64_t>(kMaxWorkspaceBytes))
+        continue;
       double const bytes = 2.0 * partial_bytes;  // written, then read
       double const block = block_chunks * chunk + 6000 + floats / 5.;
       double const cycles = ceil_div(blocks, int64_t{multiprocessors}) * block + bytes / (multiprocessors * 12.);
       if (best.taken && cycles >= best_cycles) continue;
       best_cycles = cycles;
-      best = plan;
+      best = config;
       best.taken = true;
       best.splits = static_cast<int32_t>(splits);
       best.div_chunks_q = FastDiv(chunks_q);
       best.div_chunks_p = FastDiv(chunks_p);
-      best.div_rows = FastDiv(plan.rows);
-      best.div_x_rows = FastDiv(plan.x_rows);
+      best.div_rows = FastDiv(config.rows);
+      best.div_x_rows = FastDiv(config.x_rows);
       best.reduce_blocks = static_cast<int32_t>(weights / kReduceLanes);
       best.squares_bytes = best.reduce_blocks * sizeof(double);
       best.partial_bytes = partial_bytes;
@@ -459,21 +490,22 @@ WgradPlan choose(Args const& args) {
   };
 
   for (TileSize const& size : kTiles) {
-    WgradPlan plan{};
-    plan.tile = static_cast<int32_t>(&size - kTiles);
-    plan.tiles_k = ceil_div(args.Kg, size.k);
-    plan.tiles_c = ceil_div(args.Cg, size.c);
-    if (int64_t{plan.tiles_k} * plan.tiles_c * p.groups > INT32_MAX) continue;
-    plan.tiles = plan.tiles_k * plan.tiles_c * p.groups;
-    for (plan.strip = kUnroll; plan.strip <= kMaxStrip; plan.strip += kUnroll) {
-      int32_t const chunks_q = ceil_div(p.Q, plan.strip);
-      if (ceil_div(ceil_div(p.Q, chunks_q), kUnroll) * kUnroll != plan.strip) continue;  // a shorter one does as well
-      for (plan.rows = 1; plan.rows <= std::min(p.P, kMaxCells); ++plan.rows) {
-        int32_t const chunks_p = ceil_div(p.P, plan.rows);
-        if (ceil_div(p.P, chunks_p) != plan.rows) continue;
-        int32_t const images = chunks_p == 1 ? std::min(p.N, kMaxCells / plan.rows) : 1;
-        for (plan.images = 1; plan.images <= images; ++plan.images)
-          consider(plan, size, ceil_div(p.N, plan.images), chunks_p, chunks_q);
+    WgradConfig config{};
+    config.tile = static_cast<int32_t>(&size - kTiles);
+    if (tile >= 0 && config.tile != tile) continue;
+    config.tiles_k = ceil_div(args.Kg, size.k);
+    config.tiles_c = ceil_div(args.Cg, size.c);
+    if (int64_t{config.tiles_k} * config.tiles_c * p.groups > INT32_MAX) continue;
+    config.tiles = config.tiles_k * config.tiles_c * p.groups;
+    for (config.strip = kUnroll; config.strip <= kMaxStrip; config.strip += kUnroll) {
+      int32_t const chunks_q = ceil_div(p.Q, config.strip);
+      if (ceil_div(ceil_div(p.Q, chunks_q), kUnroll) * kUnroll != config.strip) continue;  // a shorter one does as well
+      for (config.rows = 1; config.rows <= std::min(p.P, kMaxCells); ++config.rows) {
+        int32_t const chunks_p = ceil_div(p.P, config.rows);
+        if (ceil_div(p.P, chunks_p) != config.rows) continue;
+        int32_t const images = chunks_p == 1 ? std::min(p.N, kMaxCells / config.rows) : 1;
+        for (config.images = 1; config.images <= images; ++config.images)
+          consider(config, size, ceil_div(p.N, config.images), chunks_p, chunks_q);
       }
     }
   }
@@ -483,45 +515,50 @@ WgradPlan choose(Args const& args) {
 // ---- launcher
 
 template <class T, int kStride>
-cudaError_t launch_tile(Args const& args, WgradPlan const& plan, cudaStream_t stream) {
+cudaError_t launch_tile(Args const& args, WgradConfig const& config, cudaStream_t stream) {
   auto const kernel = adder2d_wgrad_simt_kernel<T, kStride>;
   cudaError_t error = allow_smem(kernel, most_smem());
   if (error != cudaSuccess) return error;
-  error = launch(kernel, dim3(plan.tiles * plan.splits), dim3(T::kThreads), plan.smem_bytes, stream, args, plan);
+  error =
+      launch(kernel, dim3(config.tiles * config.splits), dim3(T::kThreads), config.smem_bytes, stream, args, config);
   if (error != cudaSuccess) return error;
-  dim3 const blocks(plan.reduce_blocks), threads(kReduceLanes * kReduceParts);
-  return launch_dependent(adder2d_wgrad_reduce_kernel<T>, blocks, threads, 0, stream, args, plan);
+  dim3 const blocks(config.reduce_blocks), threads(kReduceLanes * kReduceParts);
+  return launch_dependent(adder2d_wgrad_reduce_kernel<T>, blocks, threads, 0, stream, args, config);
 }
 
 template <class T>
-cudaError_t launch_any_stride(Args const& args, WgradPlan const& plan, cudaStream_t stream) {
-  return args.p.layer.stride_w == 1 ? launch_tile<T, 1>(args, plan, stream) : launch_tile<T, 2>(args, plan, stream);
+cudaError_t launch_any_stride(Args const& args, WgradConfig const& config, cudaStream_t stream) {
+  return args.p.layer.stride_w == 1 ? launch_tile<T, 1>(args, config, stream) : launch_tile<T, 2>(args, config, stream);
 }
 
 }  // namespace
 
-WgradPlan plan_wgrad_simt(Adder2dWgradParams const& params) {
+FamilyNames const kWgradSimt{"simt", kTileNames, kTileCount};
+
+WgradConfig plan_wgrad_simt(Adder2dWgradParams const& params, TileForce const* force) {
   Adder2dParams key = params.layer;  // what a plan depends on
   key.x = key.w = key.b = key.y = key.workspace = nullptr;
   key.workspace_bytes = 0;
-  return cached_plan<WgradPlan>(key, [&] {
+  auto const plan = [&](int32_t tile) {
     Adder2dWgradParams problem = params;
     problem.layer = key;
     Args const args = make_args(problem);
-    return wants_simt(args) ? choose(args) : WgradPlan{};
-  });
+    return can_implement(args) && (force != nullptr || is_preferred(args)) ? choose(args, tile) : WgradConfig{};
+  };
+  if (force != nullptr) return plan(force->tile);
+  return cached_plan<WgradConfig>(key, [&] { return plan(-1); });
 }
 
-cudaError_t launch_wgrad_simt(Adder2dWgradParams const& params, WgradPlan const& plan, cudaStream_t stream) {
+cudaError_t launch_wgrad_simt(Adder2dWgradParams const& params, WgradConfig const& config, cudaStream_t stream) {
   Args args = make_args(params);
   char* const workspace = static_cast<char*>(params.layer.workspace);
   args.squares = params.eta > 0 ? reinterpret_cast<double*>(workspace) : nullptr;
-  args.partial = reinterpret_cast<float*>(workspace + plan.squares_bytes);
-  args.sums = reinterpret_cast<float*>(workspace + plan.squares_bytes + plan.partial_bytes);
-  switch (plan.tile) {
-    case 0: return launch_any_stride<Tile16x16>(args, plan, stream);
-    case 1: return launch_any_stride<Tile32x16>(args, plan, stream);
-    case 2: return launch_any_stride<Tile32x32>(args, plan, stream);
+  args.partial = reinterpret_cast<float*>(workspace + config.squares_bytes);
+  args.sums = reinterpret_cast<float*>(workspace + config.squares_bytes + config.partial_bytes);
+  switch (config.tile) {
+    case 0: return launch_any_stride<Tile16x16>(args, config, stream);
+    case 1: return launch_any_stride<Tile32x16>(args, config, stream);
+    case 2: return launch_any_stride<Tile32x32>(args, config, stream);
   }
   return cudaErrorInvalidValue;
 }
