@@ -7,6 +7,7 @@ a page may mark a block that no machine of a test can run: ``<!-- not tested: th
 
 import ast
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -18,11 +19,13 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
-from torch2trt_adder import __version__, cli, converter, library
+import torch2trt_adder
+from torch2trt_adder import __version__, converter, library
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PACKAGE = pathlib.Path(cli.__file__).resolve().parent
+PACKAGE = pathlib.Path(torch2trt_adder.__file__).resolve().parent
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```" in page.read_text()]
 ENGINE = converter.missing()  # why no engine can be built here, or None
 VERBS = ("convert", "build", "check", "bench", "inspect", "triton")  # those that need a GPU, or a plan that needed one
@@ -108,14 +111,14 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 loss = model(x.to(next(model.parameters()).device)).square().mean() if isinstance(model, nn.Module) else None
 """
 NEEDS = {
-    r"\.cuda\(|[\"']cuda": None if cli.torch.cuda.is_available() else "no NVIDIA GPU",
+    r"\.cuda\(|[\"']cuda": None if torch.cuda.is_available() else "no NVIDIA GPU",
     r"\b(build_engine|Engine|convert)\(": ENGINE,
     **{
-        rf"\b{name}\b": None if cli.importlib.util.find_spec(name) else f"{name} is not installed"
+        rf"\b{name}\b": None if importlib.util.find_spec(name) else f"{name} is not installed"
         for name in ("torch2trt", "tensorrt", "torch_tensorrt", "onnx")
     },
-    r"\bTRTModule\b": None if cli.importlib.util.find_spec("torch2trt") else "torch2trt is not installed",
-    r"\bexport_onnx\(": None if cli.importlib.util.find_spec("onnxscript") else "onnxscript is not installed",
+    r"\bTRTModule\b": None if importlib.util.find_spec("torch2trt") else "torch2trt is not installed",
+    r"\bexport_onnx\(": None if importlib.util.find_spec("onnxscript") else "onnxscript is not installed",
 }
 
 
