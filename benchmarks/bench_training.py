@@ -29,6 +29,7 @@ from typing import Any
 
 import bench_ops
 import ceiling
+import conftest  # bench_ops has put the project and its tests on the path
 import peers
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,6 @@ from layers import GPU_LAYERS, Layer
 from timing import GpuTimer, Spread
 from torch import Tensor, nn
 
-import conftest  # bench_ops has put the project and its tests on the path
 from torch2trt_adder import Adder2d, adder2d, scale_gradients, set_eta
 from torch2trt_adder.models import addernet_mnist, cnn_twin, resnet20, resnet50
 

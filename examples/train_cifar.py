@@ -34,9 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch2trt_adder import checkpoints, files, scale_gradients, set_eta
+from torch2trt_adder import scale_gradients, set_eta
 from torch2trt_adder.models import addernet_mnist, cnn_twin, resnet20
-from torch2trt_adder.training import DivergedError, check_loss, check_parameters
+from torch2trt_adder.nn import checkpoints
+from torch2trt_adder.nn.training import DivergedError, check_loss, check_parameters
+from torch2trt_adder.utils import files
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {"resnet20": resnet20, "addernet_mnist": lambda _: addernet_mnist()}
 INPUTS = {"resnet20": (3, 32), "addernet_mnist": (1, 28)}  # channels, height and width

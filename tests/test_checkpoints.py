@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torch2trt_adder import Adder2d, checkpoints, load_checkpoint
+from torch2trt_adder import Adder2d, load_checkpoint
 from torch2trt_adder.models import addernet_mnist
+from torch2trt_adder.nn import checkpoints
 
 
 class Net(nn.Module):

@@ -13,8 +13,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from torch2trt_adder import __version__, cli, commands, converter, engine, library
+from torch2trt_adder import __version__, library
+from torch2trt_adder.cli import commands, loading, main
+from torch2trt_adder.conversion import routes
 from torch2trt_adder.models import addernet_mnist
+from torch2trt_adder.trt import builder
 
 
 def run(*arguments: str, folder: pathlib.Path | None = None) -> subprocess.CompletedProcess:
@@ -128,7 +131,7 @@ def test_a_reader_that_leaves(folder: pathlib.Path) -> None:
 def test_an_unexpected_failure_has_its_last_line(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "load", lambda: {}["nothing"])
     for options in ([], ["--debug"]):
-        assert cli.main(["info", "--json", *options]) == 1
+        assert main.main(["info", "--json", *options]) == 1
         shown = capsys.readouterr()
         assert shown.err.endswith(f"FAILED | {' '.join(['torch2trt-adder', 'info', '--json', *options])}\n")
         assert ("Traceback" in shown.err) == bool(options)
@@ -152,7 +155,7 @@ def test_demo(tmp_path: pathlib.Path) -> None:
     assert "44/44" in shown  # the progress at its end
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["digits.pth"]
     addernet_mnist().load_state_dict(torch.load(tmp_path / "out" / "digits.pth", weights_only=True))
-    if converter.missing() is None:
+    if routes.missing() is None:
         assert re.search(r"^TensorRT +\d+\.\d% +[\d.]+ ms +[\d.]+ ms$", shown, re.MULTILINE)
         assert report["engine"]["TensorRT"]["milliseconds"]["1"] > 0
     else:
@@ -359,13 +362,13 @@ def two_inputs(tmp_path: pathlib.Path) -> pathlib.Path:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Puts a StandIn in the place of every engine that a verb loads, and the CPU in that of the GPU."""
-    draw = commands.random_inputs
+    draw = loading.random_inputs
 
     def use(runner: StandIn) -> StandIn:
         usual, dtypes = [runner._profile[name][1] for name in runner.input_names], [torch.float32] * 2
         monkeypatch.setattr(commands, "_load", lambda plan, shapes, host_code: (runner, shapes or usual, dtypes))
         monkeypatch.setattr(
-            commands, "random_inputs", lambda shapes, dtypes, device, seed: draw(shapes, dtypes, "cpu", seed)
+            loading, "random_inputs", lambda shapes, dtypes, device, seed: draw(shapes, dtypes, "cpu", seed)
         )
         return runner
 
@@ -444,8 +447,8 @@ def test_convert_of_a_file_leaves_no_wrong_engine(
         built.append(ranges)
         plan.write_bytes(b"an engine")
 
-    monkeypatch.setattr(converter, "missing", lambda route: None)
-    monkeypatch.setattr(engine, "build_engine", build_engine)
+    monkeypatch.setattr(routes, "missing", lambda route: None)
+    monkeypatch.setattr(builder, "build_engine", build_engine)
     plan = two_inputs.with_suffix(".plan")
 
     def convert(dynamic: dict, checkpoint: pathlib.Path | None = None) -> dict:
@@ -471,7 +474,7 @@ def test_convert_of_a_file_leaves_no_wrong_engine(
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("route", ["torch2trt", "onnx"])
 def test_every_verb_on_a_gpu(route: str, folder: pathlib.Path) -> None:
-    reason = converter.missing(route)
+    reason = routes.missing(route)
     if reason is not None:
         pytest.skip(reason)
 
@@ -496,8 +499,8 @@ def test_every_verb_on_a_gpu(route: str, folder: pathlib.Path) -> None:
 @pytest.mark.tensorrt
 def test_files_on_a_gpu(folder: pathlib.Path) -> None:
     """export and build in two steps, and convert from a .pt2 and from the .onnx file."""
-    if converter.missing("onnx") is not None:
-        pytest.skip(converter.missing("onnx"))
+    if routes.missing("onnx") is not None:
+        pytest.skip(routes.missing("onnx"))
     model, x = network_from(folder).eval(), torch.randn(2, 3, 9, 8)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, folder / "model.pt2")

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from torch2trt_adder import compat, library
+from torch2trt_adder import library
+from torch2trt_adder.frontends import torch2trt_compat
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install tensorrt-rtx")
@@ -42,7 +43,7 @@ def run(script: str) -> str:
 def test_needed() -> None:
     import tensorrt_rtx
 
-    assert compat.needed(tensorrt_rtx)
+    assert torch2trt_compat.needed(tensorrt_rtx)
 
 
 @pytest.mark.torch2trt
@@ -136,7 +137,7 @@ print(torch2trt_adder.converter.missing())
 def test_nothing_is_patched_where_nothing_is_missing() -> None:
     import tensorrt as trt
 
-    if compat.needed(trt):
+    if torch2trt_compat.needed(trt):
         pytest.skip("this TensorRT needs the patches")
     host = sys.modules["torch2trt.torch2trt"]
     assert host.trt is trt and sys.modules["torch2trt.dataset_calibrator"].__file__

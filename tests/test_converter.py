@@ -11,8 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import torch2trt_adder
-from torch2trt_adder import Adder2d, converter
+from torch2trt_adder import Adder2d
+from torch2trt_adder.conversion import (
+    arguments,
+    converter,
+    onnx_route,
+    routes,
+    torch2trt_route,
+)
 from torch2trt_adder.models import addernet_mnist, resnet20
+from torch2trt_adder.nn import adopt
+from torch2trt_adder.numerics import comparison, rounding
 
 
 def calibrated(model: nn.Module, *shape: int) -> nn.Module:
@@ -62,14 +71,14 @@ def test_either_route_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for absent in ({"torch2trt"}, {"onnx"}):
         monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None if name in absent else object())
-        monkeypatch.setattr(converter, "_import_error", None)
-        assert converter.missing() is None
+        monkeypatch.setattr(routes, "_import_error", None)
+        assert routes.missing() is None
 
 
 def test_torch2trt_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(converter, "_import_error", OSError("libnvinfer.so.8: cannot open shared object file"))
+    monkeypatch.setattr(routes, "_import_error", OSError("libnvinfer.so.8: cannot open shared object file"))
     with pytest.raises(RuntimeError, match="torch2trt cannot be used .OSError: libnvinfer"):
         torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)], route="torch2trt")
 
@@ -82,21 +91,21 @@ def test_no_such_route() -> None:
 def test_options_of_the_onnx_route() -> None:
     """torch2trt's shape options become names and ranges of axes; what ONNX has not is refused by name."""
     x, z = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5)
-    assert converter._dynamic_axes([x, z], ["x", "z"], {}) == (None, {})
-    axes, ranges = converter._dynamic_axes([x, z], ["x", "z"], {"max_batch_size": 16})
+    assert onnx_route._dynamic_axes([x, z], ["x", "z"], {}) == (None, {})
+    axes, ranges = onnx_route._dynamic_axes([x, z], ["x", "z"], {"max_batch_size": 16})
     assert axes == [{0: "axis0_1_16"}, {0: "axis0_1_16"}] and ranges == {"x:0": (1, 2, 16), "z:0": (1, 2, 16)}
     shapes = {
         "min_shapes": [(1, 3, 4, 8), (1, 5)],
         "opt_shapes": [(2, 3, 8, 8), (2, 5)],
         "max_shapes": [(2, 3, 9, 8), (2, 5)],
     }
-    axes, ranges = converter._dynamic_axes([x, z], ["x", "z"], shapes)
+    axes, ranges = onnx_route._dynamic_axes([x, z], ["x", "z"], shapes)
     assert axes == [{0: "axis0_1_2", 2: "axis2_4_9"}, {0: "axis0_1_2"}]
     assert ranges == {"x:0": (1, 2, 2), "x:2": (4, 8, 9), "z:0": (1, 2, 2)}
     with pytest.raises(ValueError, match="max_shapes must hold one shape for each input"):
-        converter._dynamic_axes([x, z], ["x", "z"], {"max_shapes": [(2, 3, 8, 8)]})
+        onnx_route._dynamic_axes([x, z], ["x", "z"], {"max_shapes": [(2, 3, 8, 8)]})
     with pytest.raises(TypeError, match="route 'onnx' has no option 'int8_mode'.*route='torch2trt'"):
-        converter._through_onnx(small(), [x], {"int8_mode": True})
+        onnx_route.through_onnx(small(), [x], {"int8_mode": True})
 
 
 def test_training_mode() -> None:
@@ -154,10 +163,10 @@ def instance_forward() -> nn.Module:
 )
 def test_layers_that_differ_in_training_mode(layer: nn.Module) -> None:
     model = nn.Sequential(nn.ReLU(), layer).eval()
-    converter.check_model("convert", model)
+    arguments.check_model("convert", model)
     layer.train()
     with pytest.raises(ValueError, match="convert: layer '1.* is in training mode"):
-        converter.check_model("convert", model)
+        arguments.check_model("convert", model)
 
 
 def test_layers_that_do_not_differ_in_training_mode() -> None:
@@ -173,7 +182,7 @@ def test_layers_that_do_not_differ_in_training_mode() -> None:
         Quiet(),
     ).train()
     x = torch.randn(2, 3, 12, 12)
-    converter.check_model("convert", model)
+    arguments.check_model("convert", model)
     trained = model(x)
     assert torch.equal(trained, model.eval()(x))
 
@@ -227,7 +236,7 @@ def test_inputs_without_a_tensor() -> None:
 
 
 def test_inputs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter, "missing", lambda route: None)
+    monkeypatch.setattr(routes, "missing", lambda route: None)
     with pytest.raises(ValueError, match=r"input 0 is on cpu.*one GPU.*\.cuda\(\)"):
         torch2trt_adder.convert(small(), torch.randn(1, 3, 8, 8))
 
@@ -241,13 +250,13 @@ class Routes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shapes: dict[str, list[tuple]] = {"torch2trt": [], "onnx": []}
         self.wrong: dict[str, Callable] = {}
-        monkeypatch.setattr(converter, "missing", lambda route="auto": None)
-        monkeypatch.setattr(converter, "_check_devices", lambda model, example: None)
+        monkeypatch.setattr(routes, "missing", lambda route="auto": None)
+        monkeypatch.setattr(arguments, "check_devices", lambda model, example: None)
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         for route in self.shapes:
             monkeypatch.setattr(converter, f"_through_{route}", functools.partial(self.through, route))
 
-    def through(self, route: str, model: nn.Module, inputs: object, options: dict) -> converter.Converted:
+    def through(self, route: str, model: nn.Module, inputs: object, options: dict) -> torch2trt_route.Converted:
         routes = self
 
         class Engine(nn.Module):
@@ -255,7 +264,7 @@ class Routes:
                 routes.shapes[route].append(tuple(x.shape))
                 return routes.wrong.get(route, lambda y: y)(model(x))
 
-        return Engine(), converter._tensors
+        return Engine(), comparison.tensor_leaves
 
 
 def no_engine(y: Tensor) -> Tensor:
@@ -313,19 +322,19 @@ def test_engines_are_compared_at_the_smallest_and_largest_shapes(route: str, mon
 
 def test_compare_raises_for_lost_values() -> None:
     y0, bound = torch.tensor([1.0, -2.0]), torch.tensor(0.1)
-    converter._compare([torch.tensor([1.05, -2.05])], [y0], [bound], fp16=False)
+    comparison.compare_outputs([torch.tensor([1.05, -2.05])], [y0], [bound], fp16=False)
     with pytest.raises(
         RuntimeError, match="1 of 2 values in output 0 of the engine are infinite or NaN.*try fp16_mode=False"
     ):
-        converter._compare([torch.tensor([1.0, -torch.inf])], [y0], [bound], fp16=True)
+        comparison.compare_outputs([torch.tensor([1.0, -torch.inf])], [y0], [bound], fp16=True)
     with pytest.raises(RuntimeError, match="1 of 2 values"):
-        converter._compare([torch.tensor([torch.nan, -2.0])], [y0], [bound], fp16=False)
+        comparison.compare_outputs([torch.tensor([torch.nan, -2.0])], [y0], [bound], fp16=False)
     with pytest.raises(
         RuntimeError, match=r"differs from PyTorch's by up to 0\.2, beyond the 0\.1 that rounding explains"
     ):
-        converter._compare([torch.tensor([1.2, -2.0])], [y0], [bound], fp16=False)
+        comparison.compare_outputs([torch.tensor([1.2, -2.0])], [y0], [bound], fp16=False)
     with pytest.raises(RuntimeError, match=r"output 0 of the engine is \[1\], PyTorch's is \[2\]"):
-        converter._compare([torch.tensor([1.0])], [y0], [bound], fp16=False)
+        comparison.compare_outputs([torch.tensor([1.0])], [y0], [bound], fp16=False)
 
 
 NETWORKS = {
@@ -345,7 +354,7 @@ def test_bounds_hold_float32_and_catch_a_wrong_tap(name: str) -> None:
     torch.manual_seed(0)
     model = calibrated(make(), *shape)
     x = torch.randn(shape)
-    bound = converter.rounding_bounds(model, [x])
+    bound = rounding.rounding_bounds(model, [x])
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
         expected = exact(x.double())
@@ -361,7 +370,7 @@ def test_bounds_hold_float16_rounding() -> None:
     torch.manual_seed(0)
     model = calibrated(resnet20(), 8, 3, 32, 32)
     x = torch.randn(8, 3, 32, 32)
-    narrow, wide = (converter.rounding_bounds(model, [x], fp16).item() for fp16 in (False, True))
+    narrow, wide = (rounding.rounding_bounds(model, [x], fp16).item() for fp16 in (False, True))
     with torch.no_grad():
         expected = model(x)
         for layer in model.modules():
@@ -376,7 +385,7 @@ def test_bounds_keep_the_output_structure() -> None:
         def forward(self, x: torch.Tensor) -> dict:
             return {"y": x * 2, "z": (x + 1, x.sum())}
 
-    bounds = converter.rounding_bounds(Several(), [torch.randn(3)])
+    bounds = rounding.rounding_bounds(Several(), [torch.randn(3)])
     assert set(bounds) == {"y", "z"} and len(bounds["z"]) == 2
     assert all(0 < bound < 1e-5 for bound in (bounds["y"], *bounds["z"]))
 
@@ -384,7 +393,7 @@ def test_bounds_keep_the_output_structure() -> None:
 def test_bounds_leave_no_trace() -> None:
     model, x = calibrated(resnet20(), 4, 3, 32, 32), torch.randn(2, 3, 32, 32)
     before = copy.deepcopy(model.state_dict()), x.clone(), torch.get_rng_state()
-    converter.rounding_bounds(model, [x], fp16=True)
+    rounding.rounding_bounds(model, [x], fp16=True)
     assert all(torch.equal(a, b) for a, b in zip(before[0].values(), model.state_dict().values()))
     assert torch.equal(before[1], x) and torch.equal(before[2], torch.get_rng_state())
 
@@ -406,7 +415,7 @@ class adder2d(nn.Module):  # the published class's name and attributes
 
 def test_adopted_copy_shares_parameters_and_leaves_the_model_alone() -> None:
     model = nn.Sequential(adder2d(), nn.BatchNorm2d(4)).eval()
-    ours = converter._adopted_copy(model)
+    ours = adopt.adopted_copy(model)
     assert isinstance(ours[0], Adder2d) and isinstance(model[0], adder2d)
     assert ours[0].adder is model[0].adder and ours[1].running_var is model[1].running_var
     x = torch.randn(2, 3, 9, 9)
@@ -451,7 +460,7 @@ def test_look_alikes_are_compared_with_the_given_network(
     Routes(monkeypatch)
     through = getattr(converter, f"_through_{route}")
     monkeypatch.setattr(
-        converter, f"_through_{route}", lambda model, *rest: through(converter._adopted_copy(model), *rest)
+        converter, f"_through_{route}", lambda model, *rest: through(adopt.adopted_copy(model), *rest)
     )
     x = torch.randn(2, 3, 9, 9)
     torch2trt_adder.convert(nn.Sequential(adder2d()).eval(), [x], route=route)
@@ -461,4 +470,4 @@ def test_look_alikes_are_compared_with_the_given_network(
 
 def test_a_model_of_ours_is_not_copied() -> None:
     model = small()
-    assert converter._adopted_copy(model) is model
+    assert adopt.adopted_copy(model) is model

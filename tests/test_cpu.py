@@ -13,9 +13,9 @@ import time
 
 import pytest
 import torch
+from conftest import CASES, Case, assert_forward, assert_grad_input
 from torch import Tensor
 
-from conftest import CASES, Case, assert_forward, assert_grad_input
 from torch2trt_adder import adder2d, library
 
 # What the kernel cuts in pieces: rows, columns, filters, sums; and what it treats apart: 1x1 maps, large dilation.

@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from torch2trt_adder import cli, converter, demo, load_checkpoint, training
+from torch2trt_adder import load_checkpoint
+from torch2trt_adder.cli import demo, main
+from torch2trt_adder.conversion import routes
 from torch2trt_adder.models import addernet_mnist
+from torch2trt_adder.nn import training
 
 CHECKPOINT = "my digits.pth"  # the space must be quoted in what is printed
 
@@ -52,7 +55,7 @@ def test_the_next_commands_work_as_printed(done: tuple[pathlib.Path, subprocess.
     lines = result.stderr.split("Next, with the network in that checkpoint:\n", 1)[1].splitlines()
     assert [line.strip() for line in lines[: len(commands)]] == commands
     verbs = [command.split(" -m torch2trt_adder ", 1)[1].split()[0] for command in commands]
-    engine = ["convert", "check", "bench"] if converter.missing() is None else []
+    engine = ["convert", "check", "bench"] if routes.missing() is None else []
     assert verbs == ["export", *engine]
     for command in commands:
         ran = shell(folder, command)
@@ -96,7 +99,7 @@ def test_a_loss_that_is_not_finite_is_the_reason_and_ends_it(
     precious: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "_LEARNING_RATE", 1e9)
-    assert cli.main(["demo", "--epochs", "1", "--checkpoint", str(precious)]) == 1
+    assert main.main(["demo", "--epochs", "1", "--checkpoint", str(precious)]) == 1
     shown = capsys.readouterr()
     assert "error: the loss became " in shown.err
     assert "in epoch 1, batch " in shown.err and "training diverged; lower the learning rate." in shown.err
@@ -113,7 +116,7 @@ def test_a_last_step_that_diverges_ends_it_as_well(
         nn.init.constant_(model.fc2.bias[3:], torch.nan)
 
     monkeypatch.setattr(demo, "_train", train)
-    assert cli.main(["demo", "--checkpoint", str(precious)]) == 1
+    assert main.main(["demo", "--checkpoint", str(precious)]) == 1
     assert "error: parameter fc2.bias is not finite (7 of 10 values): training diverged" in capsys.readouterr().err
     assert precious.read_bytes() == b"an earlier checkpoint"
 
@@ -137,7 +140,7 @@ def test_the_loss_never_rises_at_the_start(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("seed", ["-1", str(2**63), "x"])
 def test_a_seed_that_cannot_be(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["demo", "--seed", seed])
+        main.main(["demo", "--seed", seed])
     assert ended.value.code == 2 and "argument --seed" in capsys.readouterr().err
 
 

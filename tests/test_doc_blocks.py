@@ -22,12 +22,13 @@ import pytest
 import torch
 
 import torch2trt_adder
-from torch2trt_adder import __version__, converter, library
+from torch2trt_adder import __version__, library
+from torch2trt_adder.conversion import routes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = pathlib.Path(torch2trt_adder.__file__).resolve().parent
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```" in page.read_text()]
-ENGINE = converter.missing()  # why no engine can be built here, or None
+ENGINE = routes.missing()  # why no engine can be built here, or None
 VERBS = ("convert", "build", "check", "bench", "inspect", "triton")  # those that need a GPU, or a plan that needed one
 
 

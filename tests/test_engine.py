@@ -24,11 +24,18 @@ pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscri
 from test_converter import calibrated
 from test_onnx import CHECK, SmallResNet, needs_runtime
 
-from torch2trt_adder import Adder2d, adderize, convert, converter, engine, library, onnx_nodes, progress
-from torch2trt_adder.converter import rounding_bounds
-from torch2trt_adder.engine import Engine, build_engine
+from torch2trt_adder import Adder2d, adderize, convert, library
+from torch2trt_adder.conversion import routes
+from torch2trt_adder.export import format
+from torch2trt_adder.export.exporter import export_onnx
+from torch2trt_adder.export.format import adder_nodes
+from torch2trt_adder.export.runtime import onnxruntime_session, run_onnxruntime
 from torch2trt_adder.models import addernet_mnist, resnet20
-from torch2trt_adder.onnx_export import adder_nodes, export_onnx, onnxruntime_session, run_onnxruntime
+from torch2trt_adder.numerics.rounding import rounding_bounds
+from torch2trt_adder.trt import builder, engine, inspection, monitor, plans, typed
+from torch2trt_adder.trt.builder import build_engine
+from torch2trt_adder.trt.engine import Engine
+from torch2trt_adder.utils import progress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -73,7 +80,7 @@ def test_parser_makes_the_plugin(dtype: torch.dtype, function: str, tmp_path: pa
     model = Adder2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1), groups=2).eval().to(dtype)
     path = export_onnx(model, torch.randn(1, 4, 9, 8).to(dtype), tmp_path / "model.onnx", {0: "batch"}, check=CHECK)
     if function == "stripped":
-        onnx.save(engine._load_onnx(path), path)
+        onnx.save(builder.load_onnx(path), path)
     assert len(onnx.load(path).functions) == (function == "with body")
     log = run_python(PARSE, path, "registered").stdout
     assert "Found registered plugin: Adder2d. Importing this node as a plugin." in log
@@ -83,14 +90,14 @@ def test_parser_makes_the_plugin(dtype: torch.dtype, function: str, tmp_path: pa
 
 def test_parser_without_the_plugin_is_an_error(tmp_path: pathlib.Path, rtx: ModuleType) -> None:
     path = export_onnx(Adder2d(4, 6, 3).eval(), torch.randn(1, 4, 9, 8), tmp_path / "model.onnx", check=CHECK)
-    onnx.save(engine._load_onnx(path), path)
+    onnx.save(builder.load_onnx(path), path)
     done = run_python(PARSE, path, "none")
     assert done.returncode == 0 and "parsed: False" in done.stdout and "Plugin not found" in done.stdout
 
 
 def test_parser_refuses_attributes_that_no_layer_can_have(tmp_path: pathlib.Path, rtx: ModuleType) -> None:
     path = export_onnx(Adder2d(4, 6, 3).eval(), torch.randn(1, 4, 9, 8), tmp_path / "model.onnx", check=CHECK)
-    proto = engine._load_onnx(path)
+    proto = builder.load_onnx(path)
     next(a for a in proto.graph.node[0].attribute if a.name == "stride").ints[:] = [0, 1]
     onnx.save(proto, path)
     done = run_python(PARSE, path, "registered")
@@ -129,7 +136,7 @@ def test_build(plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType) -> 
         assert build_engine(plain, plan, {"batch": (1, 4, 8)}, timing_cache=cache, workspace=1 << 28, trt=rtx) == plan
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["plain.plan", "timing.cache"]
     data = plan.read_bytes()
-    assert engine.plan_version(data) == tuple(int(n) for n in rtx.__version__.split(".")[:3])
+    assert plans.plan_version(data) == tuple(int(n) for n in rtx.__version__.split(".")[:3])
     assert b"plain.onnx [torch2trt_adder, 0 Adder2d, " in data
     cache.write_bytes(b"of another version")
     build_engine(plain, plan, {"x:0": (1, 4, 8)}, timing_cache=cache, trt=rtx)
@@ -137,16 +144,16 @@ def test_build(plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType) -> 
 
 
 def test_profile(plain: pathlib.Path, rtx: ModuleType) -> None:
-    proto = engine._load_onnx(plain)
-    assert engine._axes(proto) == [("x", 0, "batch")]
-    builder, network, _parser = engine._parse(rtx, proto, plain)
+    proto = builder.load_onnx(plain)
+    assert builder.dynamic_axes(proto) == [("x", 0, "batch")]
+    builder, network, _parser = builder._parse(rtx, proto, plain)
     config = builder.create_builder_config()
-    engine._add_profile(builder, network, config, proto, {"batch": (1, 4, 8)})
+    builder._add_profile(builder, network, config, proto, {"batch": (1, 4, 8)})
     assert config.num_optimization_profiles == 1
-    static = engine._load_onnx(plain)
+    static = builder.load_onnx(plain)
     static.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
     config = builder.create_builder_config()
-    engine._add_profile(builder, network, config, static, {})
+    builder._add_profile(builder, network, config, static, {})
     assert config.num_optimization_profiles == 0
 
 
@@ -309,17 +316,17 @@ def test_adder_nodes_that_cannot_be_computed(changed: dict, message: str, tmp_pa
 def test_adder_nodes_that_can_be_computed() -> None:
     for model in (adder_model(), adder_model(plugin_namespace=None), adder_model({"x": ["n", "c", "h", "w"]})):
         for each in (model, in_a_branch(model)):
-            onnx_nodes.check_nodes(each)
+            format.check_nodes(each)
     model = adder_model()
     del model.graph.node[0].input[2]
     with pytest.raises(ValueError, match="'layer' must have the inputs x, weight and bias and one output, got 2 inputs and 1"):
-        onnx_nodes.check_nodes(model)
+        format.check_nodes(model)
 
 
 @pytest.mark.parametrize("text", ["[]", "5", '{"batch": 5}', "not json"])
 def test_limits_that_no_export_writes(text: str, plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType) -> None:
     proto = onnx.load(plain)
-    onnx.helper.set_model_props(proto, {onnx_nodes.EXTENTS: text})
+    onnx.helper.set_model_props(proto, {format.EXTENTS: text})
     onnx.save(proto, tmp_path / "x.onnx")
     with pytest.raises(ValueError, match=r"x\.onnx cannot be used: the metadata torch2trt_adder\.extents of the file must map"):
         build_engine(tmp_path / "x.onnx", tmp_path / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
@@ -368,7 +375,7 @@ def test_reasons_of_a_failed_build(
 
     class Builder(rtx.Builder):
         def build_serialized_network(self, network: object, config: object) -> None:
-            engine.logger(rtx).errors.extend(errors)
+            monitor.logger(rtx).errors.extend(errors)
 
     monkeypatch.setattr(rtx, "Builder", Builder)
     with pytest.raises(RuntimeError, match=f"builds no engine of .*plain.onnx: .*{message}"):
@@ -408,7 +415,7 @@ def test_ctrl_c_cancels_the_build(
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert "BuildCanceled" in engine.logger(rtx).reasons() and not list(tmp_path.iterdir())
+    assert "BuildCanceled" in monitor.logger(rtx).reasons() and not list(tmp_path.iterdir())
 
 
 # ---- float16 in strongly typed networks
@@ -416,11 +423,11 @@ def test_ctrl_c_cancels_the_build(
 
 def test_to_float16_types(plain: pathlib.Path, rtx: ModuleType) -> None:
     """TensorRT's own view of the network: convolutions in HALF, inputs and outputs as they were."""
-    proto = engine._load_onnx(plain)
+    proto = builder.load_onnx(plain)
     del proto.graph.value_info[:]  # as other exporters leave it
-    engine.to_float16(proto, plain.parent)
+    typed.to_float16(proto, plain.parent)
     onnx.checker.check_model(proto, full_check=True)
-    _builder, network, _parser = engine._parse(rtx, proto, plain)
+    _builder, network, _parser = builder._parse(rtx, proto, plain)
     assert (
         {network.get_input(i).dtype for i in range(2)}
         == {network.get_output(i).dtype for i in range(2)}
@@ -437,7 +444,7 @@ def test_to_float16_computes_the_same(make: Callable, shape: tuple, tmp_path: pa
     torch.manual_seed(0)
     model, x = calibrated(make(), 8, *shape), torch.randn(2, *shape)
     proto = onnx.load(export_onnx(model, x, tmp_path / "model.onnx", {0: "batch"}))
-    engine.to_float16(proto, tmp_path)
+    typed.to_float16(proto, tmp_path)
     # The body gives the type of x; the plugin gives float32, as output_type says.
     for function in proto.functions:
         function.node[-1].CopyFrom(onnx.helper.make_node("Cast", [function.node[-1].input[0]], ["y"], to=1))
@@ -585,7 +592,7 @@ def described(text: str, rtx: ModuleType) -> list[dict]:
     runner = Engine(trt=rtx)
     inspector = SimpleNamespace(get_engine_information=lambda form: text)
     runner.engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
-    return engine.layers(runner)
+    return inspection.layers(runner)
 
 
 def test_layers_of_a_detailed_engine(rtx: ModuleType) -> None:
@@ -674,7 +681,7 @@ def test_onnx_route(name: str, fp16: bool, tmp_path: pathlib.Path) -> None:
     x = torch.randn(64, *shape, device="cuda")
     runner = Engine(build(model, x[:2], tmp_path, fp16=fp16))
     assert runner.adder_layers == adders > 0
-    found = engine.layers(runner)
+    found = inspection.layers(runner)
     assert sum(layer["adder"] for layer in found) == adders, found
     for batch in (1, 7, 64):
         check(runner, model, x[:batch], fp16)
@@ -683,7 +690,7 @@ def test_onnx_route(name: str, fp16: bool, tmp_path: pathlib.Path) -> None:
 @on_gpu
 def test_every_route_on_1000_inputs() -> None:
     """Largest differences and equal predictions of three networks, torchvision's among them where it is installed."""
-    routes = [route for route in ("torch2trt", "onnx") if converter.missing(route) is None]
+    routes = [route for route in ("torch2trt", "onnx") if routes.missing(route) is None]
     command = [sys.executable, str(ROOT / "benchmarks" / "check_routes.py"), "--route", *routes]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     print(done.stdout)
@@ -884,7 +891,7 @@ def test_auto_says_which_route(capsys: pytest.CaptureFixture) -> None:
     torch.manual_seed(0)
     model, x = calibrated_on_gpu(addernet_mnist(), 8, 1, 28, 28), torch.randn(2, 1, 28, 28, device="cuda")
     runner = convert(model, x)
-    obstacle = converter.missing("torch2trt")
+    obstacle = routes.missing("torch2trt")
     assert runner.route == ("torch2trt" if obstacle is None else "onnx")
     assert f"convert: route {runner.route}" in capsys.readouterr().err
 
@@ -896,7 +903,7 @@ def test_plan_of_this_machine_only(tmp_path: pathlib.Path, monkeypatch: pytest.M
     torch.manual_seed(0)
     model, x = calibrated_on_gpu(addernet_mnist(), 8, 1, 28, 28), torch.randn(2, 1, 28, 28, device="cuda")
     data = build(model, x, tmp_path).read_bytes()
-    assert engine.plan_version(data) == tuple(int(n) for n in trt.__version__.split(".")[:3])
+    assert plans.plan_version(data) == tuple(int(n) for n in trt.__version__.split(".")[:3])
     other = bytearray(data)
     other[25] += 1
     with pytest.raises(RuntimeError, match=r"the engine was built by TensorRT .*the version that built it alone"):
@@ -923,11 +930,11 @@ def test_layers_and_times(tmp_path: pathlib.Path) -> None:
     torch.manual_seed(0)
     model, x = calibrated_on_gpu(resnet20(), 8, 3, 32, 32), torch.randn(2, 3, 32, 32, device="cuda")
     runner = Engine(build(model, x, tmp_path))
-    adders = [layer["name"] for layer in engine.layers(runner) if layer["adder"]]
-    times = engine.profile(runner, [x])
+    adders = [layer["name"] for layer in inspection.layers(runner) if layer["adder"]]
+    times = inspection.profile(runner, [x])
     assert len(adders) == 20 and "layer1.0.conv1:adder2d_0" in adders
     assert set(adders) <= set(times) and all(time >= 0 for time in times.values())
-    assert len(engine.latencies(runner, [x], runs=8)) == 8
+    assert len(inspection.latencies(runner, [x], runs=8)) == 8
     check(runner, model, x)
 
 

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 import torch2trt_adder
 from torch2trt_adder import Adder2d, ops
-from torch2trt_adder.converter import rounding_bounds
 from torch2trt_adder.models import addernet_mnist, resnet20
+from torch2trt_adder.numerics.rounding import rounding_bounds
+from torch2trt_adder.ops import checks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt, pytest.mark.torch2trt]
 
@@ -459,7 +460,7 @@ def test_what_cannot_be_converted_raises(model: Callable, reason: str, convert: 
     original = ops.adder2d
     with pytest.raises(RuntimeError, match=reason):
         convert(network, [x])
-    assert ops.adder2d is original and torch.Tensor.size is ops._size
+    assert ops.adder2d is original and torch.Tensor.size is checks.tensor_size
     assert not any("forward" in layer.__dict__ for layer in network.modules())
     assert not any(hasattr(t, "_trt") for t in (x, *network.parameters(), *network.buffers()))
 
@@ -477,7 +478,6 @@ class Registered(nn.Module):
 
 @pytest.mark.parametrize("convert", [torch2trt, through_torch2trt], ids=["torch2trt", "convert"])
 def test_a_registered_class_whose_fields_do_not_tell_all(convert: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch2trt_adder import module
 
     monkeypatch.setattr(module, "_adder_classes", {Registered: lambda layer: {"weight": layer.filters}})
     network, x = nn.Sequential(Registered(), nn.ReLU()).cuda().eval(), torch.randn(1, 3, 8, 8, device="cuda")
@@ -489,7 +489,6 @@ def test_a_registered_class_whose_fields_do_not_tell_all(convert: Callable, monk
 
 def test_convert_notices_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """One tap of one filter is off."""
-    from torch2trt_adder import tracing
 
     def wrong(network, itensor, weight, *args, **kwargs):
         weight = weight.detach().clone()

@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from torch2trt_adder import files
+from torch2trt_adder.utils import files
 
 NEW = b"new contents"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Case, assert_forward, assert_grad_input, assert_grad_weight
 from torch import Tensor
 
-from conftest import Case, assert_forward, assert_grad_input, assert_grad_weight
 from torch2trt_adder import library, reference
 
 # Tiles by pass and family; test_tables compares them with the library's.

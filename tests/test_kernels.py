@@ -6,7 +6,6 @@ import types
 
 import pytest
 import torch
-
 from conftest import (
     CASES,
     Case,
@@ -17,7 +16,9 @@ from conftest import (
     assert_within,
     bound,
 )
-from torch2trt_adder import Adder2d, adder2d, ops, reference, set_eta
+
+from torch2trt_adder import Adder2d, adder2d, reference, set_eta
+from torch2trt_adder.ops import fastpath, launch_gradients, scaling
 
 pytestmark = pytest.mark.gpu
 
@@ -722,7 +723,7 @@ def test_weight_gradient_of_non_finite(case, value, eta, dtype):
     assert not raw[7].isfinite().any() and raw[:7].isfinite().all() and raw[8:].isfinite().all()
     if eta is None:
         return
-    expected = ops.adaptive_scaling(raw, eta)
+    expected = scaling.adaptive_scaling(raw, eta)
     assert torch.equal(dw.isnan(), expected.isnan()) and torch.equal(dw.isinf(), expected.isinf())
 
 
@@ -818,7 +819,7 @@ def test_weight_gradient_of_tensors_that_do_not_match():
     x, w, _ = FEW[0].tensors(device="cuda")
     dy = grad_output(FEW[0], torch.float32)
     with pytest.raises(RuntimeError, match="adder2d_grad_weight: grad_output is on cpu and input on cuda:0"):
-        ops._grad_weight_cuda(dy.cpu(), x, w, *FEW[0].geometry)
+        launch_gradients.grad_weight_cuda(dy.cpu(), x, w, *FEW[0].geometry)
     with pytest.raises(TypeError, match="adder2d: weight is torch.float16 and input is torch.float32"):
         grad_weight(dy, x, w.half(), FEW[0].geometry)
 
@@ -843,15 +844,15 @@ def test_weight_gradient_of_few_channels_without_a_convolution(case):
         assert len(names) == (2 if eta is None else 3) and all("adder2d_wgrad" in name for name in names), names
 
 
-@pytest.mark.skipif(not ops._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")
+@pytest.mark.skipif(not fastpath._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")
 def test_plain_calls_take_the_short_way():
     x, w, b = PLAIN.tensors(device="cuda")
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with context():
-            assert ops._kernels(x, torch.nn.Parameter(w), b + 1) is ops._KERNELS["CUDA"]
-    assert ops._kernels(x, w.cpu(), None) is None
+            assert fastpath.find_kernels(x, torch.nn.Parameter(w), b + 1) is fastpath._KERNELS["CUDA"]
+    assert fastpath.find_kernels(x, w.cpu(), None) is None
     with torch.autocast("cuda"):
-        assert ops._kernels(x, w, b) is None
+        assert fastpath.find_kernels(x, w, b) is None
 
 
 @dtypes

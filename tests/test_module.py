@@ -7,20 +7,20 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import Case, assert_forward, assert_grad_input, assert_grad_weight
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from conftest import Case, assert_forward, assert_grad_input, assert_grad_weight
 from torch2trt_adder import (
     Adder2d,
     adderize,
     adopt,
-    lookalikes,
     reference,
     register_adder_class,
     scale_gradients,
     set_eta,
 )
+from torch2trt_adder.nn import adopt, proof, recognise
 
 
 class adder2d(nn.Module):
@@ -588,7 +588,7 @@ def test_adopt_refuses_to_lose(lost):
             with pytest.raises(ValueError, match=f"would lose {lost}"):
                 adopt(model)
     finally:
-        lookalikes._adder_classes.clear()
+        recognise.adder_classes.clear()
 
 
 @pytest.mark.parametrize("eta", [0.05, None, 1])
@@ -701,20 +701,20 @@ def test_adopted_copy_for_inference():
     for lost in ("its parameter `scale`", "its buffer `mask`", "its attribute `temperature` = 0.5"):
         model = nn.Sequential(spectral_norm(nn.Conv2d(3, 3, 1)), nn.Sequential(LOSSES[lost]())).eval()
         expected = model(X)  # from here on the convolution has a weight that deepcopy refuses
-        twin = lookalikes.adopted_copy(model)
+        twin = adopt.adopted_copy(model)
         assert type(twin[1][0]) is Adder2d and twin[1][0].adder is model[1][0].adder and type(model[1][0]) is adder2d
         torch.testing.assert_close(twin(X), expected, rtol=1e-5, atol=0)
-    assert type(lookalikes.adopted_copy(nn.Sequential(WRONG["noise in training"]()))[0]) is Adder2d
+    assert type(adopt.adopted_copy(nn.Sequential(WRONG["noise in training"]()))[0]) is Adder2d
     plain = nn.Sequential(nn.Conv2d(3, 3, 1), Adder2d(3, 3, 1))
-    assert lookalikes.adopted_copy(plain) is plain
+    assert adopt.adopted_copy(plain) is plain
 
     masked = variant(lambda layer, x: reference.adder2d(x, layer.adder * layer.mask, None, 2, 1))
     masked.register_buffer("mask", torch.ones(5, 3, 3, 3))
-    assert type(lookalikes.adopted_copy(nn.Sequential(masked.half()))[0]) is Adder2d
+    assert type(adopt.adopted_copy(nn.Sequential(masked.half()))[0]) is Adder2d
     masked.mask[1, 1, 1, 1] = 0
     for name, wrong in (("Variant", masked), ("Transposed", WRONG["transposed"]())):
         with pytest.raises(ValueError, match=rf"adopt: 1 \({name}\) does not compute adder2d in evaluation mode"):
-            lookalikes.adopted_copy(nn.Sequential(nn.Identity(), wrong))
+            adopt.adopted_copy(nn.Sequential(nn.Identity(), wrong))
 
 
 def test_adopt_proves_equal_layers_once(monkeypatch):
@@ -722,8 +722,8 @@ def test_adopt_proves_equal_layers_once(monkeypatch):
         def forward(self, x):
             return -super().forward(x)
 
-    proofs, prove = [], lookalikes._why_it_differs
-    monkeypatch.setattr(lookalikes, "_why_it_differs", lambda *args: proofs.append(args) or prove(*args))
+    proofs, prove = [], proof.why_it_differs
+    monkeypatch.setattr(proof, "why_it_differs", lambda *args: proofs.append(args) or prove(*args))
     model = nn.Sequential(*(adder2d(3, 3, 3) for _ in range(4)), adder2d(3, 3, 3, 2), adder2d(3, 3, 3, bias=True))
     adopt(model, inplace=False)
     assert [layer.stride for layer, *_ in proofs] == [1, 2, 1]
@@ -738,7 +738,7 @@ def test_adopt_proves_equal_layers_once(monkeypatch):
 def test_adopt_of_a_large_network():
     """Published code holds [K, CRS, NPQ] at once: 57 MB for one pixel of ResNet-50's widest 3x3 layer and 6 outputs."""
     layer = adder2d(512, 512, 3, 1, 1).to("meta")
-    shapes = list(lookalikes._probe_shapes(lookalikes._adopt_layer(layer, lookalikes._layer_fields(layer), "x")))
+    shapes = list(proof._probe_shapes(recognise.make_layer(layer, recognise.layer_fields(layer), "x")))
     assert shapes[0] == (1, 512, 3, 4)
 
 
@@ -757,7 +757,7 @@ class OtherShape(nn.Module):
 @pytest.fixture
 def registered():
     yield register_adder_class
-    lookalikes._adder_classes.clear()
+    recognise.adder_classes.clear()
 
 
 def test_register_adder_class(registered):

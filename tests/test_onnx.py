@@ -23,9 +23,12 @@ from test_converter import adder2d as PublishedStyle
 from test_converter import calibrated
 
 import torch2trt_adder
-from torch2trt_adder import Adder2d, adderize, onnx_export
+from torch2trt_adder import Adder2d, adderize
+from torch2trt_adder.export import body, format, opset17, runtime, symbols
+from torch2trt_adder.export.exporter import export_onnx
+from torch2trt_adder.export.format import adder_nodes
+from torch2trt_adder.export.runtime import onnxruntime_session, run_onnxruntime
 from torch2trt_adder.models import addernet_mnist, resnet20, resnet50
-from torch2trt_adder.onnx_export import adder_nodes, export_onnx, onnxruntime_session, run_onnxruntime
 
 try:
     import onnxruntime
@@ -65,11 +68,11 @@ def single_node(case: Case, dtype: torch.dtype, opset: int = 17) -> bytes:
         for name, (type_, size) in sizes.items()
     ]
     output = helper.make_tensor_value_info("y", kind, [None] * 4)
-    named = onnx_export._attributes(*case.geometry, dtype)
+    named = format.node_attributes(*case.geometry, dtype)
     node = helper.make_node("Adder2d", list("xwb"), ["y"], domain="torch2trt_adder", **named)
     model = helper.make_model(
         helper.make_graph([node], "single", inputs, [output]),
-        functions=[onnx.parser.parse_function(onnx_export._BODY % opset)],
+        functions=[onnx.parser.parse_function(body.BODY % opset)],
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("torch2trt_adder", 1)],
     )
     model.ir_version = 8
@@ -273,7 +276,7 @@ def test_exported_program_of_any_batch(dim: Any, tmp_path: pathlib.Path) -> None
     """torch.export gives the extents of some dynamic axes as 2 and more, which is no limit of the file."""
     x = torch.randn(2, 4, 9, 8)
     program = torch.export.export(small(), (x,), dynamic_shapes=({0: dim},))
-    assert onnx_export.extents(onnx.load(export_onnx(program, x, tmp_path / "model.onnx", check=CHECK))) == {}
+    assert format.extents(onnx.load(export_onnx(program, x, tmp_path / "model.onnx", check=CHECK))) == {}
 
 
 def test_opset(tmp_path: pathlib.Path) -> None:
@@ -429,9 +432,9 @@ def test_opset_17_by_hand(node: str, message: str | None) -> None:
     onnx.checker.check_model(model)
     if message is not None:
         with pytest.raises(RuntimeError, match=message):
-            onnx_export._in_opset_17(model)
+            opset17.in_opset_17(model)
         return
-    older = onnx_export._in_opset_17(model)
+    older = opset17.in_opset_17(model)
     assert older.opset_import[0].version == 17 and model.opset_import[0].version == 18
     onnx.checker.check_model(older, full_check=True)
     if CHECK:
@@ -606,7 +609,7 @@ def test_threads_export_one_after_the_other(tmp_path: pathlib.Path) -> None:
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         for proto in pool.map(export, range(3)):
             assert len(adder_nodes(proto.graph)) == 1 and len(proto.functions) == 1
-    assert not onnx_export.translating
+    assert not symbols.translating
 
 
 # ---- Ctrl-C
@@ -761,13 +764,13 @@ def test_a_network_without_adder_layers_says_so(tmp_path: pathlib.Path) -> None:
 )
 def test_extents_that_no_export_writes(text: str) -> None:
     proto = onnx.ModelProto()
-    assert onnx_export.extents(proto) == {}
+    assert format.extents(proto) == {}
     entry = proto.metadata_props.add()
-    entry.key, entry.value = onnx_export.EXTENTS, '{"n": [0, null], "m": [3, 4]}'
-    assert onnx_export.extents(proto) == {"n": (0, None), "m": (3, 4)}
+    entry.key, entry.value = format.EXTENTS, '{"n": [0, null], "m": [3, 4]}'
+    assert format.extents(proto) == {"n": (0, None), "m": (3, 4)}
     entry.value = text
     with pytest.raises(ValueError, match=r"the metadata torch2trt_adder\.extents of the file must map axes to limits"):
-        onnx_export.extents(proto)
+        format.extents(proto)
 
 
 # ---- torch.onnx.export itself
@@ -842,7 +845,7 @@ def test_dynamic_of_another_type(dynamic: Any, tmp_path: pathlib.Path) -> None:
 def test_dynamic_of_numpy_and_of_one_name(tmp_path: pathlib.Path) -> None:
     args = [torch.randn(2, 4, 5, 5), torch.randn(2, 3)]
     for dynamic in ({np.int64(0): "n"}, ({0: "n"}, None), [{np.int32(0): "n"}, {0: "n"}]):
-        assert onnx_export._dynamic_shapes(tuple(args), dynamic)[0] == {0: "n"}
+        assert dynamic.make_dynamic_shapes(tuple(args), dynamic)[0] == {0: "n"}
     args[1] = torch.randn(3, 3)
     with pytest.raises(ValueError, match="axis 0 of input 0 and axis 0 of input 1 one name, 'n', but their extents are 2 and 3"):
         export_onnx(small(), args, tmp_path / "model.onnx", {0: "n"}, check=CHECK)
@@ -913,7 +916,7 @@ def test_the_file_knows_the_branch_that_it_holds(
     """A branch on an extent is exported as the example took it, and build_engine must not go beyond."""
     x = torch.randn(4, 3, 8, 8)
     path = export_onnx(Sized(function).eval(), x, tmp_path / "model.onnx", {0: "batch"}, opset=opset, check=CHECK)
-    assert onnx_export.extents(onnx.load(path)) == limits
+    assert format.extents(onnx.load(path)) == limits
 
 
 class Scaled(nn.Module):
@@ -932,7 +935,7 @@ def test_axes_beside_an_argument_that_is_no_tensor(tmp_path: pathlib.Path, recwa
     args, dynamic = (torch.randn(2, 3, 8, 8), 2, torch.randn(4, 5)), [{0: "batch"}, {0: "rows"}]
     proto = onnx.load(export_onnx(Scaled().eval(), args, tmp_path / "model.onnx", dynamic, check=CHECK))
     first = [entry.type.tensor_type.shape.dim[0].dim_param for entry in (*proto.graph.input, *proto.graph.output)]
-    assert first == ["batch", "rows", "batch"] and onnx_export.extents(proto) == {"rows": (0, 7)}
+    assert first == ["batch", "rows", "batch"] and format.extents(proto) == {"rows": (0, 7)}
     assert not [str(w.message) for w in recwarn if "renamed" in str(w.message)]
 
 
@@ -960,14 +963,14 @@ def test_the_check_sees_what_was_taken_from_the_example(
 def test_the_check_takes_other_extents_that_the_network_takes(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
     """One less, or twice as many where the network cannot have that; values are the example's."""
     seen = []
-    run = onnx_export.run_onnxruntime
+    run = runtime.run_onnxruntime
 
     def spy(session: Any, tensors: list[Tensor]) -> list[Tensor]:
         seen.append([tuple(t.shape) for t in tensors])
         assert all(t.unique().numel() <= 3 for t in tensors)
         return run(session, tensors)
 
-    monkeypatch.setattr(onnx_export, "run_onnxruntime", spy)
+    monkeypatch.setattr(runtime, "run_onnxruntime", spy)
     x = torch.randint(3, (2, 3, 8, 8)).float()
     for function, other in ((lambda y, shape: y, (1, 3, 7, 8)), (lambda y, shape: y.view(-1, 8, 6, 6), (4, 3, 8, 8))):
         seen.clear()
@@ -1022,7 +1025,7 @@ def test_the_check_knows_what_runtimes_approximate(name: str, shift: int, tmp_pa
 @needs_runtime
 @pytest.mark.parametrize("wrong", ["distance = Neg (difference)", "distance = Identity (difference)"])
 def test_the_check_sees_a_wrong_body(wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    monkeypatch.setattr(onnx_export, "_BODY", onnx_export._BODY.replace("distance = Abs (difference)", wrong))
+    monkeypatch.setattr(body, "BODY", body.BODY.replace("distance = Abs (difference)", wrong))
     with pytest.raises(RuntimeError, match="output 0 differs between ONNX Runtime and PyTorch by up to"):
         export_onnx(small()[0], torch.randn(1, 4, 8, 8), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

@@ -10,14 +10,21 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from torch.autograd import forward_ad
+from conftest import (
+    CASES,
+    assert_forward,
+    assert_grad_bias,
+    assert_grad_input,
+    assert_grad_weight,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from conftest import CASES, assert_forward, assert_grad_bias, assert_grad_input, assert_grad_weight
-from torch2trt_adder import adder2d, ops
+from torch2trt_adder import adder2d
+from torch2trt_adder.ops import fastpath
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -394,13 +401,13 @@ class _Function(TorchFunctionMode):
 
 
 def _implementation(*tensors):
-    return ops._kernels(*tensors, *[None] * (3 - len(tensors)))
+    return fastpath.find_kernels(*tensors, *[None] * (3 - len(tensors)))
 
 
-@pytest.mark.skipif(not ops._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")
+@pytest.mark.skipif(not fastpath._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")
 def test_plain_calls_take_the_short_way():
     x, w, b = SMALL.tensors()
-    expected = ops._KERNELS["CPU"]
+    expected = fastpath._KERNELS["CPU"]
     parameter = torch.nn.Parameter(w)
     for context in (contextlib.nullcontext, torch.no_grad, torch.inference_mode, torch.enable_grad):
         with context():
@@ -420,7 +427,7 @@ def test_plain_calls_take_the_short_way():
     assert found == [expected]
 
 
-@pytest.mark.skipif(not ops._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")
+@pytest.mark.skipif(not fastpath._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")
 def test_all_others_take_the_dispatcher():
     x, w, b = SMALL.tensors()
     contexts = {

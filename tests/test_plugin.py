@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import CASES, Case, assert_forward
 from torch import Tensor
 
-from conftest import CASES, Case, assert_forward
-from torch2trt_adder import library, plugin
+from torch2trt_adder import library
+from torch2trt_adder.trt import plugin
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EXPORTS = ("getCreators", "getPluginCreators", "setLoggerFinder", "adder2d_register_plugin")

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from torch2trt_adder import Adder2d, programs
+from torch2trt_adder import Adder2d
+from torch2trt_adder.cli import programs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

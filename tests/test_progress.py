@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from torch2trt_adder import progress
+from torch2trt_adder.utils import progress
 
 CODE = """
 import time

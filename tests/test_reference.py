@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-
 from conftest import CASES, Case
+
 from torch2trt_adder import reference
 
 SMALL = [

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import torch2trt_adder
 from torch2trt_adder import Adder2d
-from torch2trt_adder.converter import rounding_bounds
+from torch2trt_adder.numerics.rounding import rounding_bounds
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt, pytest.mark.torch2trt]
 

@@ -10,13 +10,13 @@ os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # as in test_engines.py
 
 import pytest
 import torch
+from test_converter import calibrated
 from torch import nn
 
 import torch2trt_adder
-from test_converter import calibrated
 from torch2trt_adder import library
-from torch2trt_adder.converter import rounding_bounds
 from torch2trt_adder.models import addernet_mnist, resnet20
+from torch2trt_adder.numerics.rounding import rounding_bounds
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

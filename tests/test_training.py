@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import warm_up
 from torch import Tensor, nn
 
-from conftest import warm_up
 from torch2trt_adder import Adder2d, scale_gradients, set_eta
 from torch2trt_adder.models import addernet_mnist, cnn_twin
 

@@ -3,6 +3,7 @@
 Importing this needs only torch. Where torch2trt or torch_tensorrt is installed, the import registers a converter with it.
 """
 
+import importlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -26,17 +27,41 @@ __all__ = [
 if TYPE_CHECKING:
     from ._api import (
         Adder2d as Adder2d,
+    )
+    from ._api import (
         Engine as Engine,
+    )
+    from ._api import (
         adder2d as adder2d,
+    )
+    from ._api import (
         adderize as adderize,
+    )
+    from ._api import (
         adopt as adopt,
+    )
+    from ._api import (
         build_engine as build_engine,
+    )
+    from ._api import (
         convert as convert,
+    )
+    from ._api import (
         export_onnx as export_onnx,
+    )
+    from ._api import (
         load_checkpoint as load_checkpoint,
+    )
+    from ._api import (
         register_adder_class as register_adder_class,
+    )
+    from ._api import (
         scale_gradients as scale_gradients,
+    )
+    from ._api import (
         set_eta as set_eta,
+    )
+    from ._api import (
         torch_tensorrt_error as torch_tensorrt_error,
     )
 
@@ -56,8 +81,14 @@ def _is_command_line() -> bool:
     return bool(sys.argv) and os.path.basename(sys.argv[0]) == "torch2trt-adder"
 
 
+# Modules of 0.1.0 that have moved.
+_MOVED = {"onnx_export": "export", "plugin": "trt.plugin"}
+
+
 def __getattr__(name: str) -> Any:
-    """The public names where `_load` was not called: in the processes that a model's code starts from the command line."""
+    """Moved modules; and the public names where `_load` was not called: in processes that the command line's code starts."""
+    if name in _MOVED:
+        return importlib.import_module(f".{_MOVED[name]}", __name__)
     if name not in (*__all__, "torch_tensorrt_error"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _load()

@@ -123,7 +123,9 @@ def load() -> ctypes.CDLL:
             "adder2d_wgrad": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
             "adder2d_cpu_error_string": (ctypes.c_char_p, [ctypes.c_int32]),
             "adder2d_error_string": (ctypes.c_char_p, [ctypes.c_int32]),
-            **{f"adder2d_{name}_describe": (ctypes.c_char_p, [ctypes.c_void_p]) for name in ("fprop", "dgrad", "wgrad")},
+            **{
+                f"adder2d_{name}_describe": (ctypes.c_char_p, [ctypes.c_void_p]) for name in ("fprop", "dgrad", "wgrad")
+            },
             **{f"adder2d_{name}_force": (ctypes.c_char_p, [ctypes.c_char_p]) for name in ("fprop", "dgrad", "wgrad")},
         }
         for name, (result, arguments) in prototypes.items():

@@ -1,0 +1,3 @@
+"""The command `torch2trt-adder`."""
+
+from .main import main as main

@@ -1,0 +1,1 @@
+"""convert(): from PyTorch to a checked TensorRT engine, by the route that fits."""

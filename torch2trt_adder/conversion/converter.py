@@ -1,0 +1,137 @@
+"""convert(): a network with adder layers to a checked TensorRT engine, through torch2trt or ONNX."""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .. import frontends
+from ..frontends.options import did_you_mean, torch2trt_options
+from ..nn.adopt import adopted_copy
+from ..numerics.comparison import compare_outputs, resized, tensor_leaves
+from ..numerics.rounding import rounding_bounds
+from .arguments import check_arguments, check_devices
+from .onnx_route import ONNX_OPTIONS, not_for_onnx, through_onnx
+from .routes import ROUTES, missing
+from .shapes import shapes_of
+from .torch2trt_route import through_torch2trt
+
+# ---- convert
+
+
+def convert(
+    model: nn.Module, inputs: Tensor | Sequence[Any], route: str = "auto", **torch2trt_kwargs: Any
+) -> nn.Module:
+    """Converts `model` to a TensorRT engine and checks it against PyTorch.
+
+    Foreign adder layers (see `adopt`) are converted too; `model` stays as it is. The engine's outputs on `inputs`, and on
+    the same values cut or repeated to the smallest and largest shapes, must agree with PyTorch's as far as rounding in this
+    network can explain (see `rounding_bounds`), and be finite where PyTorch's are.
+
+    Args:
+        model: a network on a GPU; float32 or float16; in eval mode where that makes a difference.
+        inputs: its positional arguments as a list or tuple, or one tensor; the example that is traced.
+        route: "torch2trt"; "onnx" (`export_onnx`, `build_engine`), which needs no torch2trt and knows more operators;
+            "auto" takes torch2trt where it can convert this network, else ONNX, and says on stderr which and why.
+        torch2trt_kwargs: fp16_mode, max_batch_size, min_shapes, opt_shapes, max_shapes, input_names, output_names and
+            max_workspace_size on both routes; through torch2trt also its other options, and allow_constants.
+
+    Returns:
+        A module called like `model`; its attribute ``route`` tells the way. From torch2trt a TRTModule, saved with
+        state_dict(); through ONNX an `Engine`, wrapped where the model's inputs or outputs are nested.
+
+    Raises:
+        RuntimeError: no GPU, no TensorRT, or neither torch2trt nor onnx; no engine; an engine that differs from PyTorch.
+        TypeError: `inputs` is no list, a dtype that TensorRT does not take here, or an option that the route does not know.
+        ValueError: a layer in training mode that computes something else there (dropout, BatchNorm), or model and inputs are not on one GPU; no such route.
+    """
+    if route not in ROUTES:
+        raise ValueError(f"convert: route must be one of {', '.join(ROUTES)}, got {route!r}.")
+    _check_options(route, torch2trt_kwargs)
+    if isinstance(inputs, Tensor):
+        inputs = [inputs]
+    example = check_arguments(model, inputs)
+    reason = missing(route)
+    if reason is not None:
+        raise RuntimeError(f"convert: {reason}")
+    check_devices(model, example)
+    with torch.no_grad():
+        expected = model(*example)  # if this fails, no route is to blame
+    convert_through = functools.partial(_convert_through, model, inputs, example, expected, torch2trt_kwargs)
+    if route != "auto":
+        return convert_through(route)
+    obstacle = missing("torch2trt")
+    if obstacle is None:
+        _say("route torch2trt")
+        try:
+            return convert_through("torch2trt")
+        except Exception as error:  # torch2trt's own are of any class
+            barred = missing("onnx") or not_for_onnx(inputs, torch2trt_kwargs)
+            if barred is not None:
+                _say(f"torch2trt fails, and route onnx cannot help: {barred}")
+                raise
+            obstacle = f"torch2trt fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    _say(f"route onnx, since {obstacle}")
+    return convert_through("onnx")
+
+
+def _say(text: str) -> None:
+    print(f"torch2trt_adder.convert: {text}", file=sys.stderr)
+
+
+def _convert_through(
+    model: nn.Module, inputs: Any, example: Sequence[Any], expected: Any, options: dict[str, Any], route: str
+) -> nn.Module:
+    """One route's engine, compared with PyTorch on the example and at the smallest and largest shapes."""
+    fp16 = bool(options.get("fp16_mode", False))
+    with torch.no_grad(), torch.cuda.device(tensor_leaves(example)[0].device):
+        through = through_torch2trt if route == "torch2trt" else through_onnx
+        model_trt, flatten = through(model, inputs, options)
+        network = adopted_copy(model)
+        bounds = flatten(rounding_bounds(network, example, fp16))
+        compare_outputs(flatten(model_trt(*example)), flatten(expected), bounds, fp16)
+        for args in _at_the_ends(inputs, example, options):
+            try:
+                expected, others = model(*args), flatten(rounding_bounds(network, args, fp16))
+            except RuntimeError:  # the network takes no such shape, or PyTorch has no memory for it
+                continue
+            limits = [torch.maximum(a, b) for a, b in zip(bounds, others, strict=True)]
+            where = f" for inputs of {', '.join(str(list(t.shape)) for t in tensor_leaves(args))}"
+            compare_outputs(flatten(model_trt(*args)), flatten(expected), limits, fp16, where)
+    model_trt.route = route
+    return model_trt
+
+
+def _at_the_ends(inputs: Any, example: Sequence[Any], options: dict[str, Any]) -> list[Any]:
+    """The example's values at the smallest and largest shapes, where these are others."""
+    if not isinstance(inputs, (list, tuple)):  # a data set, whose shapes torch2trt takes where no others are given
+        given = {key: value for key, value in options.items() if value is not None}
+        options = {"min_shapes": inputs.min_shapes(), "max_shapes": inputs.max_shapes(), **given}
+    tensors = tensor_leaves(example)
+    least, _, most = shapes_of(tensors, options)
+    ends = []
+    for shapes in (least, most):
+        if shapes != [tuple(tensor.shape) for tensor in tensors] and all(map(all, shapes)):
+            others = iter([resized(tensor, shape) for tensor, shape in zip(tensors, shapes)])
+            ends.append(tree_map(lambda leaf: next(others) if isinstance(leaf, Tensor) else leaf, example))
+    return ends
+
+
+def _check_options(route: str, options: dict[str, Any]) -> None:
+    """Raises for an option that no engine of this route can have: torch2trt itself ignores those that it does not know."""
+    known = list(ONNX_OPTIONS)
+    if route != "onnx":
+        if not frontends.is_enabled("torch2trt"):  # what it would take is not known here
+            return
+        import torch2trt
+
+        known += [name for name in torch2trt_options(torch2trt.torch2trt) if name not in known]
+    for name in options:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; its options are {', '.join(known)}."
+            also = "" if route != "onnx" else " (route='torch2trt' takes all of torch2trt's options.)"
+            raise TypeError(f"convert: route {route!r} has no option {name!r}{hint}{also}")

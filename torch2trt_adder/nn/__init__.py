@@ -1,0 +1,1 @@
+"""Adder layers as modules: layers, what replaces others by them, training, checkpoints."""

@@ -1,0 +1,138 @@
+"""The proof that a layer computes adder2d.
+
+A transposed layer has the same attributes as an adder layer. So a copy of each layer runs on a small random input, and
+its output is compared with the definition.
+"""
+
+import collections
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from .adder2d import Adder2d
+from .replace import HOOKS
+
+
+class CannotRun(Exception):
+    """The forward of a layer failed; the text says how, as the end of a sentence about it."""
+
+
+def why_it_differs(module: nn.Module, layer: Adder2d, training: bool) -> str | None:
+    """What tells `module` from `layer`, as the end of a sentence about it, or None where both compute the same.
+
+    A copy of the module runs, without its hooks and with random weights: those that it has may hide a difference (a
+    bias of zeros, filters that are symmetric). It is float32 where the module is float16: the function is proved,
+    and its rounding is its own.
+    """
+    device, dtype = layer.adder.device, layer.adder.dtype
+    devices = [torch.device("cpu") if device.type == "meta" else device]
+    if device.type == "cpu" and torch.cuda.is_available():
+        devices.append(torch.device("cuda"))  # for code that has nothing but a CUDA kernel
+    dtype = dtype if dtype is torch.float64 else torch.float32
+    failures = []
+    for device, shape in itertools.product(devices, _probe_shapes(layer)):
+        try:
+            return _compare(module, layer, shape, device, dtype, (False, True) if training else (False,))
+        except CannotRun as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def _probe_shapes(layer: Adder2d) -> Iterator[tuple[int, int, int, int]]:
+    """Small inputs that reach all taps, the padding and two steps of the stride; at last a square one."""
+    kernel = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    height, width = (
+        max(k, k + stride - 2 * pad) for k, stride, pad in zip(kernel, layer.stride, layer.padding, strict=True)
+    )
+    width += 1 + (width + 1 == height)
+    samples = 2 if layer.adder.numel() < 2**20 else 1  # published code holds [K, CRS, NPQ] at once
+    yield samples, layer.input_channel, height, width
+    yield samples, layer.input_channel, max(height, width), max(height, width)
+
+
+def _compare(
+    module: nn.Module,
+    layer: Adder2d,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    modes: Sequence[bool],
+) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(size: tuple[int, ...]) -> Tensor:
+        return torch.randn(size, generator=generator, device="cpu", dtype=dtype)
+
+    weight, bias = draw(layer.adder.shape), None if layer.b is None else draw(layer.b.shape)
+    x = draw(shape)
+    x[-1] *= 100  # beyond the range of what clamps its input
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng([] if device.type != "cuda" else [device]),
+        torch.autocast(device.type, enabled=False),
+    ):
+        try:
+            twin = _twin(module, [(layer.adder, weight), (layer.b, bias)]).to(device, dtype)
+        except Exception as error:
+            raise CannotRun(f"cannot be copied to be tried ({_first_line(error)})") from error
+        geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+        exact = None if bias is None else bias.double()
+        expected = reference.adder2d(x.double(), weight.double(), exact, *geometry)
+        for training in modes:
+            twin.train(training)
+            try:
+                output = twin.forward(x.to(device, copy=True))
+            except Exception as error:
+                raise CannotRun(
+                    f"cannot be tried on an input {list(shape)} on {device} ({_first_line(error)})"
+                ) from error
+            reason = difference(output, expected, bias, layer.adder[0].numel())
+            if reason is not None:
+                return f"does not compute adder2d {'in training mode' if training else 'in evaluation mode'}: {reason}"
+    return None
+
+
+def _twin(module: nn.Module, tensors: Sequence[tuple[nn.Parameter | None, Tensor | None]]) -> nn.Module:
+    """A deep copy of a layer without its hooks, with other tensors in the place of its parameters."""
+    bare = copy.copy(module)
+    for name in HOOKS:
+        vars(bare)[name] = None if name == "_is_full_backward_hook" else collections.OrderedDict()
+    others = {id(old): nn.Parameter(new, requires_grad=False) for old, new in tensors if new is not None}
+    return copy.deepcopy(bare, others)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def difference(output: Any, expected: Tensor, bias: Tensor | None, length: int) -> str | None:
+    """How an output differs from adder2d's `expected` beyond rounding, or None where it does not.
+
+    A sum of `length` terms of one sign errs by at most ``2 * eps * sqrt(length)`` of itself in float32 (measured on
+    normal draws: a quarter of it), and rounding it to its dtype by eps of that; both outputs err. A bias, which may
+    cancel the sum, is one more term.
+    """
+    if not isinstance(output, Tensor):
+        return f"it returns a {type(output).__name__}, not a tensor"
+    if not output.is_floating_point():
+        return f"its output is {output.dtype}"
+    if output.shape != expected.shape:
+        return f"its output is {list(output.shape)}, and adder2d's {list(expected.shape)}"
+    y, y0 = output.detach().cpu().double(), expected.detach().cpu().double()
+    offset = y0.new_zeros(()) if bias is None else bias.detach().cpu().double()[:, None, None]
+    eps = max(torch.finfo(t.dtype).eps for t in (output, expected))
+    limit = 2 * (eps + 2 * torch.finfo(torch.float32).eps * math.sqrt(length)) * ((y0 - offset).abs() + offset.abs())
+    wrong = ~((y - y0).abs() <= limit) & y0.isfinite()
+    if not bool(wrong.any()):
+        return None
+    at = ((y - y0).abs().nan_to_num(math.inf) * wrong).flatten().nan_to_num(0).argmax()
+    return (
+        f"its output is {y.flatten()[at].item():.6g} where adder2d's is {y0.flatten()[at].item():.6g} "
+        f"(rounding explains {limit.flatten()[at].item():.3g})"
+    )

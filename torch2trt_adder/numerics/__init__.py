@@ -1,0 +1,1 @@
+"""How far results may differ, and comparisons that use it."""

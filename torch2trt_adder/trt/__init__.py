@@ -1,0 +1,1 @@
+"""TensorRT: the plugin, builds, engines."""

@@ -1,0 +1,82 @@
+"""float16 in TensorRT 8 to 10: which layers stay in float32."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..export.format import adder_nodes
+
+# ---- precision, TensorRT 8 to 10
+
+
+def set_precision(trt: ModuleType, network: Any, config: Any, proto: Any, fp16: bool) -> None:
+    if not hasattr(trt.BuilderFlag, "FP16"):
+        return
+    half = 10  # TensorProto.FLOAT16
+    in_half = any(tensor.data_type == half for tensor in proto.graph.initializer) or any(
+        entry.type.tensor_type.elem_type == half for entry in (*proto.graph.input, *proto.graph.output)
+    )
+    if fp16 or in_half:
+        # A file in float16 needs it, too: without, a plugin is offered no float16 input or output.
+        config.set_flag(trt.BuilderFlag.FP16)
+    names = [node.name for node in adder_nodes(proto.graph)]
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    plugins = [layer for layer in layers if "PLUGIN" in layer.type.name]
+    adders = [layer for layer in plugins if layer.name in names]
+    if len(adders) != len(names):  # nodes without names of their own: hold the outputs of all plugins
+        adders = plugins
+    if fp16 and hold_float32(network, adders, trt=trt):
+        config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+
+
+def hold_float32(
+    network: Any, adder_layers: Sequence[Any], largest: Mapping[str, float] | None = None, *, trt: ModuleType
+) -> bool:
+    """Holds every layer between an adder layer's float32 output and the next scaling layer in float32.
+
+    In a weakly typed network TensorRT may round an adder layer's sums, which pass 65504 in wide layers, to float16 before
+    BatchNorm scales them down. The scaling layer (BatchNorm) itself computes in float32, and its output is free, unless
+    it is known to be still within a factor of 16 of float16's largest value.
+
+    Args:
+        network: of TensorRT 8 to 10.
+        adder_layers: its plugin layers Adder2d.
+        largest: magnitudes seen, by the name of the tensor.
+
+    Returns:
+        Whether any layer is held, so that BuilderFlag.OBEY_PRECISION_CONSTRAINTS is needed.
+    """
+    names = ("SCALE", "NORMALIZATION", "SOFTMAX")  # the second is newer than 8.5
+    scaling = [getattr(trt.LayerType, name) for name in names if hasattr(trt.LayerType, name)]
+    adders = {layer.name for layer in adder_layers}
+    consumers = defaultdict(list)
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        for j in range(layer.num_inputs):
+            itensor = layer.get_input(j)
+            if itensor is not None:
+                consumers[itensor.name].append(layer)
+    pending = [layer.get_output(0) for layer in adder_layers]
+    pending = [itensor for itensor in pending if itensor.dtype == trt.DataType.FLOAT]
+    held: set[str] = set()
+    while pending:
+        for layer in consumers[pending.pop().name]:
+            outputs = {j: layer.get_output(j) for j in range(layer.num_outputs)}
+            outputs = {j: t for j, t in outputs.items() if t.dtype in (trt.DataType.FLOAT, trt.DataType.HALF)}
+            if layer.name in held or not outputs:  # the shape of a tensor has no range
+                continue
+            held.add(layer.name)
+            layer.precision = trt.DataType.FLOAT
+            if layer.name in adders:
+                continue
+            # The magnitude is unknown for the network's outputs, which nothing reads.
+            seen = max((largest or {}).get(t.name, 0) for t in outputs.values())
+            if layer.type in scaling and seen <= torch.finfo(torch.float16).max / 16:
+                continue
+            for j, itensor in outputs.items():
+                layer.set_output_type(j, trt.DataType.FLOAT)
+                pending.append(itensor)
+    return bool(held)
