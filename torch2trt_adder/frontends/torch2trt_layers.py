@@ -231,11 +231,14 @@ def _exact_extents() -> None:
     """torch2trt's ints of shapes would cut a float operand to an int, so that height * 1.5 is height."""
     for name in ("add", "sub", "mul", "floordiv"):
         for method in (f"__{name}__", f"__r{name}__"):
+            setattr(host.IntWrapper, method, _with_ints_only(getattr(host.IntWrapper, method)))
 
-            def ours(self: Any, other: Any, theirs: Any = getattr(host.IntWrapper, method)) -> Any:
-                return theirs(self, other) if isinstance(other, int) else NotImplemented
 
-            setattr(host.IntWrapper, method, ours)
+def _with_ints_only(theirs: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def ours(self: Any, other: Any) -> Any:
+        return theirs(self, other) if isinstance(other, int) else NotImplemented
+
+    return ours
 
 
 _exact_extents()
