@@ -694,7 +694,15 @@ class Scaling(nn.Module):
         return torch2trt_adder.adder2d(x, self.weight) * 1.01
 
 
-@pytest.mark.parametrize("layer", [Biased, Transposed, Scaling])
+def test_a_bias_that_is_part_of_the_layer(tmp_path: pathlib.Path) -> None:
+    x = torch.randn(2, 4, 8, 8)
+    proto = onnx.load(export_onnx(nn.Sequential(Biased()).eval(), x, tmp_path / "model.onnx", check=CHECK))
+    (node,) = adder_nodes(proto.graph)
+    (bias,) = (onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer if tensor.name == node.input[2])
+    assert (bias == 5).all()
+
+
+@pytest.mark.parametrize("layer", [Transposed, Scaling])
 def test_layers_that_compute_something_else(layer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """Whether `adopt` refuses them or not, no file comes of it, checked in ONNX Runtime or not."""
     monkeypatch.setitem(recognise.adder_classes, Scaling, lambda module: {"weight": module.weight})
