@@ -143,7 +143,7 @@ struct Loader {
            (kFill == Fill::kPixels ? 0 : first_filter);
   }
 
-  // Filters behind the last one are copied as zeros, so that they add nothing; with kWhole there are none.
+  // Filters after the last one are copied as zeros, so that they add nothing; with kWhole there are none.
   template <bool kWhole>
   __device__ __forceinline__ void fill_dy(float* dy_smem) const {
     if constexpr (kFill == Fill::kFilters) {
@@ -169,7 +169,7 @@ struct Loader {
       }
       return;
     }
-    // Threads side by side take pixels side by side; with fewer pixels than threads, the filters are shared out.
+    // Neighbouring threads process neighbouring pixels; with fewer pixels than threads, the filters are shared out.
     int32_t const first = T::kShares == 1 ? 0 : threadIdx.x / T::kTileHW * kTerms, lane = threadIdx.x % T::kTileHW;
 #pragma unroll
     for (int i = 0; i < T::kPixels; ++i) {

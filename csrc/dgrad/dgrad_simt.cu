@@ -178,7 +178,7 @@ __device__ __forceinline__ void load_x(DgradArgs const& a, TileCoord<T> const& c
   }
 }
 
-// Keeps a value in its register: the compiler would rather make it anew, out of the thread's index, in every slice.
+// Keeps a value in its register: the compiler would otherwise compute it again from the thread's index in every slice.
 __device__ __forceinline__ void keep(int32_t* v) { asm volatile("" : "+r"(*v)); }
 
 __device__ __forceinline__ void add_row(float (*sum)[4], float4 const& v) {
@@ -250,7 +250,7 @@ __device__ __forceinline__ void accumulate(DgradArgs const& a, DgradConfig const
       terms -= kUnroll;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        // The fragments of the next term are on their way while this one is added. Behind the slice's last term lies
+        // The fragments of the next term are on their way while this one is added. After the slice's last term lies
         // what is being filled: terms that are there already are read again.
         if (u + 1 < kUnroll) {
           load(w_smem + (u + 1) * T::kPitchC, dy_smem + (u + 1) * T::kPitchHW, (u + 1) % 2);
@@ -364,9 +364,9 @@ __global__ void __launch_bounds__(T::kThreads)
 
 // ---- launcher
 
-// Sets the shared memory that a block takes, so that a multiprocessor takes no more blocks than suit their number. The
-// main kernel starts while the one that packs still runs, where blocks come to lie as they find room: 392 blocks on 132
-// multiprocessors that take four would be four here and two there, and take a third longer than three everywhere.
+// Sets the shared memory that a block allocates, so that a multiprocessor runs no more blocks than suit their number.
+// The main kernel starts while the one that packs still runs, where blocks come to lie as they find room: 392 blocks on
+// 132 multiprocessors that take four would be four here and two there, and take a third longer than three everywhere.
 void spread_blocks(DgradConfig* config) {
   constexpr int32_t kMost = kArch.dgrad_blocks, kFewest = kArch.dgrad_fewest_blocks;
   int32_t const available = smem_per_multiprocessor();

@@ -10,8 +10,8 @@ namespace adder2d::dgrad_simt {
 
 // How dy reaches shared memory.
 enum class Fill {
-  kPixels,   // asynchronous copies, a warp takes neighbouring pixels (NCHW)
-  kFilters,  // asynchronous copies, a warp takes neighbouring filters (NHWC)
+  kPixels,   // asynchronous copies, a warp copies neighbouring pixels (NCHW)
+  kFilters,  // asynchronous copies, a warp copies neighbouring filters (NHWC)
   kConvert,  // float16 and bfloat16, converted on the way
 };
 
@@ -38,7 +38,7 @@ struct Tile {
   static_assert(kThreads == 128, "the fill loops are laid out for 128 threads");
   static_assert(kTileC % (kLanesC * kThreadC) == 0 && kTileHW % (kLanesHW * kThreadHW) == 0,
                 "warps must tile the block");
-  static_assert(kTileK % 8 == 0, "the fills take filters eight at a time");
+  static_assert(kTileK % 8 == 0, "the fills copy filters eight at a time");
   static_assert(kTileK % kUnroll == 0 && kUnroll % 2 == 0, "fragments alternate between two buffers");
   static_assert(kTileK % kRows == 0, "threads must divide the sums of dy evenly");
   static_assert(kWarpsC * kTileHW <= kStageFloats, "sums of dy meet in a stage");
@@ -49,7 +49,7 @@ struct Window {
   char const* dy;  // what tap 0 of the phase reads, filter 0 of the group; may point outside dy
   int32_t p0, q0;
 };
-constexpr int32_t kNoOutput = INT32_MAX;  // less any reach of taps this is no row of dy, nor a column
+constexpr int32_t kNoOutput = INT32_MAX;  // minus any reach of taps this is not a row or column of dy
 
 template <class T, Fill kFill>
 struct Smem {

@@ -83,7 +83,7 @@ struct Loader {
   Smem<T>& smem;
   __half const* w;  // what the thread copies first of the slice's packed weights
   int32_t thread;
-  int32_t vector, dh, dw;  // the thread's vector of the slice: of which tap; behind the last tap dh is kOutside
+  int32_t vector, dh, dw;  // the thread's vector of the slice: of which tap; after the last tap dh is kOutside
   int32_t offset;          // vectors from a window's first one to this one
 
   __device__ __forceinline__ Loader(HalfArgs const& args, TileConfig const& config, Smem<T>& shared,
@@ -300,7 +300,7 @@ constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
 constexpr int32_t kTileC = Tile64x128::kTileC;
 constexpr int32_t kMaxTileK = 64;
 
-// Whether these kernels take the layer, device and workspace aside.
+// Whether these kernels support the layer, apart from device and workspace.
 bool has_half_shape(Adder2dParams const& p) {
   return is_16_bit(p.x_type) && p.C / p.groups >= kMinChannels && p.R * p.S <= kPackElements / kVector;
 }
@@ -391,7 +391,7 @@ cudaError_t launch_tile(HalfArgs const& args, TileConfig const& config, cudaStre
       launch(adder2d_pack_half_kernel<T::kTileC>, pack_grid, dim3(kPackThreads), pack_smem, stream, args, pack);
   if (error != cudaSuccess) return error;
   static_assert(16 * OutputCoord<T>::kItems * T::kThreads <= sizeof(Smem<T>),
-                "sums change hands where the slices were");
+                "sums are transposed where the slices were");
   return launch_tiled<OutputCoord<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), sizeof(Smem<T>), T::kThreads, true,
                                       args, config, stream);
 }

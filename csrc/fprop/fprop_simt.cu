@@ -54,7 +54,7 @@ __device__ __forceinline__ void accumulate(FpropArgs const& a, TileConfig const&
 
 // ---- kernels
 
-// Weights [K, Cg, R, S] to [groups][Cg / channels][R * S][channels][pitch], zeros behind the filters of a group: in the
+// Weights [K, Cg, R, S] to [groups][Cg / channels][R * S][channels][pitch], zeros after the filters of a group: in the
 // order of the slices. A block moves 32 filters by 128 terms through shared memory.
 constexpr int kPackFilters = 32, kPackTerms = 128, kPackRows = 8;
 

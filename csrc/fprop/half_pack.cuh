@@ -35,7 +35,7 @@ constexpr int kPackFilters = 8;                  // of the weights a block, one 
 constexpr int kPackElements = 4 * kVector * 49;  // of one filter in a block, at most
 static_assert(kPackPixels == 2 * 32 && kPackWarps == 8 && kPackFilters == kPackWarps, "threads are numbered by shifts");
 
-// How blocks share the work. First come those of the weights: columns of vectors, rows of filters, groups. Behind them,
+// How blocks share the work. First come those of the weights: columns of vectors, rows of filters, groups. After them,
 // warps take the image: the vectors of kPackPixels pixels, then those of the next pixels.
 struct PackConfig {
   int32_t slices, weight_blocks;
@@ -129,7 +129,7 @@ __device__ __forceinline__ void pack_weights(HalfArgs const& a, PackConfig const
     uint4 const v = *reinterpret_cast<uint4*>(packed);
     store(k, tap * a.vectors + first_vector + part, a.p.w_type == ADDER2D_BFLOAT16 ? to_halves(v) : v);
   }
-  int32_t const vectors = RS * a.vectors;  // behind them, the last slice is filled up
+  int32_t const vectors = RS * a.vectors;  // after them, the last slice is filled up
   for (int32_t i = threadIdx.x; i < kPackFilters * (config.slices * kVectors - vectors) && first_vector == 0;
        i += kPackThreads)
     store(i % kPackFilters, vectors + i / kPackFilters, uint4{});
@@ -146,7 +146,7 @@ __device__ __forceinline__ void pack_image(HalfArgs const& a, PackConfig const& 
     int32_t const n = a.div_HW.divmod(m < pixels ? m : 0, &hw), h = a.div_W.divmod(hw, &w);
     return n * a.p.x_stride[0] + h * a.p.x_stride[2] + w * a.p.x_stride[3];
   };
-  // Eight lanes write what the eight warps have of a pixel, mostly vectors side by side, and of the pixel 32 behind it.
+  // Eight lanes write what the eight warps have of a pixel, mostly vectors side by side, and of the pixel 32 after it.
   int32_t vector, part;
   int32_t const source = threadIdx.x % kPackWarps, pixel = threadIdx.x / kPackWarps;
   int32_t const m = config.div_image.divmod(first_warp + source, &vector) * kPackPixels + pixel;

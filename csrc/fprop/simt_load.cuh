@@ -14,7 +14,7 @@ namespace adder2d::fprop_simt {
 // How a slice of the reduction is filled. The order of the terms is the fill's own.
 enum class Fill {
   kTaps,      // kTileC terms of the flattened (c, r, s), as weights lie in memory; a warp loads neighbouring pixels
-  kAny,       // as kTaps for the kernels, strides and types that it does not take; converts while it copies
+  kAny,       // as kTaps for the kernels, strides and types that it does not support; converts while it copies
   kPixels,    // kTileC channels of one tap, from packed weights; a warp loads neighbouring pixels (NCHW)
   kChannels,  // kTileC channels of one tap, from packed weights; a warp loads neighbouring channels (NHWC)
   kPlane,     // as kPixels, four pixels at a time: 1x1 kernels whose pixels lie in y as in x
@@ -79,7 +79,7 @@ struct Smem {
   alignas(16) TermType term[2][kHasTerms ? T::kThreads : 1];  // of the slices being filled, and of those that come next
 };
 
-// The tile's place in the output, and the place of a thread in the tile. Unless sums change hands (kTransposed), an
+// The tile's place in the output, and the place of a thread in the tile. Unless sums are transposed (kTransposed), an
 // item is one of the thread's filters and four of its pixels.
 template <class T>
 using OutputTile = EpilogueTile<T::kTileK, T::kTilePQ, T::kThreads, T::kLanesPQ>;
@@ -248,7 +248,7 @@ struct Loader {
         copy16_async(x_smem + (j + row) * T::kPitchPQ + 4 * lane, taps[0] ? src : static_cast<float const*>(a.p.x));
       return;
     }
-    // Threads side by side take pixels side by side; with fewer pixels than threads, the terms are shared out.
+    // Neighbouring threads process neighbouring pixels; with fewer pixels than threads, the terms are shared out.
     constexpr int kShares = T::kThreads > T::kTilePQ ? T::kThreads / T::kTilePQ : 1, kTerms = T::kTileC / kShares;
     int32_t const first = kShares == 1 ? 0 : threadIdx.x / T::kTilePQ * kTerms, lane = threadIdx.x % T::kTilePQ;
 #pragma unroll

@@ -28,7 +28,7 @@ using namespace wgrad_simt;
 template <class T, int kStride>
 __device__ __forceinline__ void add_row(float const* x_smem, float const* dy_smem, int32_t strip,
                                         float (&acc)[kTaps][T::kThreadK][T::kThreadC]) {
-  // What the next pixel needs is read while this one is added. Nothing is read behind the last one: it may be being
+  // What the next pixel needs is read while this one is added. Nothing is read after the last one: it may be being
   // filled.
   constexpr int kRing = kUnroll * kStride;
   static_assert(kRing >= kTaps + kStride, "a window, and what comes into it next");
