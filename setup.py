@@ -4,12 +4,14 @@
     python setup.py build_ext --inplace     # the library alone, for development
 
 Environment variables:
-    TORCH2TRT_ADDER_ARCHS  GPU architectures, e.g. "90" or "80;90"; "native" for the GPUs of this machine.
-                           Default: every generation that nvcc knows, from DEFAULT_ARCHS.
+    TORCH2TRT_ADDER_ARCHS  GPU architectures: "90" or "80;90"; "native" for the GPUs of this machine; "all" for every
+                           generation in ALL_ARCHS that nvcc knows. Default: "native" where the driver shows a GPU that
+                           nvcc knows, as PyTorch's own extensions do, else "all".
     CUDA_HOME              the CUDA toolkit (11.8 or newer). Default: nvcc of PATH, /usr/local/cuda, or pip's wheels.
     CXX                    the host compiler. Default: g++.
     MAX_JOBS               compiler processes at a time. Default: the number of CPU cores.
 """
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -36,7 +38,7 @@ NVCC_WHEELS = [
 
 # One per generation: machine code also runs on later minor versions (80 serves 86 and 89), except on Jetson, which has
 # its own numbers. The newest one is stored as PTX too, for GPUs to come.
-DEFAULT_ARCHS = {
+ALL_ARCHS = {
     "x86_64": ["60", "70", "75", "80", "90", "100", "120"],
     "aarch64": ["53", "62", "72", "75", "80", "87", "90", "100", "101", "110", "120"],
 }
@@ -80,17 +82,27 @@ def run(command: list[str]) -> str:
 
 
 def gencode_flags(nvcc: Path) -> list[str]:
-    """nvcc's -gencode flags for TORCH2TRT_ADDER_ARCHS, else for those of DEFAULT_ARCHS that this nvcc knows."""
+    """nvcc's -gencode flags for TORCH2TRT_ADDER_ARCHS; the newest architecture also as PTX, for GPUs to come."""
     known = re.findall(r"compute_(\d+)", run([str(nvcc), "--list-gpu-arch"]))
     asked = os.environ.get("TORCH2TRT_ADDER_ARCHS", "").strip()
-    if asked == "native":
-        archs = native_archs()
-    elif asked:
-        archs = [arch.replace(".", "") for arch in re.split(r"[;,\s]+", asked) if arch]
-    else:
-        archs = [arch for arch in DEFAULT_ARCHS[platform.machine()] if arch in known]
+    if not asked:
+        archs = visible_archs()
+        if archs and set(archs) <= set(known):
+            print(f"Building for the GPUs of this machine ({', '.join(archs)}); TORCH2TRT_ADDER_ARCHS=all builds for "
+                  "every generation.", flush=True)
+        else:
+            asked = "all"
+    if asked == "all":
+        archs = [arch for arch in ALL_ARCHS[platform.machine()] if arch in known]
         if "110" in archs and "101" in archs:
             archs.remove("101")  # two names of the same chip
+    elif asked == "native":
+        archs = visible_archs()
+        if not archs:
+            sys.exit("TORCH2TRT_ADDER_ARCHS is native, but the driver shows no GPU here: name the architecture, "
+                     "e.g. TORCH2TRT_ADDER_ARCHS=90.")
+    elif asked:
+        archs = [arch.replace(".", "") for arch in re.split(r"[;,\s]+", asked) if arch]
     for arch in archs:
         if re.sub(r"[a-z]$", "", arch) not in known:
             sys.exit(f"TORCH2TRT_ADDER_ARCHS names {arch!r}, which {nvcc} does not know: choose from "
@@ -101,17 +113,30 @@ def gencode_flags(nvcc: Path) -> list[str]:
     return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets.items()]
 
 
-def native_archs() -> list[str]:
+def visible_archs() -> list[str]:
+    """The compute capabilities of the GPUs that the CUDA driver shows, as ["80", "90"]; empty without a driver or GPU."""
     try:
-        result = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
-                                capture_output=True, text=True)
-        archs = re.findall(r"^(\d+)\.(\d+)$", result.stdout, re.MULTILINE)
-    except FileNotFoundError:
-        archs = []
-    if not archs:
-        sys.exit("TORCH2TRT_ADDER_ARCHS is native, but nvidia-smi shows no GPU here: name the architecture, "
-                 "e.g. TORCH2TRT_ADDER_ARCHS=90.")
-    return [major + minor for major, minor in archs]
+        driver = ctypes.CDLL("libcuda.so.1")  # there on servers and on Jetson, which has no nvidia-smi
+    except OSError:
+        return []
+    count, archs = ctypes.c_int(), set()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    for device in range(count.value):
+        value = ctypes.c_int()
+        digits = []
+        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, ..._MINOR
+            if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+                return []
+            digits.append(str(value.value))
+        archs.add("".join(digits))
+    return sorted(archs, key=int)
+
+
+def compression_flags(versions: str) -> list[str]:
+    """Kernels are stored compressed, at a quarter of their size. Older drivers cannot read the newer way."""
+    major = int(re.search(r"release (\d+)\.", versions)[1])
+    return ["--compress-mode=size"] if major >= 13 else ["-Xfatbin=-compress-all"]
 
 
 def build_library(library: Path) -> None:
@@ -122,10 +147,11 @@ def build_library(library: Path) -> None:
                  f"nvcc wheels: pip install {shlex.join(NVCC_WHEELS)}. `pip install .` does the latter by itself.")
     cxx = find_cxx()
     jobs = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
-    cpp = shlex.split(cxx), ["-c", "-std=c++17", *CXX_FLAGS]
-    host_flags = ",".join(CXX_FLAGS)
-    cu = [str(nvcc), "-ccbin", cxx], ["-c", "-std=c++17", "-O3", *gencode_flags(nvcc), f"-Xcompiler={host_flags}"]
+    common_flags = ["-c", "-std=c++17", f"-I{ROOT / 'csrc'}"]
+    cpp = shlex.split(cxx), [*common_flags, *CXX_FLAGS]
     versions = run([str(nvcc), "--version"]) + run([*cpp[0], "--version"])
+    device_flags = [*gencode_flags(nvcc), *compression_flags(versions)]
+    cu = [str(nvcc), "-ccbin", cxx], [*common_flags, "-O3", *device_flags, f"-Xcompiler={','.join(CXX_FLAGS)}"]
     headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))
     common = hashlib.sha256(b"".join(path.read_bytes() for path in headers) + versions.encode())
     objects = ROOT / "build" / "objects"
@@ -185,8 +211,8 @@ class BuildWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-if platform.system() != "Linux" or platform.machine() not in DEFAULT_ARCHS:
-    sys.exit(f"torch2trt_adder builds on Linux on {' and '.join(DEFAULT_ARCHS)}; this is {platform.system()} on "
+if platform.system() != "Linux" or platform.machine() not in ALL_ARCHS:
+    sys.exit(f"torch2trt_adder builds on Linux on {' and '.join(ALL_ARCHS)}; this is {platform.system()} on "
              f"{platform.machine()}.")
 
 setup(

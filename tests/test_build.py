@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -98,11 +99,74 @@ def test_wheel(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
-        assert names == modules | {"torch2trt_adder/libtorch2trt_adder.so"}
+        assert names == modules | {"torch2trt_adder/libtorch2trt_adder.so", "torch2trt_adder/py.typed"}
         assert archive.read("torch2trt_adder/libtorch2trt_adder.so")[:4] == b"\x7fELF"
         info = f"torch2trt_adder-{torch2trt_adder.__version__}.dist-info"
         assert "torch2trt-adder = torch2trt_adder.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         assert "Requires-Dist: torch>=2.4" in archive.read(f"{info}/METADATA").decode()
+
+
+def test_source_distribution(tmp_path):
+    """It holds all that its own tests, examples and documents need."""
+    result = setup("-q", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path)
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    folders = ("torch2trt_adder", "csrc", "benchmarks", "docs", "examples", "tests")
+    wanted = {
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in (".pyc", ".so")
+    }
+    assert {"README.md", "LICENSE", "pyproject.toml", "setup.py", "torch2trt_adder/py.typed"} <= names
+    assert wanted - names == set()
+
+
+# ---- for which GPUs it builds
+
+# Stands in for the NVIDIA driver, which shows what GPUs there are.
+DRIVER = """
+extern "C" {
+int cuInit(unsigned) { return STATUS; }
+int cuDeviceGetCount(int* count) { *count = 2; return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) { *value = attribute == 75 ? MAJOR : 0; return 0; }
+}
+"""
+
+
+def gencode_flags(tmp_path: pathlib.Path, archs: str, major: int = 9, status: int = 0) -> str:
+    """What setup.py prints, and the flags that it gives nvcc, on a machine whose driver shows two GPUs `major`.0."""
+    (tmp_path / "driver.cpp").write_text(DRIVER)
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", f"-DMAJOR={major}", f"-DSTATUS={status}", "driver.cpp", "-o", "libcuda.so.1"],
+        cwd=tmp_path, check=True,
+    )  # fmt: skip
+    code = (
+        "import runpy, sys; sys.argv = ['setup.py', '--version']; build = runpy.run_path('setup.py'); "
+        "print(*build['gencode_flags'](build['find_nvcc']()))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "TORCH2TRT_ADDER_ARCHS": archs},
+    ).stdout  # fmt: skip
+
+
+@needs_nvcc
+@pytest.mark.parametrize("archs", ["", "native"])
+def test_builds_for_the_visible_gpus(tmp_path, archs):
+    printed = gencode_flags(tmp_path, archs)
+    assert printed.endswith("-gencode=arch=compute_90,code=[sm_90,compute_90]\n")
+    assert ("TORCH2TRT_ADDER_ARCHS=all" in printed) == (archs == "")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("archs, major, status", [("all", 9, 0), ("", 99, 0), ("", 9, 100)])
+def test_builds_for_all_generations(tmp_path, archs, major, status):
+    """Where it is asked to, where nvcc does not know the GPU, and where the driver shows none."""
+    printed = gencode_flags(tmp_path, archs, major, status)
+    assert {"arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90"} <= set(re.findall(r"arch=\S+", printed))
 
 
 # ---- builds that cannot work
@@ -140,7 +204,6 @@ def test_unknown_architecture(tmp_path):
 
 
 @needs_nvcc
-@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU here")
 def test_native_architecture_without_gpu(tmp_path):
-    stderr = failing_build(tmp_path, TORCH2TRT_ADDER_ARCHS="native")
-    assert "nvidia-smi shows no GPU here: name the architecture" in stderr
+    stderr = failing_build(tmp_path, TORCH2TRT_ADDER_ARCHS="native", CUDA_VISIBLE_DEVICES="-1")
+    assert "the driver shows no GPU here: name the architecture" in stderr
