@@ -33,7 +33,14 @@ from torch import Tensor
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import conftest  # noqa: E402
+try:
+    import conftest
+except ModuleNotFoundError as error:
+    if error.name != "pytest":
+        raise
+    sys.exit(
+        "This benchmark compares results by the rule of tests/conftest.py, which needs pytest: pip install pytest."
+    )
 import goals  # noqa: E402
 
 import torch2trt_adder  # noqa: E402

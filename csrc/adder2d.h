@@ -46,7 +46,8 @@ typedef struct Adder2dParams {
 __attribute__((visibility("default"))) size_t adder2d_params_size(void);
 
 // Why `params` is not a valid problem, as one sentence naming the value, or null where it is valid. Pointers are
-// not looked at. The text lives until the next call on the same thread.
+// not looked at. The text lives until the next call on the same thread. A valid problem has tensors of fewer than 2^58
+// elements and strides that reach no further, so that no offset in elements or bytes leaves an int64.
 __attribute__((visibility("default"))) char const* adder2d_check(Adder2dParams const* params);
 
 // Bytes of device workspace that adder2d_fprop wants for this problem on the current device (0 where it wants none).
@@ -75,9 +76,13 @@ __attribute__((visibility("default"))) char const* adder2d_fprop_force(char cons
 // The text of a cudaError_t returned above.
 __attribute__((visibility("default"))) char const* adder2d_error_string(int32_t error);
 
-// The same operator on the CPU: all types ADDER2D_FLOAT32, host pointers, on `threads` threads, workspace unused.
-// Returns 0, or 1 for invalid params. Defined in cpu.cpp.
+// The same operator on the CPU: all types ADDER2D_FLOAT32, host pointers, on `threads` threads at most (below 1 means
+// 1, and more than a few for each core are not used), workspace unused. Returns 0 for success, 1 for invalid params, 2
+// where memory is short, 3 where the environment asks for an unknown instruction set. Defined in cpu.cpp.
 __attribute__((visibility("default"))) int32_t adder2d_fprop_cpu(Adder2dParams const* params, int32_t threads);
+
+// The text of a result of adder2d_fprop_cpu or adder2d_dgrad_cpu.
+__attribute__((visibility("default"))) char const* adder2d_cpu_error_string(int32_t error);
 
 // The gradient of the input, by the rule of AdderNet, which is not the derivative:
 //

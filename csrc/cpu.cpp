@@ -18,13 +18,16 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <numeric>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -33,6 +36,9 @@
 #endif
 
 namespace {
+
+// What the entry points return; adder2d_cpu_error_string has the sentences.
+enum Status : int32_t { kSuccess = 0, kInvalid = 1, kNoMemory = 2, kUnknownIsa = 3 };
 
 // ---- kernel
 
@@ -176,17 +182,37 @@ constexpr Isa make_isa() {
   return {Target::kLanes, make_kernels<Target, false>(), make_kernels<Target, true>()};
 }
 
-// The widest one of this CPU, or the one that TORCH2TRT_ADDER_CPU_ISA names (for tests); null where it names none.
+constexpr char const* kIsaVariable = "TORCH2TRT_ADDER_CPU_ISA";
+
+// The widest one of this CPU, or the one that kIsaVariable names (for tests); reports and returns null where the CPU does not
+// have that one.
 Isa const* select_isa() {
-  char const* const name = getenv("TORCH2TRT_ADDER_CPU_ISA");
-  auto const allowed = [name](char const* isa) { return name == nullptr || strcmp(name, isa) == 0; };
+  struct Choice {
+    char const* name;
+    bool supported;
+    Isa const* isa;
+  };
+  static constexpr Isa baseline = make_isa<Baseline>();
 #if defined(__x86_64__)
   static constexpr Isa avx2 = make_isa<Avx2>(), avx512 = make_isa<Avx512>();
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f")) return &avx512;
-  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2;
+  Choice const choices[] = {{"avx512", __builtin_cpu_supports("avx512f") != 0, &avx512},
+                            {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2},
+                            {"baseline", true, &baseline}};
+#else
+  Choice const choices[] = {{"baseline", true, &baseline}};
 #endif
-  static constexpr Isa baseline = make_isa<Baseline>();
-  return allowed("baseline") ? &baseline : nullptr;
+  char const* const asked = getenv(kIsaVariable);
+  bool const any = asked == nullptr || *asked == '\0';
+  std::string names;
+  for (Choice const& choice : choices) {
+    if (!choice.supported) continue;
+    if (any || strcmp(asked, choice.name) == 0) return choice.isa;
+    names += (names.empty() ? "" : ", ") + std::string(choice.name);
+  }
+  fprintf(stderr,
+          "torch2trt_adder: %s is \"%.32s\", but must be one of %s on this CPU: correct it, or unset it for the fastest\n",
+          kIsaVariable, asked, names.c_str());
+  return nullptr;
 }
 
 // ---- tile
@@ -205,16 +231,18 @@ struct Axis {
   int64_t lines = 0, longest = 0;              // of all segments together, of the longest one
 
   Axis(int64_t taps, int64_t dilation, int64_t stride, int64_t outputs) {
+    // Taps of the same phase are `phases` apart. A tap can only join the last segment of its phase: it lies past the others.
+    int64_t const phases = std::min(stride / std::gcd(stride, dilation), taps);
     for (int64_t t = 0; t < taps; ++t) {
       int64_t const position = t * dilation;
-      auto const joins = [=](Segment const& s) {
-        return (position - s.begin) % stride == 0 && (position - s.begin) / stride <= s.lines;
-      };
-      auto segment = std::find_if(segments.begin(), segments.end(), joins);
-      if (segment == segments.end()) segment = segments.insert(segment, {position, 0, 0});
-      int64_t const line = (position - segment->begin) / stride;
-      segment->lines = line + outputs;
-      tap_segment.push_back(segment - segments.begin());
+      int64_t segment = t < phases ? -1 : tap_segment[t - phases];
+      if (segment < 0 || (position - segments[segment].begin) / stride > segments[segment].lines) {
+        segment = int64_t(segments.size());
+        segments.push_back({position, 0, 0});
+      }
+      int64_t const line = (position - segments[segment].begin) / stride;
+      segments[segment].lines = line + outputs;
+      tap_segment.push_back(segment);
       tap_line.push_back(line);
     }
     for (Segment& s : segments) {
@@ -282,11 +310,11 @@ struct Tile {
     std::fill_n(to, begin, 0.f);
     int64_t const step = stride * p.x_stride[3];
     if (begin < end) {
-      float const* const from = x + w * p.x_stride[3];
+      float const* const from = x + (w + begin * stride) * p.x_stride[3];
       if (step == 1)
-        memcpy(to + begin, from + begin, (end - begin) * sizeof(float));
+        memcpy(to + begin, from, (end - begin) * sizeof(float));
       else
-        for (int64_t i = begin; i < end; ++i) to[i] = from[i * step];
+        for (int64_t i = begin; i < end; ++i) to[i] = from[(i - begin) * step];
     }
     std::fill_n(to + end, pitch - end, 0.f);
   }
@@ -297,14 +325,46 @@ struct Tile {
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 // OpenMP's way to start a parallel region, of the OpenMP library that torch has brought into the process: its threads are
-// there and awake, while threads of our own would compete with them for the cores. Null where there is none, and in a
-// forked child, which has none of its parent's threads: OpenMP would wait for them for ever.
-Parallel process_openmp() {
-  static std::atomic<bool> forked{false};
-  static int const registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-  static Parallel const parallel = registered == 0 ? (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel") : nullptr;
-  return forked ? nullptr : parallel;
+// there and awake, while threads of our own would compete with them for the cores.
+std::atomic<Parallel> openmp{nullptr};
+std::atomic<bool> openmp_looked_up{false};
+
+// A forked process must not use it: it has none of its parent's threads, and OpenMP would wait for them for ever. A fork after
+// this library was loaded is seen by its handler, an earlier one by the kernel's mark on a process that was not executed since.
+std::atomic<bool> forked{false};
+
+bool started_by_fork() {
+  constexpr unsigned long kForkNoExec = 0x40;  // PF_FORKNOEXEC of Linux
+  FILE* const file = fopen("/proc/self/stat", "re");
+  if (file == nullptr) return false;
+  char stat[512] = {};
+  size_t const size = fread(stat, 1, sizeof(stat) - 1, file);
+  fclose(file);
+  char const* const name_end = size > 0 ? strrchr(stat, ')') : nullptr;  // the name may hold anything
+  unsigned long flags = 0;
+  return name_end != nullptr && sscanf(name_end + 1, " %*c %*d %*d %*d %*d %*d %lu", &flags) == 1 && (flags & kForkNoExec) != 0;
 }
+
+// On load, so that no fork after it goes unseen. Without the handler, threads of our own are always right.
+__attribute__((constructor)) void watch_forks() {
+  bool const watched = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
+  forked = !watched || started_by_fork();
+}
+
+// Null where the process has no OpenMP or must not use it.
+Parallel process_openmp() {
+  if (forked) return nullptr;
+  if (!openmp_looked_up) {
+    openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    openmp_looked_up = true;
+  }
+  return openmp;
+}
+
+int64_t const max_threads = 4 * std::max(int64_t{std::thread::hardware_concurrency()}, int64_t{1});
+
+// As many threads as were asked for and are of use. OpenMP ends the process where the system grants it too few.
+int64_t usable_threads(int64_t threads) { return std::clamp<int64_t>(threads, 1, max_threads); }
 
 // Calls body(item, slot) once for each item below `items`, on at most `threads` threads, the caller's among them. No two
 // calls with the same slot, 0 <= slot < threads, run at once. `body` must not throw.
@@ -644,36 +704,59 @@ class Dgrad {
   int64_t threads_;
 };
 
-// Runs `compute` with the instruction set of this CPU.
+// Runs `compute` with the instruction set of this CPU, unless the batch is empty.
 template <typename Compute>
 int32_t guarded(int64_t images, Compute const& compute) {
-  static Isa const* const isa = select_isa();
-  if (isa == nullptr) return 3;
-  if (images == 0) return 0;
+  static std::atomic<Isa const*> selected{nullptr};  // without a lock, which a fork might leave locked
+  Isa const* isa = selected;
+  if (isa == nullptr) selected = isa = select_isa();
+  if (isa == nullptr) return kUnknownIsa;
+  if (images == 0) return kSuccess;
   try {
     compute(*isa);
-    return 0;
-  } catch (std::exception const&) {
-    return 2;
+    return kSuccess;
+  } catch (std::exception const&) {  // bad_alloc, or the length_error of a vector larger than any memory
+    return kNoMemory;
   }
+}
+
+bool all_float32(std::initializer_list<int32_t> types) {
+  return std::all_of(types.begin(), types.end(), [](int32_t type) { return type == ADDER2D_FLOAT32; });
+}
+
+// Pointers of an empty batch are not looked at.
+bool all_there(int32_t images, std::initializer_list<void const*> pointers) {
+  return images == 0 || std::find(pointers.begin(), pointers.end(), nullptr) == pointers.end();
 }
 
 }  // namespace
 
 int32_t adder2d_fprop_cpu(Adder2dParams const* params, int32_t threads) {
-  if (adder2d_check(params) != nullptr) return 1;
-  for (int32_t const type : {params->x_type, params->w_type, params->y_type})
-    if (type != ADDER2D_FLOAT32) return 1;
-  return guarded(params->N, [&](Isa const& isa) {
-    Problem problem{*params, static_cast<float const*>(params->w)};
+  if (adder2d_check(params) != nullptr) return kInvalid;
+  Adder2dParams const& p = *params;
+  if (!all_float32({p.x_type, p.w_type, p.y_type}) || !all_there(p.N, {p.x, p.w, p.y})) return kInvalid;
+  return guarded(p.N, [&](Isa const& isa) {
+    Problem problem{p, static_cast<float const*>(p.w)};
     take_batch_as_row(problem);
-    Pass(problem, isa, std::max(threads, 1)).run();
+    Pass(problem, isa, usable_threads(threads)).run();
   });
 }
 
 int32_t adder2d_dgrad_cpu(Adder2dDgradParams const* params, int32_t threads) {
-  if (adder2d_dgrad_check(params) != nullptr) return 1;
-  for (int32_t const type : {params->layer.x_type, params->layer.w_type, params->layer.y_type, params->dx_type})
-    if (type != ADDER2D_FLOAT32) return 1;
-  return guarded(params->layer.N, [&](Isa const& isa) { Dgrad(*params, isa, std::max(threads, 1)).run(); });
+  if (adder2d_dgrad_check(params) != nullptr) return kInvalid;
+  Adder2dParams const& p = params->layer;
+  if (!all_float32({p.x_type, p.w_type, p.y_type, params->dx_type}) || !all_there(p.N, {p.x, p.w, p.y, params->dx}))
+    return kInvalid;
+  return guarded(p.N, [&](Isa const& isa) { Dgrad(*params, isa, usable_threads(threads)).run(); });
+}
+
+char const* adder2d_cpu_error_string(int32_t error) {
+  switch (error) {
+    case kSuccess: return "no error";
+    case kInvalid: return "the params are not valid, not float32, or have a null pointer";
+    case kNoMemory: return "there is not enough memory for the tiles of the layer: free some, or use fewer threads";
+    case kUnknownIsa:
+      return "TORCH2TRT_ADDER_CPU_ISA names an instruction set that this CPU does not have: correct it or unset it";
+    default: return "unknown error";
+  }
 }

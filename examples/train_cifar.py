@@ -14,28 +14,29 @@ take a few seconds for an epoch of them.
 
 In the folder --output, after each epoch: last.pt (everything that --resume needs; the resumed run goes on exactly as if
 it had not been interrupted), best.pt (the state_dict of the most accurate epoch), history.json and history.png (needs
-matplotlib). All are written beside and renamed, so that none is ever half a file.
+matplotlib). None is ever half a file, and none is replaced after a loss or a parameter became infinite or NaN: the run
+ends there, with exit code 1.
 """
 
 import argparse
 import dataclasses
 import importlib.util
+import io
 import json
 import math
-import os
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch2trt_adder import scale_gradients, set_eta
+from torch2trt_adder import checkpoints, files, scale_gradients, set_eta
 from torch2trt_adder.models import addernet_mnist, cnn_twin, resnet20
+from torch2trt_adder.training import DivergedError, check_loss, check_parameters
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {"resnet20": resnet20, "addernet_mnist": lambda _: addernet_mnist()}
 INPUTS = {"resnet20": (3, 32), "addernet_mnist": (1, 28)}  # channels, height and width
@@ -175,14 +176,20 @@ class Trainer:
         self.history: list[dict[str, float]] = []
 
     def epoch(self) -> None:
-        """Trains one epoch, tests, and appends to the history."""
+        """Trains one epoch, tests, and appends to the history.
+
+        Raises:
+            DivergedError: a loss or, after the last step, a parameter is not finite.
+        """
         number, start = len(self.history), time.perf_counter()
         lr = self.args.lr * 0.5 * (1 + math.cos(math.pi * number / self.args.epochs))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         steps = len(self.train.images) // self.args.batch
         steps -= steps % self.args.accumulate
-        total = torch.zeros((), device=self.device)
+        total = 0.0
+        losses: list[Tensor] = []  # not looked at yet
+        every = 1 if self.device.type == "cpu" else 20  # batches; a look waits for the GPU
         correct = torch.zeros((), device=self.device)
         self.model.train()
         batches = self.train.training_batches(self.args.batch, self.args.seed * 1_000_003 + number)
@@ -195,20 +202,21 @@ class Trainer:
                 self.scaler.scale(loss / self.args.accumulate).backward()
                 if step % self.args.accumulate == 0:
                     self._step()
-                total += loss.detach()
+                losses.append(loss.detach())
                 correct += (scores.detach().argmax(1) == labels).sum()
-                if step % 20 == 0:
-                    progress.set_postfix(loss=f"{total.item() / step:.3f}", refresh=False)
+                if step % every == 0 or step == steps:
+                    for batch, value in enumerate(torch.stack(losses).tolist(), step - len(losses) + 1):
+                        total += check_loss(value, number + 1, batch)
+                    losses.clear()
+                    progress.set_postfix(loss=f"{total / step:.3f}", refresh=False)
                 progress.update()
+        check_parameters(self.model)
         images = steps * self.args.batch
-        loss = total.item() / steps
-        if not math.isfinite(loss):
-            sys.exit(f"train_cifar: the loss became {loss} in epoch {number + 1}; try a lower --lr, or --amp off.")
         self.history.append(
             {
                 "epoch": number + 1,
                 "lr": lr,
-                "loss": loss,
+                "loss": total / steps,
                 "accuracy": correct.item() / images,
                 **self._test(),
                 "seconds": time.perf_counter() - start,
@@ -249,21 +257,30 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "history": self.history,
         }
-        _write(folder / "last.pt", lambda path: torch.save(state, path))
+        files.write(folder / "last.pt", _saved(state))
         accuracies = [entry["test_accuracy"] for entry in self.history]
         if accuracies.index(max(accuracies)) == len(accuracies) - 1:
-            _write(folder / "best.pt", lambda path: torch.save(self.model.state_dict(), path))
-        _write(folder / "history.json", lambda path: path.write_text(json.dumps(self.history, indent=1) + "\n"))
+            files.write(folder / "best.pt", _saved(self.model.state_dict()))
+        files.write(folder / "history.json", (json.dumps(self.history, indent=1) + "\n").encode())
         if importlib.util.find_spec("matplotlib") is not None:
-            _write(folder / "history.png", lambda path: _plot(self.history, path))
+            files.write(folder / "history.png", _plot(self.history))
 
-    def resume(self, state: dict[str, Any]) -> None:
-        recipe = {name: getattr(self.args, name) for name in RECIPE}
-        for name, value in recipe.items():
-            if state["recipe"][name] != value:
+    def resume(self, last: pathlib.Path) -> None:
+        """Goes on from what `save` wrote to `last`.
+
+        Raises:
+            OSError: it cannot be read.
+            RuntimeError: it is damaged or not a file of this program.
+        """
+        state = checkpoints.read(last)
+        if not isinstance(state, dict) or not {"recipe", "model", "optimizer", "scaler", "history"} <= state.keys():
+            raise RuntimeError(f"{last} was not written by this program; give another --output.")
+        for name in RECIPE:
+            then, now = state["recipe"].get(name), getattr(self.args, name)
+            if then != now:
                 sys.exit(
-                    f"train_cifar: this run began with --{name.replace('_', '-')} {state['recipe'][name]}, and cannot "
-                    f"go on with {value}; give the same, or another --output."
+                    f"train_cifar: this run began with --{name.replace('_', '-')} {then}, and cannot go on with {now}; "
+                    "give the same, or another --output."
                 )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -271,17 +288,13 @@ class Trainer:
         self.history = state["history"]
 
 
-def _write(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    """Writes beside and renames."""
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _saved(content: object) -> bytes:
+    data = io.BytesIO()
+    torch.save(content, data)
+    return data.getvalue()
 
 
-def _plot(history: list[dict[str, float]], path: pathlib.Path) -> None:
+def _plot(history: list[dict[str, float]]) -> bytes:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -298,8 +311,10 @@ def _plot(history: list[dict[str, float]], path: pathlib.Path) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path, dpi=120)
+    data = io.BytesIO()
+    figure.savefig(data, dpi=120)
     pyplot.close(figure)
+    return data.getvalue()
 
 
 # ---- command line
@@ -317,10 +332,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stop-after", type=_positive, help="end this run after so many epochs; --resume goes on")
     parser.add_argument("--batch", type=_positive, help="default: 256 on CIFAR, 64 on the digits")
     parser.add_argument("--accumulate", type=_positive, default=1, help="batches to one step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--momentum", type=float, default=0.9)
-    parser.add_argument("--weight-decay", type=float, default=5e-4)
-    parser.add_argument("--eta", type=float, default=0.2, help="of the adaptive learning rate (default: %(default)s)")
+    parser.add_argument("--lr", type=_number, default=0.1)
+    parser.add_argument("--momentum", type=_number, default=0.9)
+    parser.add_argument("--weight-decay", type=_number, default=5e-4)
+    parser.add_argument("--eta", type=_number, default=0.2, help="of the adaptive learning rate (default: %(default)s)")
     parser.add_argument("--amp", choices=AMP, default="off", help="mixed precision")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--channels-last", action="store_true")
@@ -341,6 +356,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _number(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be finite and not below 0, got {value}")
+    return value
+
+
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     last = pathlib.Path(args.output) / "last.pt"
@@ -352,7 +374,12 @@ def main(argv: list[str] | None = None) -> None:
         last.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"train_cifar: the folder {last.parent} cannot be made ({error.strerror}); give another --output.")
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        reason = str(error).splitlines()[0].rstrip(".")
+        sys.exit(f"train_cifar: the device {args.device} cannot be used ({reason}); give another --device.")
     train, test, classes = load(args, device)
     args.epochs = args.epochs or EPOCHS[args.data]
     args.batch = args.batch or (64 if args.data == "digits" else 256)
@@ -363,7 +390,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     trainer = Trainer(args, train, test, classes)
     if args.resume:
-        trainer.resume(torch.load(last, map_location=device, weights_only=True))
+        try:
+            trainer.resume(last)
+        except (OSError, RuntimeError) as error:
+            sys.exit(f"train_cifar: {error}")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{args.model} ({args.layers}) on {args.data}: {len(train.images)} training and {len(test.images)} test "
@@ -374,7 +404,12 @@ def main(argv: list[str] | None = None) -> None:
         if done - start == args.stop_after:
             print(f"Stopped after {done} epochs; --resume goes on.")
             return
-        trainer.epoch()
+        try:
+            trainer.epoch()
+        except DivergedError as error:
+            other = "" if args.amp == "off" else " or --amp off"
+            kept = f"; {last} is still that of epoch {done}" if last.exists() else ""
+            sys.exit(f"train_cifar: {error} Begin again with a lower --lr{other}, in another --output{kept}.")
         trainer.save()
         entry = trainer.history[-1]
         print(

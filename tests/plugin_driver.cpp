@@ -7,100 +7,26 @@
 //                                               HOST is libnvinfer or the like, STEPS of dlopen, load, register, unload
 //   plugin_driver LIBRARY gpu                   enqueue on real data
 //
-// Build: g++ -std=c++17 -rdynamic -I csrc tests/plugin_driver.cpp -ldl -o plugin_driver
+// Build: g++ -std=c++17 -rdynamic -I csrc -I tests tests/plugin_driver.cpp -ldl -o plugin_driver
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <cmath>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "tensorrt/abi.h"
+#include "plugin_host.h"
 
 using namespace nvinfer1;
 
 // The library takes the object that calls getPluginCreators for a TensorRT of this version.
 static int32_t caller_version = 0;
 extern "C" int32_t getInferLibVersion() { return caller_version; }
-
-static int checks = 0, failures = 0;
-
-#define CHECK(condition)                                                     \
-  do {                                                                       \
-    ++checks;                                                                \
-    if (!(condition)) {                                                      \
-      ++failures;                                                            \
-      printf("FAILED %s:%d: %s\n", __FILE__, __LINE__, #condition);          \
-    }                                                                        \
-  } while (0)
-
-// For what the rest cannot do without.
-#define REQUIRE(condition)                                                   \
-  do {                                                                       \
-    ++checks;                                                                \
-    if (!(condition)) {                                                      \
-      printf("FAILED %s:%d: %s\n", __FILE__, __LINE__, #condition);          \
-      exit(1);                                                               \
-    }                                                                        \
-  } while (0)
-
-// ---- a toy shape calculator
-
-template <typename Extent>
-class Calculator : public ExprBuilderOf<Extent> {
- public:
-  using Expr = DimensionExprOf<Extent>;
-  Calculator() { this->mImpl = &mImplementation; }
-
-  // An extent of an input, constant or known only at run time.
-  Expr const* extent(Extent value, bool isConstant) {
-    mValues.emplace_back(value, isConstant);
-    return &mValues.back();
-  }
-  static Extent value(Expr const& expr) { return static_cast<Value const&>(expr).number(); }
-
- private:
-  class Value : public Expr {
-   public:
-    Value(Extent value, bool isConstant) : mImplementation(value, isConstant) { this->mImpl = &mImplementation; }
-    Extent number() const { return mImplementation.mValue; }
-
-   private:
-    struct Implementation : Expr::Impl {
-      Implementation(Extent value, bool isConstant) : mValue(value), mIsConstant(isConstant) {}
-      bool isConstant() const noexcept override { return mIsConstant; }
-      Extent getConstantValue() const noexcept override { return mIsConstant ? mValue : Extent{-12345}; }
-      Extent mValue;
-      bool mIsConstant;
-    };
-    Implementation mImplementation;
-  };
-
-  struct Implementation : ExprBuilderOf<Extent>::Impl {
-    explicit Implementation(Calculator* owner) : mOwner(owner) {}
-    Expr const* constant(Extent value) noexcept override { return mOwner->extent(value, true); }
-    Expr const* operation(DimensionOperation op, Expr const& first, Expr const& second) noexcept override {
-      Extent const a = Calculator::value(first), b = Calculator::value(second);
-      bool const isConstant = first.isConstant() && second.isConstant();
-      switch (op) {
-        case DimensionOperation::kSUM: return mOwner->extent(a + b, isConstant);
-        case DimensionOperation::kSUB: return mOwner->extent(a - b, isConstant);
-        case DimensionOperation::kPROD: return mOwner->extent(a * b, isConstant);
-        case DimensionOperation::kFLOOR_DIV: return mOwner->extent(a / b - (a % b != 0 && (a < 0) != (b < 0)), isConstant);
-      }
-      return nullptr;
-    }
-    Calculator* mOwner;
-  };
-
-  std::deque<Value> mValues;
-  Implementation mImplementation{this};
-};
 
 // ---- problems
 
@@ -186,6 +112,8 @@ static void for_good_fields(std::function<void(PluginFieldCollection const*, Fie
                               {"dilation", &two, PluginFieldType::kINT32, 1}};
   PluginFieldCollection const fc{4, some};
   run(&fc, {{3, 4}, {2, 2}, {2, 2}, 1, 0});
+  PluginFieldCollection const unused{0, some};
+  run(&unused, kDefaults);
 }
 
 static void for_bad_fields(std::function<void(PluginFieldCollection const*)> const& run) {
@@ -204,6 +132,12 @@ static void for_bad_fields(std::function<void(PluginFieldCollection const*)> con
     PluginFieldCollection const fc{1, &field};
     run(&fc);
   }
+  PluginField const twice[] = {{"stride", good, PluginFieldType::kINT32, 2}, {"stride", good, PluginFieldType::kINT32, 2}};
+  PluginField const unknown[] = {{"strides", good, PluginFieldType::kINT32, 2}};  // as ONNX names it for Conv
+  PluginField const nameless[] = {{nullptr, good, PluginFieldType::kINT32, 2}};
+  PluginFieldCollection const damaged[] = {{2, twice},   {1, unknown}, {1, nameless},
+                                           {3, nullptr}, {-1, twice},  {0x7fffffff, twice}};
+  for (PluginFieldCollection const& fc : damaged) run(&fc);
 }
 
 // ---- tensor descriptions
@@ -263,11 +197,23 @@ static void check_output_shape(Problem const& p,
       changed[input] = wrong;
       CHECK(!run(changed, calculator, &y));
     };
+    for (int32_t input = 0; input < 3; ++input)
+      for (int32_t rank : {-1, 0, 2, 8, 9}) {  // unknown, a scalar, wrong, the most that there may be, and one more
+        DimsExprsOf<Extent> wrong{rank, {}};
+        for (int32_t i = 0; i < std::min(rank, 8); ++i) wrong.d[i] = calculator.extent(1, true);
+        if (input != 2 || rank != -1) refused(input, wrong);
+      }
+    refused(0, {4, {inputs[0].d[0], nullptr, inputs[0].d[2], inputs[0].d[3]}});
     refused(0, exprs({p.C, p.H, p.W}, true));
     refused(1, exprs({p.K, p.C / p.groups}, true));
     refused(2, exprs({1, p.K}, true));
     refused(2, exprs({p.K + 1}, true));
     if (isConstant) refused(0, exprs({p.N, p.C + 1, p.H, p.W}, true));
+    if (isConstant) refused(1, exprs({p.K, p.C / p.groups, p.H + 2 * p.padding[0] + 1, p.S}, true));  // does not fit
+    for (int32_t operations = 0; operations < 10; ++operations) {
+      calculator.fail_after(operations);
+      refused(0, inputs[0]);
+    }
   }
 }
 
@@ -279,6 +225,40 @@ static void check_formats(int32_t output_type, std::function<bool(int32_t, DataT
         bool const good_type = pos == 0 ? type == 0 || type == 1 : pos == 3 ? type == output_type : type == 0;
         CHECK(run(pos, static_cast<DataType>(type), static_cast<TensorFormat>(format)) == (good_type && format == 0));
       }
+}
+
+// What enqueue must refuse before it launches anything: null, ranks and types that the layer does not have.
+template <typename Desc, typename Run>
+static void check_enqueue(std::vector<Desc> const& good, Run const& run) {
+  constexpr int32_t kInvalidValue = 1;  // any other error comes from a launch
+  void* const there = const_cast<Desc*>(good.data());
+  void const* inputs[3] = {there, there, there};
+  void* outputs[1] = {there};
+  CHECK(run(nullptr, &good[3], inputs, outputs) == kInvalidValue &&
+        run(good.data(), nullptr, inputs, outputs) == kInvalidValue);
+  CHECK(run(good.data(), &good[3], nullptr, outputs) == kInvalidValue &&
+        run(good.data(), &good[3], inputs, nullptr) == kInvalidValue);
+  for (void const*& input : inputs) {
+    input = nullptr;
+    CHECK(run(good.data(), &good[3], inputs, outputs) == kInvalidValue);
+    input = there;
+  }
+  outputs[0] = nullptr;
+  CHECK(run(good.data(), &good[3], inputs, outputs) == kInvalidValue);
+  outputs[0] = there;
+  for (int32_t tensor = 0; tensor < 4; ++tensor) {
+    for (int32_t rank : {-1, 0, 3, 9, 0x7fffffff}) {
+      auto wrong = good;
+      wrong[tensor].dims.nbDims = rank;
+      CHECK(run(wrong.data(), &wrong[3], inputs, outputs) == kInvalidValue);
+    }
+    for (int32_t type : {2, 3, 7}) {  // INT8, whose number is ours of bfloat16, INT32, and TensorRT's own BF16
+      auto wrong = good;
+      for (int32_t i = tensor; i < (tensor == 1 ? 3 : tensor + 1); ++i)
+        wrong[i].type = static_cast<DataType>(type);  // bias too
+      CHECK(run(wrong.data(), &wrong[3], inputs, outputs) == kInvalidValue);
+    }
+  }
 }
 
 // ---- TensorRT 10 and newer
@@ -346,11 +326,20 @@ static void check_v3(v_1_0::IPluginCreatorV3One& creator) {
         return build->supportsFormatCombination(pos, changed.data(), 3, 1);
       });
       CHECK(build->configurePlugin(good.data(), 3, &good[3], 1) == 0);
+      CHECK(build->configurePlugin(good.data(), 2, &good[3], 1) != 0 &&
+            build->configurePlugin(good.data(), 3, &good[3], 2) != 0);
+      CHECK(build->configurePlugin(nullptr, 3, nullptr, 1) != 0);
+      for (int32_t pos : {-1, 4, 0x7fffffff}) CHECK(!build->supportsFormatCombination(pos, good.data(), 3, 1));
+      CHECK(!build->supportsFormatCombination(0, nullptr, 3, 1) && !build->supportsFormatCombination(0, good.data(), 4, 1));
+      CHECK(build->getOutputDataTypes(nullptr, 1, nullptr, 3) != 0);
       auto wrong = good;
       wrong[1].desc.dims.d[1] = wrong[1].min.d[1] = wrong[1].max.d[1] = wrong[1].opt.d[1] = p.C / p.groups + 1;
       CHECK(build->configurePlugin(wrong.data(), 3, &wrong[3], 1) != 0);
       auto const now = tensors<trt10::PluginTensorDesc>(p, p.N, 1, output_type);
       CHECK(runtime->onShapeChange(now.data(), 3, &now[3], 1) == 0);
+      CHECK(runtime->onShapeChange(now.data(), 2, &now[3], 1) != 0 && runtime->onShapeChange(nullptr, 3, &now[3], 1) != 0);
+      check_enqueue(now, [&](trt10::PluginTensorDesc const* in, trt10::PluginTensorDesc const* out, void const* const* inputs,
+                             void* const* outputs) { return runtime->enqueue(in, out, inputs, outputs, nullptr, nullptr); });
       auto unfit = now;
       unfit[3].dims.d[2] += 1;
       CHECK(runtime->enqueue(unfit.data(), &unfit[3], nullptr, nullptr, nullptr, nullptr) != 0);
@@ -431,6 +420,10 @@ static void check_v2(IPluginCreator& creator) {
         changed[pos].format = format;
         return plugin->supportsFormatCombination(pos, changed.data(), 3, 1);
       });
+      for (int32_t pos : {-1, 4, 0x7fffffff}) CHECK(!plugin->supportsFormatCombination(pos, good.data(), 3, 1));
+      CHECK(!plugin->supportsFormatCombination(0, nullptr, 3, 1) && !plugin->supportsFormatCombination(0, good.data(), 4, 1));
+      check_enqueue(good, [&](trt8::PluginTensorDesc const* in, trt8::PluginTensorDesc const* out, void const* const* inputs,
+                              void* const* outputs) { return plugin->enqueue(in, out, inputs, outputs, nullptr, nullptr); });
       auto wrong = good;
       wrong[1].dims.d[1] += 1;
       CHECK(!plugin->supportsFormatCombination(0, wrong.data(), 3, 1));

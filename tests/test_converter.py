@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import types
 from collections.abc import Callable
 
 import pytest
@@ -99,12 +100,108 @@ def test_options_of_the_onnx_route() -> None:
 
 
 def test_training_mode() -> None:
-    with pytest.raises(ValueError, match=r"the model is in training mode.*model\.eval\(\)"):
+    with pytest.raises(ValueError, match=r"the model is in training mode, where layer '1' \(BatchNorm2d\).*model\.eval\(\)"):
         torch2trt_adder.convert(small().train(), [torch.randn(1, 3, 8, 8)])
     model = small()
     model[1].train()
-    with pytest.raises(ValueError, match="layer '1' is in training mode"):
+    with pytest.raises(ValueError, match=r"layer '1' is in training mode, where layer '1' \(BatchNorm2d\)"):
         torch2trt_adder.convert(model, [torch.randn(1, 3, 8, 8)])
+
+
+class Noisy(nn.Module):
+    """Reads its mode in a method that its forward calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.noise(x)
+
+    def noise(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+class Quiet(nn.Module):
+    """Sets its mode, but does not read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def instance_forward() -> nn.Module:
+    layer = nn.Identity()
+    layer.forward = lambda x: x * 2 if layer.training else x
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Dropout(),
+        nn.AlphaDropout(),
+        nn.BatchNorm1d(4),
+        nn.SyncBatchNorm(4),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+        nn.RReLU(),
+        nn.LSTM(3, 3, 2, dropout=0.1),
+        nn.utils.spectral_norm(nn.Conv2d(3, 3, 3)),
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 3)),
+        Noisy(),
+        instance_forward(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_that_differ_in_training_mode(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.ReLU(), layer).eval()
+    converter.check_model("convert", model)
+    layer.train()
+    with pytest.raises(ValueError, match="convert: layer '1.* is in training mode"):
+        converter.check_model("convert", model)
+
+
+def test_layers_that_do_not_differ_in_training_mode() -> None:
+    """A layer, container or parametrization that was added after eval() computes the same in either mode."""
+    model = nn.Sequential(
+        Adder2d(3, 4, 3),
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Identity()),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.InstanceNorm2d(4),
+        nn.GroupNorm(2, 4),
+        nn.Dropout(0.0),
+        Quiet(),
+    ).train()
+    x = torch.randn(2, 3, 12, 12)
+    converter.check_model("convert", model)
+    trained = model(x)
+    assert torch.equal(trained, model.eval()(x))
+
+
+# ---- options: misspelt ones have no effect, so they raise
+
+
+@pytest.mark.parametrize("route", ["auto", "torch2trt", "onnx"])
+@pytest.mark.parametrize("given, meant", [("fp16", "fp16_mode"), ("max_batchsize", "max_batch_size")])
+def test_unknown_option(route: str, given: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = types.SimpleNamespace(torch2trt=swallows_options)
+    monkeypatch.setattr(converter, "torch2trt", package, raising=False)
+    with pytest.raises(TypeError, match=f"^convert: route '{route}' has no option '{given}'; did you mean '{meant}'\\?"):
+        torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)], route, **{given: True})
+
+
+def test_unknown_option_unlike_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converter, "torch2trt", types.SimpleNamespace(torch2trt=swallows_options), raising=False)
+    with pytest.raises(TypeError, match="has no option 'q'; its options are min_shapes, .*int8_mode, allow_constants"):
+        torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)], q=1)
+    for name in ("int8_mode", "allow_constants"):
+        converter._check_options("torch2trt", {name: True})
+        with pytest.raises(TypeError, match=f"route 'onnx' has no option '{name}'.*route='torch2trt'"):
+            converter._check_options("onnx", {name: True})
+
+
+def swallows_options(module: object, inputs: object, fp16_mode: bool = False, int8_mode: bool = False, **kwargs: object) -> None:
+    """torch2trt's signature, cut short."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
@@ -314,6 +411,52 @@ def test_adopted_copy_shares_parameters_and_leaves_the_model_alone() -> None:
     assert ours[0].adder is model[0].adder and ours[1].running_var is model[1].running_var
     x = torch.randn(2, 3, 9, 9)
     torch.testing.assert_close(ours(x), model(x))
+
+
+class Halved(adder2d):
+    """Looks like an adder layer and computes one, but for a factor that no field tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+class OtherBias(adder2d):
+    """Its bias has another name than `b`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.offset[:, None, None]
+
+
+class Turned(adder2d):
+    """The two axes of its kernels are swapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adder = nn.Parameter(torch.randn(3, 3, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch2trt_adder.adder2d(x, self.adder.mT, None, self.stride, self.padding)
+
+
+@pytest.mark.parametrize("layer", [Halved, OtherBias, Turned])
+@pytest.mark.parametrize("route", ["torch2trt", "onnx"])
+def test_look_alikes_are_compared_with_the_given_network(
+    layer: type[nn.Module], route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine of what the layer's fields tell is not the network that the user gave."""
+    Routes(monkeypatch)
+    through = getattr(converter, f"_through_{route}")
+    monkeypatch.setattr(
+        converter, f"_through_{route}", lambda model, *rest: through(converter._adopted_copy(model), *rest)
+    )
+    x = torch.randn(2, 3, 9, 9)
+    torch2trt_adder.convert(nn.Sequential(adder2d()).eval(), [x], route=route)
+    with pytest.raises(RuntimeError, match="output 0 of the engine differs from PyTorch's"):
+        torch2trt_adder.convert(nn.Sequential(layer()).eval(), [x], route=route)
 
 
 def test_a_model_of_ours_is_not_copied() -> None:

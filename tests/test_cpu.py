@@ -1,18 +1,22 @@
 """The CPU kernels, beyond the cases that test_ops.py runs: instruction sets, threads, fork, memory, rounding."""
 
+import ctypes
 import math
+import multiprocessing
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
 from torch import Tensor
 
 from conftest import CASES, Case, assert_forward, assert_grad_input
-from torch2trt_adder import adder2d
+from torch2trt_adder import adder2d, library
 
 # What the kernel cuts in pieces: rows, columns, filters, sums; and what it treats apart: 1x1 maps, large dilation.
 LARGE = [
@@ -163,7 +167,7 @@ def supports(isa: str) -> bool:
 
 @pytest.fixture(scope="module")
 def digest_of_default() -> str:
-    return run(COMPUTE)
+    return run(COMPUTE, TORCH2TRT_ADDER_CPU_ISA="")  # as if it were not set
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
@@ -194,8 +198,13 @@ for case in CASES + STRIDES:
 
 def test_unknown_instruction_set_is_refused():
     script = "import torch, torch2trt_adder\ntorch2trt_adder.adder2d(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))"
-    with pytest.raises(AssertionError, match="RuntimeError"):
+    with pytest.raises(AssertionError, match="RuntimeError") as raised:
         run(script, TORCH2TRT_ADDER_CPU_ISA="sse9")
+    message = str(raised.value)
+    assert 'TORCH2TRT_ADDER_CPU_ISA is "sse9", but must be one of' in message
+    assert (
+        "RuntimeError: adder2d: TORCH2TRT_ADDER_CPU_ISA names an instruction set that this CPU does not have" in message
+    )
 
 
 # ---- threads
@@ -239,23 +248,67 @@ def test_callers_at_once():
 
 
 def test_fork():
-    """A child (a DataLoader's worker, say) has none of the threads that its parent's calls have started."""
+    """A child (a DataLoader's worker, say) has none of the threads that its parent, or torch in it, has started."""
     script = """
 import os, torch, torch2trt_adder
+from torch2trt_adder import library
 torch.set_num_threads(2)
 x, w = torch.randn(4, 16, 32, 32), torch.randn(16, 16, 3, 3)
-expected = torch2trt_adder.adder2d(x, w).numpy().tobytes()
-threads = len(os.listdir("/proc/self/task"))
-assert threads >= 2, threads
-children = []
-for _ in range(4):
+torch.randn(1 << 22).exp().sum()  # starts the threads of torch's OpenMP
+assert len(os.listdir("/proc/self/task")) > 1
+columns = torch.nn.functional.unfold(x[:1].double(), 3)[0].T
+reference = (columns[None] - w.double().flatten(1)[:, None]).abs().sum(2)
+
+def check():
+    y = torch2trt_adder.adder2d(x, w)[0].flatten(1)
+    return 0 if ((y + reference).abs() <= 2**-23 * (1 + 2 * 144**0.5) * reference).all() else 1
+
+def in_child(function):
     child = os.fork()
     if child == 0:
-        os._exit(0 if torch2trt_adder.adder2d(x, w).numpy().tobytes() == expected else 1)
-    children.append(child)
-print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+        torch.set_num_threads(2)
+        os._exit(function())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+print("before the library is loaded:", in_child(check), in_child(lambda: check() or in_child(check)), flush=True)
+library.load()
+print("before the first call:", in_child(check), in_child(lambda: check() or in_child(check)), flush=True)
+torch2trt_adder.adder2d(x, w)
+print("after a call:", in_child(check), in_child(lambda: check() or in_child(check)), "and here:", check(), flush=True)
 """
-    assert run(script) == "[0, 0, 0, 0]"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the children too
+            pytest.fail(f"a child hangs; up to there: {process.communicate()[0]}")
+    assert output.splitlines() == [
+        "before the library is loaded: 0 0",
+        "before the first call: 0 0",
+        "after a call: 0 0 and here: 0",
+    ]
+
+
+def _multiply_in_child(connection, x: Tensor, w: Tensor) -> None:
+    torch.set_num_threads(2)
+    connection.send(adder2d(x, w).sum().item())
+
+
+def test_multiprocessing_fork():
+    context = multiprocessing.get_context("fork")
+    x, w = torch.randn(2, 8, 24, 24), torch.randn(8, 8, 3, 3)
+    torch.randn(1 << 22).exp().sum()
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_multiply_in_child, args=(send, x, w))
+    child.start()
+    try:
+        assert receive.poll(60), "the child hangs"
+        assert receive.recv() == adder2d(x, w).sum().item()
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_data_loader_workers():
@@ -270,3 +323,115 @@ def test_data_loader_workers():
     expected = adder2d(x, w)
     for y in torch.utils.data.DataLoader(Layer(), batch_size=1, num_workers=2, timeout=60):
         assert torch.equal(y[0], expected)
+
+
+# ---- the C functions, called as no Python caller would
+
+
+def _params(case: Case, x: Tensor, w: Tensor, y: Tensor) -> library.Adder2dParams:
+    params = library.Adder2dParams.from_buffer_copy(
+        library.PROBLEM.pack(
+            *x.shape, case.K, case.R, case.S, *y.shape[2:], *case.stride, *case.padding, *case.dilation, case.groups, 0, 0, 0, 0,
+            *x.stride(), *y.stride(),
+        )
+        + library.POINTERS.pack(x.data_ptr(), w.data_ptr(), 0, y.data_ptr(), 0, 0)
+    )  # fmt: skip
+    return params
+
+
+@pytest.mark.parametrize("threads", [0, -1, -(2**31), 10**9, 2**31 - 1])
+def test_hostile_thread_counts(threads):
+    """OpenMP would end the process where the system grants it fewer threads than it was asked for."""
+    case = Case("work for 500 threads", 1, 64, 64, 64, 64, 3, 3, padding=(1, 1))
+    x, w, _ = case.tensors()
+    expected = adder2d(x, w, None, *case.geometry)
+    y = torch.full_like(expected, math.nan)
+    before = len(os.listdir("/proc/self/task"))
+    assert library.load().adder2d_fprop_cpu(ctypes.byref(_params(case, x, w, y)), threads) == 0
+    assert torch.equal(y, expected)
+    assert len(os.listdir("/proc/self/task")) - before <= 4 * os.cpu_count()
+
+
+@pytest.mark.parametrize("pointer", ["x", "w", "y"])
+def test_null_pointers(pointer):
+    loaded = library.load()
+    x, w, _ = CASES[2].tensors()
+    y = torch.zeros(adder2d(x, w, None, *CASES[2].geometry).shape)
+    params = _params(CASES[2], x, w, y)
+    setattr(params, pointer, None)
+    error = loaded.adder2d_fprop_cpu(ctypes.byref(params), 1)
+    assert error == 1
+    assert b"null pointer" in loaded.adder2d_cpu_error_string(error)
+    dgrad = library.Adder2dDgradParams(layer=params, dx_stride=params.x_stride, dx=y.data_ptr())
+    assert loaded.adder2d_dgrad_cpu(ctypes.byref(dgrad), 1) == 1
+    params.N = 0  # an empty tensor may lie at null
+    assert loaded.adder2d_fprop_cpu(ctypes.byref(params), 1) == 0
+    assert loaded.adder2d_fprop_cpu(None, 1) == 1 and loaded.adder2d_dgrad_cpu(None, 1) == 1
+
+
+HUGE = 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"N": HUGE, "C": HUGE, "K": 1}, "the input must have fewer than 2^58 elements"),
+        ({"N": HUGE, "K": HUGE}, "the output must have fewer than 2^58 elements"),
+        ({"K": HUGE, "C": HUGE}, "weight must have fewer than 2^58 elements"),
+        ({"N": HUGE, "K": 2**16, "C": 2**16}, "fewer than 2^62 terms"),
+        ({"x_stride": (2**62, 1, 1, 1)}, "the strides of x must reach"),
+        ({"x_stride": (0, 0, 0, -(2**63))}, "the strides of x must reach"),
+        ({"y_stride": (0, 2**58 + 1, 0, 0)}, "the strides of y must reach"),
+        ({"dil_h": HUGE, "x_stride": (0, 0, 2**40, 0)}, "the strides of x must reach"),
+        ({"pad_h": HUGE}, "the padded input must be below 2^31"),
+        ({"stride_h": HUGE}, "must sum to less than 2^31"),
+        ({"dil_h": HUGE, "R": HUGE}, "does not fit"),
+        ({"groups": -1}, "groups must divide"),
+        ({"stride_h": -HUGE - 1}, "stride must be >= 1"),
+        ({"x_type": 3}, "types must be"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_check_refuses_extents_that_overflow(changes, reason):
+    values = dict.fromkeys(("N", "C", "H", "W", "K", "R", "S", "P", "Q"), 1)
+    values |= dict.fromkeys(("stride_h", "stride_w", "dil_h", "dil_w", "groups"), 1)
+    params = library.Adder2dParams(**values)
+    loaded = library.load()
+    assert loaded.adder2d_check(ctypes.byref(params)) is None
+    for name, value in changes.items():
+        setattr(params, name, (ctypes.c_int64 * 4)(*value) if isinstance(value, tuple) else value)
+    for check, block in (
+        (loaded.adder2d_check, params),
+        (loaded.adder2d_dgrad_check, library.Adder2dDgradParams(layer=params)),
+        (loaded.adder2d_wgrad_check, library.Adder2dWgradParams(layer=params)),
+    ):
+        assert reason in check(ctypes.byref(block)).decode()
+    assert loaded.adder2d_fprop_cpu(ctypes.byref(params), 1) == 1
+    assert loaded.adder2d_fprop(ctypes.byref(params), None) == 1
+    assert loaded.adder2d_fprop_workspace(ctypes.byref(params)) == 0
+
+
+def test_check_refuses_strides_of_the_gradients():
+    values = dict.fromkeys(("N", "C", "H", "W", "K", "R", "S", "P", "Q"), 1)
+    values |= dict.fromkeys(("stride_h", "stride_w", "dil_h", "dil_w", "groups"), 1)
+    layer, far = library.Adder2dParams(**values), (ctypes.c_int64 * 4)(0, 2**63 - 1, 0, 0)
+    loaded = library.load()
+    assert b"the strides of dx" in loaded.adder2d_dgrad_check(
+        ctypes.byref(library.Adder2dDgradParams(layer=layer, dx_stride=far))
+    )
+    wgrad = library.Adder2dWgradParams(layer=layer, convolved_stride=far)
+    assert b"the strides of convolved" in loaded.adder2d_wgrad_check(ctypes.byref(wgrad))
+
+
+# ---- long kernels
+
+
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 2), (40_000, 1), (3, 7)])
+def test_set_up_of_a_long_kernel_is_linear(stride, dilation):
+    """Every tap has a segment of its own where the stride is long: looking through all of them took 9 s."""
+    case = Case("long", 1, 1, 1, 40_000 * dilation + 9, 1, 1, 40_000, stride=(1, stride), dilation=(1, dilation))
+    x, w, _ = case.tensors()
+    began = time.thread_time()
+    y = adder2d(x, w, None, *case.geometry)
+    assert time.thread_time() - began < 2  # of this thread, whatever else the machine does
+    assert_forward(y, x, w, None, case.geometry)

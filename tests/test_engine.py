@@ -2,14 +2,13 @@
 
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 # As in test_engines.py: what is compared here would drown in TF32's rounding.
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
@@ -25,7 +24,7 @@ pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscri
 from test_converter import calibrated
 from test_onnx import CHECK, SmallResNet, needs_runtime
 
-from torch2trt_adder import Adder2d, adderize, convert, converter, engine, library
+from torch2trt_adder import Adder2d, adderize, convert, converter, engine, library, onnx_nodes, progress
 from torch2trt_adder.converter import rounding_bounds
 from torch2trt_adder.engine import Engine, build_engine
 from torch2trt_adder.models import addernet_mnist, resnet20
@@ -202,6 +201,131 @@ def test_the_onnx_file_is_not_overwritten(plain: pathlib.Path, rtx: ModuleType) 
     assert plain.read_bytes() == content
 
 
+def test_paths_that_are_one_file(plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    """The engine, the timing cache, the ONNX file and the files of its weights are all others, or nothing is done."""
+    path = tmp_path / "two.onnx"
+    onnx.save(onnx.load(plain), path, save_as_external_data=True, location="two.data", size_threshold=0)
+    (tmp_path / "hard").hardlink_to(path)
+    (tmp_path / "soft").symlink_to("two.data")
+    (tmp_path / "sub").mkdir()
+    before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    plan, weights = tmp_path / "x.plan", "is the file .* of its weights itself; name another file for the"
+    for engine_path, cache, message in (
+        (tmp_path / "sub" / ".." / "two.onnx", None, "is the ONNX file itself; name another file for the engine"),
+        (tmp_path / "hard", None, "is the ONNX file itself; name another file for the engine"),
+        (tmp_path / "two.data", None, f"{weights} engine"),
+        (tmp_path / "soft", None, f"{weights} engine"),
+        (plan, path, "is the ONNX file itself; name another file for the timing cache"),
+        (plan, str(tmp_path / "soft"), f"{weights} timing cache"),
+        (plan, tmp_path / "sub" / ".." / "x.plan", "is the engine itself; name another file for the timing cache"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_engine(path, engine_path, {"batch": (1, 2, 3)}, timing_cache=cache, trt=rtx)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_weights_that_are_not_there(plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    path, data = tmp_path / "two.onnx", tmp_path / "two.data"
+    onnx.save(onnx.load(plain), path, save_as_external_data=True, location="two.data", size_threshold=0)
+    content = data.read_bytes()
+    data.write_bytes(content[:-1])
+    with pytest.raises(OSError, match=rf"two\.data has {len(content) - 1} bytes of the {len(content)} that the ONNX file needs"):
+        build_engine(path, tmp_path / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
+    data.unlink()
+    with pytest.raises(FileNotFoundError, match=r"the weights of the ONNX file lie in .*two\.data, which is not there; put it"):
+        build_engine(path, tmp_path / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
+    proto = onnx.load(path, load_external_data=False)
+    next(e for e in proto.graph.initializer[0].external_data if e.key == "offset").value = "zero"
+    onnx.save(proto, path)
+    with pytest.raises(ValueError, match=r"two\.onnx cannot be used: tensor .* at 'zero' .*; export the network again"):
+        build_engine(path, tmp_path / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
+    assert [p.name for p in tmp_path.iterdir()] == ["two.onnx"]
+
+
+# ---- Adder2d nodes of another's making
+
+
+def adder_model(shapes: dict[str, list] | None = None, types: dict[str, int] | None = None, **changed: Any) -> Any:
+    """x [N, 8, H, W], weight [6, 4, 3, 3], bias [6] in groups of 2; attributes (None: left out), shapes or types changed."""
+    helper = onnx.helper
+    attributes = {"stride": [1, 2], "padding": [0, 1], "dilation": [1, 1], "groups": 2, "output_type": 0}
+    attributes |= {"plugin_namespace": "", **changed}
+    node = helper.make_node("Adder2d", ["x", "w", "b"], ["y"], "layer", domain="torch2trt_adder")
+    node.attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items() if v is not None)
+    sizes = {"x": ["n", 8, 9, "w"], "w": [6, 4, 3, 3], "b": [6], **(shapes or {})}
+    inputs = [helper.make_tensor_value_info(k, (types or {}).get(k, 1), size) for k, size in sizes.items()]
+    graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", 1, [None] * 4)])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("torch2trt_adder", 1)])
+
+
+def in_a_branch(model: Any) -> Any:
+    """The same node in a subgraph, which sees the inputs of the graph around it."""
+    helper, outer = onnx.helper, onnx.ModelProto()
+    outer.CopyFrom(model)
+    branch = helper.make_graph(list(model.graph.node), "branch", [], list(model.graph.output))
+    condition = helper.make_node("Constant", [], ["c"], value=helper.make_tensor("", onnx.TensorProto.BOOL, [], [True]))
+    choice = helper.make_node("If", ["c"], ["z"], then_branch=branch, else_branch=branch)
+    del outer.graph.node[:]
+    outer.graph.node.extend([condition, choice])
+    outer.graph.output[0].name = "z"
+    return outer
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        *(({name: None}, f"has no attribute {name}") for name in ("stride", "padding", "dilation", "groups", "output_type")),
+        ({"stride": [1, 2**32 + 1]}, r"must have two integers from 1 to 2147483647 as stride, got \[1, 4294967297\]"),
+        ({"groups": 2**32 + 2}, "must have an integer from 1 to 2147483647 as groups, got 4294967298"),
+        ({"padding": [-1, 0]}, r"two integers from 0 to 2147483647 as padding, got \[-1, 0\]"),
+        ({"dilation": [1]}, r"two integers from 1 to 2147483647 as dilation, got \[1\]"),
+        ({"dilation": [1, 1, 1]}, r"two integers from 1 .* as dilation, got \[1, 1, 1\]"),
+        ({"stride": [1.0, 1.0]}, "must have two integers as stride, got another type"),
+        ({"stride": 1}, "must have two integers as stride, got another type"),
+        ({"groups": "2"}, "must have an integer as groups, got another type"),
+        ({"output_type": 2}, "must have an integer from 0 to 1 as output_type, got 2"),
+        ({"plugin_namespace": "other"}, 'must have "" as plugin_namespace'),
+        ({"shapes": {"x": ["n", 9, 9, 9]}}, "has an input of 9 channels, its weight and groups want 4 x 2"),
+        ({"shapes": {"x": [8, 9, 9]}}, r"must have a tensor of 4 axes as x, got the shape \[8, 9, 9\]"),
+        ({"shapes": {"w": [6, 4, 3]}}, "must have a tensor of 4 axes as weight"),
+        ({"shapes": {"w": [7, 4, 3, 3], "b": [7]}}, "has 7 filters, which 2 groups do not divide"),
+        ({"shapes": {"w": [6, 4, 0, 3]}}, "must have a weight without empty axes"),
+        ({"shapes": {"b": [5]}}, "has 6 filters and a bias of 5 values"),
+        ({"dilation": [5, 1]}, "has a kernel that reaches over 11 values of H, the padded input has 9"),
+        ({"types": {"x": 11}}, r"must have float32 or float16 as x \('x'\), got the type 11 of ONNX"),
+        ({"types": {"w": 10}}, r"must have float32 as weight \('w'\), got the type 10"),
+    ],
+)
+def test_adder_nodes_that_cannot_be_computed(changed: dict, message: str, tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    """TensorRT's parser fills in what is missing and cuts integers to 32 bits: 2**32 + 1 would be 1."""
+    for number, model in enumerate((adder_model(**changed), in_a_branch(adder_model(**changed)))):
+        path = tmp_path / f"{number}.onnx"
+        onnx.save(model, path)
+        with pytest.raises(ValueError, match=rf"{number}\.onnx cannot be used: the Adder2d node 'layer' .*{message}.*export"):
+            build_engine(path, tmp_path / "x.plan", trt=rtx)
+        assert not (tmp_path / "x.plan").exists()
+
+
+def test_adder_nodes_that_can_be_computed() -> None:
+    for model in (adder_model(), adder_model(plugin_namespace=None), adder_model({"x": ["n", "c", "h", "w"]})):
+        for each in (model, in_a_branch(model)):
+            onnx_nodes.check_nodes(each)
+    model = adder_model()
+    del model.graph.node[0].input[2]
+    with pytest.raises(ValueError, match="'layer' must have the inputs x, weight and bias and one output, got 2 inputs and 1"):
+        onnx_nodes.check_nodes(model)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", '{"batch": 5}', "not json"])
+def test_limits_that_no_export_writes(text: str, plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    proto = onnx.load(plain)
+    onnx.helper.set_model_props(proto, {onnx_nodes.EXTENTS: text})
+    onnx.save(proto, tmp_path / "x.onnx")
+    with pytest.raises(ValueError, match=r"x\.onnx cannot be used: the metadata torch2trt_adder\.extents of the file must map"):
+        build_engine(tmp_path / "x.onnx", tmp_path / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
+    assert not (tmp_path / "x.plan").exists()
+
+
 def test_files_that_are_none(tmp_path: pathlib.Path, rtx: ModuleType) -> None:
     with pytest.raises(OSError, match=r"the ONNX file .*none\.onnx cannot be read \(No such file"):
         build_engine(tmp_path / "none.onnx", tmp_path / "x.plan", trt=rtx)
@@ -263,30 +387,12 @@ def test_weights_in_other_files(tmp_path: pathlib.Path, rtx: ModuleType) -> None
         assert build_engine(other, tmp_path / "x.plan", fp16=fp16, trt=rtx).stat().st_size > 10_000
 
 
-def test_progress(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anything over two seconds shows a line; anything below shows none."""
-    with engine.elapsed("Building x"):
-        pass
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(engine, "_PATIENCE", 0)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with engine.elapsed("Building x") as bar:
-        bar.phase("timing", 7)
-        bar.step()
-        time.sleep(1)
-    assert re.search(r"Building x: \d+ s, timing 1/7", capsys.readouterr().err)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    with engine.elapsed("Building y"):
-        time.sleep(1)
-    assert capsys.readouterr().err.count("Building y: ") <= 2  # a log is not to fill up
-
-
 def test_monitor_is_called(
     plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(engine._Bar, "phase", lambda self, name, steps: seen.append((name, steps)))
-    monkeypatch.setattr(engine._Bar, "step", lambda self: seen.append("step"))
+    monkeypatch.setattr(progress.Progress, "phase", lambda self, name, steps: seen.append((name, steps)))
+    monkeypatch.setattr(progress.Progress, "step", lambda self: seen.append("step"))
     build_engine(plain, tmp_path / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
     assert seen and any(s == "step" for s in seen)
 
@@ -294,7 +400,7 @@ def test_monitor_is_called(
 def test_ctrl_c_cancels_the_build(
     plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine._Bar, "step", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(progress.Progress, "step", lambda self: os.kill(os.getpid(), signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -367,11 +473,30 @@ def test_plan_of_another_version(plan: bytes, tmp_path: pathlib.Path, rtx: Modul
         Engine(tmp_path / "old.plan", trt=rtx)
 
 
+def test_an_onnx_file_is_no_plan(plain: pathlib.Path, rtx: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match=r"plain\.onnx is an ONNX file: make an engine of it with build_engine"):
+        Engine(plain, trt=rtx)
+
+
+def test_a_plan_that_is_cut_off(plan: bytes, tmp_path: pathlib.Path, rtx: ModuleType) -> None:
+    (tmp_path / "short.plan").write_bytes(plan[:-1])
+    with pytest.raises(RuntimeError, match=rf"short\.plan is cut off: it has {len(plan) - 1} of {len(plan)} bytes; copy or"):
+        Engine(tmp_path / "short.plan", trt=rtx)
+    with pytest.raises(RuntimeError, match="short.plan is no TensorRT engine"):
+        (tmp_path / "short.plan").write_bytes(plan[:20])
+        Engine(tmp_path / "short.plan", trt=rtx)
+
+
 def test_no_plan(tmp_path: pathlib.Path, rtx: ModuleType) -> None:
     with pytest.raises(RuntimeError, match="the engine is no TensorRT engine: build it again"):
         Engine(b"PK\x03\x04" + bytes(100), trt=rtx)
-    with pytest.raises(OSError, match=r"none\.plan cannot be read \(No such file"):
-        Engine(tmp_path / "none.plan", trt=rtx)
+    with pytest.raises(FileNotFoundError, match=r"the engine .*none\.plan cannot be read \(No such file"):
+        Engine(str(tmp_path / "none.plan"), trt=rtx)
+    with pytest.raises(IsADirectoryError, match=r"the engine .* cannot be read \(Is a directory"):
+        Engine(tmp_path, trt=rtx)
+    (tmp_path / "empty.plan").touch()
+    with pytest.raises(RuntimeError, match=r"empty\.plan is empty: build it again"):
+        Engine(tmp_path / "empty.plan", trt=rtx)
     with pytest.raises(RuntimeError, match="this Engine is empty"):
         Engine(trt=rtx)(torch.zeros(1))
 

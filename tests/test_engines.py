@@ -382,6 +382,48 @@ class NoAdder(nn.Module):
         return F.conv2d(x, self.adder, None, self.stride, self.padding)
 
 
+class Halved(nn.Module):
+    """Looks like an adder layer and computes one, but for a factor that no field tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stride, self.padding = 1, 1
+        self.adder = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch2trt_adder.adder2d(x, self.adder, None, self.stride, self.padding) / 2
+
+
+class OtherBias(Halved):
+    """Its bias has another name than `b`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x) + self.offset[:, None, None]
+
+
+class Turned(Halved):
+    """The two axes of its kernels are swapped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch2trt_adder.adder2d(x, self.adder.mT, None, self.stride, self.padding)
+
+
+class NotANumber(Halved):
+    """Finite, where adder2d is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.adder[0, 0, 0, 0] = torch.nan
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch2trt_adder.adder2d(x, self.adder.nan_to_num(), None, self.stride, self.padding)
+
+
 class Direct(nn.Module):
     """Calls the operator past the names that torch2trt can hook."""
 
@@ -400,11 +442,15 @@ class Direct(nn.Module):
         (lambda: nn.Sequential(Unknown(), nn.ReLU()), r"no converter for the result of layer '0' \(Unknown\)"),
         (
             lambda: nn.Sequential(NoAdder(), nn.ReLU()),
-            r"0 \(NoAdder\) holds a parameter `adder`, but does not compute adder2d",
+            r"0 \(NoAdder\) looks like an adder layer .*, but does not compute adder2d",
+        ),
+        *(
+            (lambda cls=cls: nn.Sequential(cls(), nn.ReLU()), rf"0 \({cls.__name__}\) looks like an adder layer .*, but does not")
+            for cls in (Halved, OtherBias, Turned, NotANumber)
         ),
         (Direct, r"no converter for the result of the model \(Direct\)"),
     ],
-    ids=["unknown", "unknown_nested", "no_adder", "direct"],
+    ids=["unknown", "unknown_nested", "no_adder", "halved", "other_bias", "turned", "not_a_number", "direct"],
 )
 @pytest.mark.parametrize("convert", [torch2trt, through_torch2trt], ids=["torch2trt", "convert"])
 def test_what_cannot_be_converted_raises(model: Callable, reason: str, convert: Callable) -> None:
@@ -416,6 +462,29 @@ def test_what_cannot_be_converted_raises(model: Callable, reason: str, convert: 
     assert ops.adder2d is original and torch.Tensor.size is ops._size
     assert not any("forward" in layer.__dict__ for layer in network.modules())
     assert not any(hasattr(t, "_trt") for t in (x, *network.parameters(), *network.buffers()))
+
+
+class Registered(nn.Module):
+    """Known by `register_adder_class`, whose fields leave out its factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters, self.factor = nn.Parameter(torch.randn(4, 3, 3, 3)), 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch2trt_adder.adder2d(x, self.filters) * self.factor
+
+
+@pytest.mark.parametrize("convert", [torch2trt, through_torch2trt], ids=["torch2trt", "convert"])
+def test_a_registered_class_whose_fields_do_not_tell_all(convert: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch2trt_adder import module
+
+    monkeypatch.setattr(module, "_adder_classes", {Registered: lambda layer: {"weight": layer.filters}})
+    network, x = nn.Sequential(Registered(), nn.ReLU()).cuda().eval(), torch.randn(1, 3, 8, 8, device="cuda")
+    with pytest.raises(RuntimeError, match=r"0 \(Registered\) looks like an adder layer .*, but does not compute adder2d"):
+        convert(network, [x])
+    network[0].factor = 1
+    assert adder_layers(convert(network, [x])) == 1
 
 
 def test_convert_notices_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None:

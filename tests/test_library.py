@@ -1,11 +1,20 @@
 """library.py: what a user reads when the shared library is missing or wrong."""
 
 import ctypes
+import os
+import pathlib
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
 
+import torch2trt_adder
 from torch2trt_adder import library
+
+PACKAGE = pathlib.Path(torch2trt_adder.__file__).parent
 
 
 @pytest.fixture
@@ -63,7 +72,10 @@ def wgrad_params(**changes):
         ({"eta": -0.5}, "eta must be finite and not below 0, got -0.5"),
         ({"eta": float("nan")}, "eta must be finite and not below 0, got -?nan"),
         ({"eta": float("inf")}, "eta must be finite and not below 0, got inf"),
-        ({"H": 1 << 16, "P": (1 << 16) - 2, "W": 1 << 16, "Q": (1 << 16) - 2}, "one output map must be below 2\\^31 elements"),
+        (
+            {"H": 1 << 16, "P": (1 << 16) - 2, "W": 1 << 16, "Q": (1 << 16) - 2},
+            "one output map must be below 2\\^31 elements",
+        ),
         ({"C": 1 << 30}, "one filter must be below 2\\^31 elements"),
     ],
 )
@@ -98,6 +110,92 @@ def test_missing(fresh_load, monkeypatch, tmp_path):
         RuntimeError, match=r"looked for at .*nothing\.so and is not there: build it with `pip install \.`"
     ):
         fresh_load()
+
+
+def test_a_relative_override(fresh_load, monkeypatch, tmp_path):
+    """A bare name, which the dynamic linker would look up in the system's folders."""
+    shutil.copy(library.path(), tmp_path / "renamed.so")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH2TRT_ADDER_LIBRARY", "renamed.so")
+    assert fresh_load()._name == str(tmp_path.resolve() / "renamed.so")
+
+
+# ---- Python started in a clone, whose package folder has no library
+
+
+@pytest.fixture
+def clone(tmp_path) -> pathlib.Path:
+    """A clone after `pip install .`: the sources, and the *.egg-info that the build left in it."""
+    folder = tmp_path / "clone"
+    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    info = folder / "torch2trt_adder.egg-info"
+    info.mkdir()
+    (info / "PKG-INFO").write_text(
+        f"Metadata-Version: 2.1\nName: torch2trt_adder\nVersion: {torch2trt_adder.__version__}\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def install(tmp_path) -> Callable[..., pathlib.Path]:
+    """Makes a folder of packages as pip leaves it, and returns it."""
+
+    def make(version: str = torch2trt_adder.__version__, library_too: bool = True) -> pathlib.Path:
+        site = tmp_path / f"site-{version}"
+        shutil.copytree(PACKAGE, site / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        if library_too:
+            shutil.copy(library.path(), site / PACKAGE.name / library.FILE_NAME)
+        info = site / f"torch2trt_adder-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch2trt_adder\nVersion: {version}\n")
+        return site
+
+    return make
+
+
+def python(clone: pathlib.Path, site: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in the clone's folder, where the installed packages come after the folder itself."""
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    environment.pop("TORCH2TRT_ADDER_LIBRARY", None)
+    return subprocess.run([sys.executable, *arguments], cwd=clone, env=environment, capture_output=True, text=True)
+
+
+COMPUTE = """
+import torch, torch2trt_adder
+from torch2trt_adder import library
+y = torch2trt_adder.adder2d(torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3))
+print(torch2trt_adder.__file__, library.path(), y.item(), sep="\\n")
+"""
+
+
+def test_in_a_clone_the_installed_library_serves(clone, install):
+    site = install()
+    result = python(clone, site, "-c", COMPUTE)
+    assert result.returncode == 0, result.stderr
+    imported, file, y = result.stdout.split()
+    assert imported == str(clone / "torch2trt_adder" / "__init__.py")
+    assert file == str(site / "torch2trt_adder" / library.FILE_NAME) and float(y) == -18
+
+
+def test_in_a_clone_its_own_library_comes_first(clone, install):
+    own = clone / "torch2trt_adder" / library.FILE_NAME
+    shutil.copy(library.path(), own)
+    result = python(clone, install(), "-c", COMPUTE)
+    assert result.stdout.split()[1:] == [str(own), "-18.0"], result.stderr
+
+
+@pytest.mark.parametrize("version, library_too", [("0.0.1", True), (torch2trt_adder.__version__, False)])
+def test_in_a_clone_without_a_library_that_fits(clone, install, version, library_too):
+    """The sentence lists both places; one that holds another version's library says so."""
+    site = install(version, library_too)
+    result = python(clone, site, "-c", COMPUTE)
+    assert result.returncode == 1
+    other = f" (of version 0.0.1, while {clone}/torch2trt_adder is version {torch2trt_adder.__version__})"
+    assert (
+        f"looked for at {clone}/torch2trt_adder/{library.FILE_NAME} and {site}/torch2trt_adder/{library.FILE_NAME}"
+        f"{other if version == '0.0.1' else ''}"
+    ) in result.stderr
+    assert "is not there: build it with `pip install .`" in result.stderr
 
 
 def test_not_a_library(fresh_load, monkeypatch, tmp_path):

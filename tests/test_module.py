@@ -4,12 +4,23 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from conftest import Case, assert_forward, assert_grad_input, assert_grad_weight
-from torch2trt_adder import Adder2d, adderize, adopt, register_adder_class, reference, scale_gradients, set_eta
+from torch2trt_adder import (
+    Adder2d,
+    adderize,
+    adopt,
+    lookalikes,
+    reference,
+    register_adder_class,
+    scale_gradients,
+    set_eta,
+)
 
 
 class adder2d(nn.Module):
@@ -127,11 +138,46 @@ def test_initialisation():
         ({"groups": 3}, "groups must divide input_channel 4 and output_channel 8, got 3"),
         ({"output_channel": 0}, "output_channel must be an int >= 1, got 0"),
         ({"eta": 0}, "eta must be None or a finite number above 0, got 0"),
+        ({"stride": True}, "stride must be an int or a pair of ints, each >= 1, got True"),
+        ({"output_channel": True}, "output_channel must be an int >= 1, got True"),
+        ({"output_channel": 8.0}, "output_channel must be an int >= 1, got 8.0"),
+        ({"kernel_size": {"h": 3, "w": 3}}, "kernel_size must be an int or a pair of ints, each >= 1, got {'h': 3"),
+        ({"kernel_size": "33"}, "kernel_size must be an int or a pair of ints, each >= 1, got '33'"),
+        ({"stride": 2**31}, "stride must be below 2.31, got 2147483648"),
+        ({"dilation": (1, 2**31)}, "dilation must be below 2.31"),
     ],
 )
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=f"Adder2d: {message}"):
         Adder2d(**{"input_channel": 4, "output_channel": 8, "kernel_size": 3, **arguments})
+
+
+@pytest.mark.parametrize("bias", [2, 1, 0, "no", None, (1, 1)], ids=repr)
+def test_bias_is_a_bool(bias):
+    """Conv2d's sixth argument is dilation, the published layer's is bias."""
+    with pytest.raises(
+        TypeError, match="Adder2d: bias must be True or False, got .*; pass dilation and groups by name"
+    ):
+        Adder2d(3, 8, 3, 1, 1, bias)
+
+
+@pytest.mark.parametrize("eta", ["0.2", True, torch.tensor(0.2)], ids=repr)
+def test_eta_is_a_number(eta):
+    with pytest.raises(TypeError, match="Adder2d: eta must be None or a finite number above 0, got"):
+        Adder2d(3, 8, 3, eta=eta)
+
+
+def test_numpy_integers_are_integers():
+    layer = Adder2d(
+        np.int32(4), np.int64(8), np.int64(3), np.array([2, 1]), (np.uint8(1), 1), np.True_, np.int16(1), np.int64(2)
+    )
+    assert repr(layer) == repr(Adder2d(4, 8, 3, (2, 1), 1, True, 1, 2)) and layer.bias is True
+    assert all(type(v) is int for v in (layer.input_channel, layer.groups, *layer.stride, *layer.padding))
+    assert layer(torch.randn(1, 4, 5, 5)).shape == (1, 8, 3, 5)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, np.int64(8), np.int64(3)), nn.BatchNorm2d(8), nn.Linear(2, 2)
+    )
+    assert type(adderize(model)[1]) is Adder2d
 
 
 def test_repr():
@@ -315,20 +361,385 @@ def test_adopt_leaves_others_alone():
             self.adder = nn.Parameter(torch.randn(3, 3))
             self.stride = self.padding = 1
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), NoLayer(), nn.Identity())
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), NoLayer(), Adder2d(4, 4, 3), nn.Identity())
     before = list(model.modules())
     assert list(adopt(model).modules()) == before
+    with pytest.raises(
+        ValueError, match=r"Sequential has no adder layer, .*`stride` and `padding`; name the class of its"
+    ):
+        adopt(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    model[2] = nn.Module()
+    model[2].adder = nn.Parameter(torch.randn(4, 4, 3, 3))
+    with pytest.raises(ValueError, match=r"has no adder layer, .*\(1 has an `adder`, but not the rest\)"):
+        adopt(model)
 
 
 def test_adopt_refuses_what_it_cannot_stand_for(net):
     net.blocks[1].stride = (1, 2, 3)
-    with pytest.raises(ValueError, match=r"adopt: blocks\.1 \(adder2d\) is no layer .* stride must .* got \(1, 2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"adopt: Adder2d cannot stand for blocks\.1 \(adder2d\): .* stride must .* got \(1, 2, 3\)"
+    ):
         adopt(net)
     assert len(adder_layers(net, adder2d)) == 4  # refused before anything was replaced
     net.blocks[1].stride = 2
     net.head.quantize = True
     with pytest.raises(ValueError, match=r"adopt: head quantizes its weights"):
         adopt(net)
+
+
+# ---- layers that look like adder layers
+
+
+class Biased(adder2d):
+    """The bias is a parameter of that name."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        del self.bias
+        self.bias = nn.Parameter(torch.randn(self.output_channel))
+
+    def forward(self, x):
+        return pixels(self, x) + self.bias[:, None, None]
+
+
+def pixels(layer, x):
+    """-sum |x - w|, for inputs of any height and width."""
+    groups = x.shape[1] // layer.adder.shape[1]
+    return reference.adder2d(x, layer.adder, None, layer.stride, layer.padding, 1, groups)
+
+
+def test_adopt_takes_a_parameter_named_bias():
+    model = nn.Sequential(Biased(3, 5, 3, 2, 1))
+    expected = model(X)
+    torch.testing.assert_close(adopt(model)(X), expected, rtol=1e-5, atol=1e-4)
+    assert model[0].b is not None and model[0].bias is True
+
+
+class Transposed(adder2d):
+    def forward(self, x):
+        side = self.stride * (x.shape[2] - 1) + 1, self.stride * (x.shape[3] - 1) + 1
+        spread = x.new_zeros(*x.shape[:2], *side)
+        spread[:, :, :: self.stride, :: self.stride] = x
+        return reference.adder2d(spread, self.adder, None, 1, self.padding)
+
+
+def variant(forward, **attributes):
+    """A look-alike with another forward."""
+    layer = type("Variant", (adder2d,), {"forward": forward})(3, 5, 3, 2, 1)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def nudged(layer, x):
+    y = pixels(layer, x)
+    y[-1, -1, -1, -1] *= 1 + 2e-4
+    return y
+
+
+WRONG = {
+    "transposed": lambda: Transposed(3, 5, 3, 2, 1),
+    "flipped": lambda: variant(lambda layer, x: reference.adder2d(x, layer.adder.flip(2), None, 2, 1)),
+    "convolution": lambda: variant(lambda layer, x: nn.functional.conv2d(x, layer.adder, None, 2, 1)),
+    "squares": lambda: variant(lambda layer, x: -(pixels(layer, x) ** 2)),
+    "scaled": lambda: variant(lambda layer, x: pixels(layer, x) * 1.001),
+    "one value": lambda: variant(nudged),
+    "one column less": lambda: variant(lambda layer, x: pixels(layer, x)[..., :-1]),
+    "rows and columns swapped": lambda: variant(lambda layer, x: pixels(layer, x.transpose(2, 3))),
+    "reflecting": lambda: variant(
+        lambda layer, x: reference.adder2d(nn.functional.pad(x, (1, 1, 1, 1), "reflect"), layer.adder, None, 2, 0)
+    ),
+    "clamped input": lambda: variant(lambda layer, x: pixels(layer, x.clamp(-6, 6))),
+    "NaN": lambda: variant(lambda layer, x: pixels(layer, x) * float("nan")),
+    "integers": lambda: variant(lambda layer, x: pixels(layer, x).int()),
+    "a pair": lambda: variant(lambda layer, x: (pixels(layer, x), x)),
+    "noise in training": lambda: variant(
+        lambda layer, x: nn.functional.dropout(pixels(layer, x), 0.5, training=layer.training)
+    ),
+    "transposed, in double": lambda: Transposed(3, 5, 3, 2, 1).double(),
+    "scaled, in half": lambda: variant(lambda layer, x: pixels(layer, x) * 1.001).half(),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_adopt_refuses_what_computes_something_else(name):
+    model = nn.Sequential(adder2d(3, 3, 1), WRONG[name]())
+    before, state = list(model.modules()), torch.get_rng_state()
+    with pytest.raises(
+        ValueError, match=r"adopt: 1 \(\w+\) does not compute adder2d in (training|evaluation) mode: it"
+    ):
+        adopt(model)
+    assert list(model.modules()) == before and torch.equal(torch.get_rng_state(), state)
+
+
+def oblong():
+    layer = variant(pixels)
+    layer.adder, layer.stride, layer.padding = nn.Parameter(torch.randn(5, 3, 1, 4)), (2, 3), (1, 0)
+    return layer
+
+
+def only_square():
+    def forward(layer, x):
+        assert x.shape[2] == x.shape[3]
+        return pixels(layer, x)
+
+    return variant(forward)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: adder2d(3, 5, 3, 2, 1, True),
+        lambda: adder2d(130, 7, 3, 1, 1),
+        lambda: adder2d(4, 4, 5, 3, 2),
+        lambda: adder2d(9, 5, 1, 2),
+        lambda: adder2d(2, 5, 2, 1, 4),
+        oblong,
+        only_square,
+    ],
+    ids=["bias", "wide", "large_stride", "pointwise", "mostly_padding", "oblong", "only_square"],
+)
+def test_adopt_proves_layers(make, dtype):
+    assert type(adopt(make().to(dtype))) is Adder2d
+
+
+def test_adopt_proves_layers_without_values():
+    model = nn.Sequential(adder2d(3, 5, 3, 2, 1).to("meta"))
+    assert adopt(model)[0].adder.is_meta
+    with pytest.raises(ValueError, match="0 .Transposed. does not compute adder2d"):
+        adopt(nn.Sequential(Transposed(3, 5, 3, 2, 1).to("meta")))
+
+
+def test_adopt_proves_the_function_whatever_the_weights():
+    """Filters of one value are their own mirror image, and a bias of zeros changes nothing."""
+    model = nn.Sequential(WRONG["flipped"]())
+    nn.init.ones_(model[0].adder)
+    with pytest.raises(ValueError, match="does not compute adder2d"):
+        adopt(model)
+    layer = adder2d(3, 5, 3, 2, 1, True)
+    nn.init.zeros_(layer.b)
+    layer.bias = False  # so forward() leaves the parameter out
+    with pytest.raises(ValueError, match="does not compute adder2d"):
+        adopt(nn.Sequential(layer))
+
+
+def test_adopt_runs_no_hook_and_changes_no_layer():
+    class Counting(adder2d):
+        def forward(self, x):
+            self.calls.append(self)
+            return super().forward(x)
+
+    layer, seen = Counting(3, 5, 3), []
+    layer.calls = []
+    layer.register_forward_pre_hook(lambda *arguments: seen.append(1))
+    layer.register_forward_hook(lambda *arguments: seen.append(1))
+    adder = layer.adder.clone()
+    ours = adopt(layer)
+    assert not layer.calls and not seen and torch.equal(ours.adder, adder)
+    ours(X)
+    assert seen == [1, 1]
+
+
+def with_attribute(name, value):
+    layer = adder2d(3, 5, 3, 2, 1)
+    setattr(layer, name, value)
+    return layer
+
+
+def with_buffer():
+    layer = adder2d(3, 5, 3, 2, 1)
+    layer.register_buffer("mask", torch.ones(5, 3, 3, 3), persistent=False)
+    return layer
+
+
+def with_state_hook():
+    layer = adder2d(3, 5, 3, 2, 1)
+    layer._register_state_dict_hook(lambda *arguments: None)
+    return layer
+
+
+LOSSES = {
+    "its parameter `scale`": lambda: with_attribute("scale", nn.Parameter(torch.ones(5))),
+    "its buffer `mask`": with_buffer,
+    "its buffer `norm.running_mean`": lambda: with_attribute("norm", nn.BatchNorm2d(5, affine=False)),
+    "its attribute `mask`, a tensor": lambda: with_attribute("mask", torch.ones(5, 3, 3, 3)),
+    "its attribute `masks`, a tensor": lambda: with_attribute("masks", [torch.ones(5)]),
+    "its attribute `temperature` = 0.5": lambda: with_attribute("temperature", 0.5),
+    "its attribute `sparsity` = 1": lambda: with_attribute("sparsity", 1),
+    "the `forward` that was set on it": lambda: with_attribute("forward", lambda x: x),
+    "its hooks on state_dict": with_state_hook,
+}
+
+
+@pytest.mark.parametrize("lost", LOSSES)
+def test_adopt_refuses_to_lose(lost):
+    model = nn.Sequential(adder2d(3, 3, 1), LOSSES[lost]())
+    with pytest.raises(ValueError, match=rf"adopt: 1 \(adder2d\) would lose {lost}, which Adder2d does not have"):
+        adopt(model)
+    assert type(model[0]) is adder2d
+    register_adder_class(
+        adder2d, lambda layer: {"weight": layer.adder, "stride": layer.stride, "padding": layer.padding}
+    )
+    try:
+        if "`temperature`" in lost or "`sparsity`" in lost:  # who registers a class knows its numbers
+            assert type(adopt(model)[1]) is Adder2d
+        else:
+            with pytest.raises(ValueError, match=f"would lose {lost}"):
+                adopt(model)
+    finally:
+        lookalikes._adder_classes.clear()
+
+
+@pytest.mark.parametrize("eta", [0.05, None, 1])
+def test_adopt_keeps_eta(eta):
+    assert adopt(with_attribute("eta", eta)).eta == eta
+    assert adopt(adder2d(3, 5, 3)).eta == 0.2
+    for wrong in (-1.0, "0.2"):
+        with pytest.raises(
+            ValueError, match=f"adopt: Adder2d cannot stand for adder2d .adder2d.: .*eta must be .*got {wrong!r}"
+        ):
+            adopt(with_attribute("eta", wrong))
+
+
+REPARAMETRIZED = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "adder", 0.5),
+    "weight_norm": lambda layer: parametrizations.weight_norm(layer, "adder"),
+    "old weight_norm": lambda layer: weight_norm(layer, "adder"),
+    "spectral_norm": lambda layer: spectral_norm(layer, "adder"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("name", REPARAMETRIZED)
+def test_adopt_names_reparametrized_layers(name, inplace):
+    model = nn.Sequential(adder2d(3, 3, 1), nn.Sequential(REPARAMETRIZED[name](adder2d(3, 5, 3, 2, 1))))
+    model(X)
+    with pytest.raises(
+        ValueError, match=r"adopt: the weight of 1\.0 is not a plain parameter: pruning, weight_norm or"
+    ):
+        adopt(model, inplace)
+    assert type(model[0]) is adder2d
+    if name == "pruned":
+        prune.remove(model[1][0], "adder")
+        expected = model(X)
+        torch.testing.assert_close(adopt(model, inplace)(X), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", REPARAMETRIZED)
+def test_our_layer_reparametrized(name):
+    """It trains as any module does, but its `adder` has no gradient for scale_gradients."""
+    layer = REPARAMETRIZED[name](Adder2d(3, 5, 3, eta=None))
+    model = adopt(nn.Sequential(layer)).to(memory_format=torch.channels_last)
+    y = model(X)
+    assert_forward(y, X, layer.adder, None, ((1, 1), (0, 0), (1, 1), 1))
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with pytest.raises(ValueError, match="scale_gradients: the `adder` of layer 0 is computed from other parameters"):
+        scale_gradients(model)
+
+
+class DepthWise(nn.Module):
+    """A filter [C, 1, R, S] and no `groups`."""
+
+    def __init__(self, channels, **attributes):
+        super().__init__()
+        self.stride = self.padding = 1
+        self.adder = nn.Parameter(torch.randn(channels, 1, 3, 3))
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return pixels(self, x)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"depth_wise": True}, {"depth_wise": True, "groups": 1}, {"input_channel": 6}, {}, {"groups": 6}],
+    ids=str,
+)
+def test_adopt_understands_depthwise_layers(attributes):
+    model = nn.Sequential(DepthWise(6, **attributes))
+    x = torch.randn(1, 6, 7, 7)
+    expected = model(x)
+    assert adopt(model)[0].groups == 6
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=0)
+
+
+def test_adopt_understands_a_first_layer_of_one_channel():
+    assert adopt(adder2d(1, 6, 3)).groups == 1
+    layer = adder2d(1, 6, 3)
+    del layer.input_channel
+    assert adopt(layer).groups == 1
+
+
+class Pickier(adder2d):
+    """Its forward cannot run on its own."""
+
+    def forward(self, x, scale):
+        return super().forward(x) * scale
+
+
+def test_adopt_refuses_what_cannot_run():
+    with pytest.raises(
+        ValueError, match=r"adopt: 0 \(Pickier\) cannot be tried on an input \[2, 3, 3, 4\] on cpu \(TypeError: "
+    ):
+        adopt(nn.Sequential(Pickier(3, 5, 3, 2, 1)))
+
+    class Locked(adder2d):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("not me")
+
+    with pytest.raises(ValueError, match=r"0 \(Locked\) cannot be copied to be tried \(RuntimeError: not me\)"):
+        adopt(nn.Sequential(Locked(3, 5, 3)))
+
+
+def test_adopted_copy_for_inference():
+    """What a layer would lose does not matter there, as long as its output now is the same."""
+    for lost in ("its parameter `scale`", "its buffer `mask`", "its attribute `temperature` = 0.5"):
+        model = nn.Sequential(spectral_norm(nn.Conv2d(3, 3, 1)), nn.Sequential(LOSSES[lost]())).eval()
+        expected = model(X)  # from here on the convolution has a weight that deepcopy refuses
+        twin = lookalikes.adopted_copy(model)
+        assert type(twin[1][0]) is Adder2d and twin[1][0].adder is model[1][0].adder and type(model[1][0]) is adder2d
+        torch.testing.assert_close(twin(X), expected, rtol=1e-5, atol=0)
+    assert type(lookalikes.adopted_copy(nn.Sequential(WRONG["noise in training"]()))[0]) is Adder2d
+    plain = nn.Sequential(nn.Conv2d(3, 3, 1), Adder2d(3, 3, 1))
+    assert lookalikes.adopted_copy(plain) is plain
+
+    masked = variant(lambda layer, x: reference.adder2d(x, layer.adder * layer.mask, None, 2, 1))
+    masked.register_buffer("mask", torch.ones(5, 3, 3, 3))
+    assert type(lookalikes.adopted_copy(nn.Sequential(masked.half()))[0]) is Adder2d
+    masked.mask[1, 1, 1, 1] = 0
+    for name, wrong in (("Variant", masked), ("Transposed", WRONG["transposed"]())):
+        with pytest.raises(ValueError, match=rf"adopt: 1 \({name}\) does not compute adder2d in evaluation mode"):
+            lookalikes.adopted_copy(nn.Sequential(nn.Identity(), wrong))
+
+
+def test_adopt_proves_equal_layers_once(monkeypatch):
+    class Odd(adder2d):  # the same attributes, another function
+        def forward(self, x):
+            return -super().forward(x)
+
+    proofs, prove = [], lookalikes._why_it_differs
+    monkeypatch.setattr(lookalikes, "_why_it_differs", lambda *args: proofs.append(args) or prove(*args))
+    model = nn.Sequential(*(adder2d(3, 3, 3) for _ in range(4)), adder2d(3, 3, 3, 2), adder2d(3, 3, 3, bias=True))
+    adopt(model, inplace=False)
+    assert [layer.stride for layer, *_ in proofs] == [1, 2, 1]
+    model[3].flag = True
+    adopt(model, inplace=False)
+    assert len(proofs) == 7
+    model[3] = Odd(3, 3, 3)
+    with pytest.raises(ValueError, match=r"adopt: 3 \(Odd\) does not compute adder2d"):
+        adopt(model)
+
+
+def test_adopt_of_a_large_network():
+    """Published code holds [K, CRS, NPQ] at once: 57 MB for one pixel of ResNet-50's widest 3x3 layer and 6 outputs."""
+    layer = adder2d(512, 512, 3, 1, 1).to("meta")
+    shapes = list(lookalikes._probe_shapes(lookalikes._adopt_layer(layer, lookalikes._layer_fields(layer), "x")))
+    assert shapes[0] == (1, 512, 3, 4)
 
 
 class OtherShape(nn.Module):
@@ -340,23 +751,55 @@ class OtherShape(nn.Module):
         self.step = 2
 
     def forward(self, x):
-        raise NotImplementedError
+        return reference.adder2d(x, self.kernel, None, self.step, groups=2)
 
 
-def test_register_adder_class():
+@pytest.fixture
+def registered():
+    yield register_adder_class
+    lookalikes._adder_classes.clear()
+
+
+def test_register_adder_class(registered):
     model = nn.Sequential(OtherShape())
-    assert type(adopt(model)[0]) is OtherShape
-    register_adder_class(OtherShape, lambda layer: {"weight": layer.kernel, "stride": layer.step, "groups": 2})
+    with pytest.raises(ValueError, match="Sequential has no adder layer.*register_adder_class"):
+        adopt(model)
+    registered(OtherShape, lambda layer: {"weight": layer.kernel, "stride": layer.step, "groups": 2, "eta": 0.1})
     kernel = model[0].kernel
+    twin = adopt(model, inplace=False)
+    assert type(model[0]) is OtherShape and torch.equal(twin[0].adder, kernel) and twin[0].adder is not kernel
     adopt(model)
-    assert type(model[0]) is Adder2d and model[0].adder is kernel
+    assert type(model[0]) is Adder2d and model[0].adder is kernel and model[0].eta == 0.1
     x = torch.randn(1, 2, 7, 7)
     assert_forward(model[0](x), x, kernel, None, ((2, 2), (0, 0), (1, 1), 2))
     with pytest.raises(TypeError, match="cls must be a subclass of torch.nn.Module, got 'OtherShape'"):
-        register_adder_class("OtherShape", dict)
-    register_adder_class(OtherShape, lambda layer: {"weight": layer.kernel, "strides": layer.step})
+        registered("OtherShape", dict)
+    registered(OtherShape, lambda layer: {"weight": layer.kernel, "strides": layer.step})
     with pytest.raises(ValueError, match="needs a 4-D parameter `weight` and fields of adder2d, got .*'strides'"):
         adopt(nn.Sequential(OtherShape()))
+
+
+def test_registered_fields_that_do_not_tell_all(registered):
+    registered(OtherShape, lambda layer: {"weight": layer.kernel, "groups": 2})  # no stride
+    with pytest.raises(
+        ValueError, match=r"adopt: 0 \(OtherShape\) does not compute adder2d in evaluation mode: its output"
+    ):
+        adopt(nn.Sequential(OtherShape()))
+
+
+def test_registered_class_that_cannot_run_here(registered):
+    """As code that has nothing but a CUDA kernel, on a machine without a GPU: its registration is trusted, and said so."""
+
+    class OnlyThere(OtherShape):
+        def forward(self, x):
+            raise NotImplementedError("needs a GPU")
+
+    registered(OtherShape, lambda layer: {"weight": layer.kernel, "stride": layer.step, "groups": 2})
+    with pytest.warns(
+        UserWarning, match=r"adopt: 0 \(OnlyThere\) cannot be tried .* \(NotImplementedError: needs a GPU\); its"
+    ):
+        model = adopt(nn.Sequential(OnlyThere()))
+    assert type(model[0]) is Adder2d
 
 
 # ---- adderize
@@ -484,20 +927,55 @@ class OwnConv2d(nn.Conv2d):
     pass
 
 
+def changed(change):
+    layer = nn.Conv2d(4, 4, 3)
+    return change(layer) or layer
+
+
 @pytest.mark.parametrize(
     "layer, message",
     [
         (lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "1 pads with 'reflect', and adder layers with"),
         (lambda: nn.Conv2d(4, 4, 2, padding="same"), r"1 has padding 'same' and kernel \(2, 2\), which needs more"),
         (lambda: OwnConv2d(4, 4, 3), "1 is a OwnConv2d, not plainly torch.nn.Conv2d; change it, or name it in"),
+        (lambda: changed(spectral_norm), "the weight of 1 is computed by hooks or parametrizations"),
+        (lambda: changed(weight_norm), "the weight of 1 is computed by hooks or parametrizations"),
+        (lambda: changed(parametrizations.weight_norm), "the weight of 1 is computed by hooks or parametrizations"),
+        (
+            lambda: changed(lambda layer: prune.random_unstructured(layer, "bias", 0.5)),
+            "the bias of 1 is computed by hooks or parametrizations",
+        ),
+        (
+            lambda: changed(lambda layer: layer.register_parameter("gain", nn.Parameter(torch.ones(1)))),
+            "1 would lose its parameter `gain`; change it, or name it in",
+        ),
+        (
+            lambda: changed(lambda layer: layer.add_module("observer", nn.BatchNorm2d(4, affine=False))),
+            r"1 would lose its buffer `observer\.running_mean`",
+        ),
+        (
+            lambda: changed(lambda layer: setattr(layer, "forward", abs)),
+            "1 would lose the `forward` that was set on it",
+        ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_adderize_refuses_what_no_adder_layer_can_stand_for(layer, message):
     model = nn.Sequential(nn.Conv2d(4, 4, 3), layer(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Linear(3, 3))
     with pytest.raises(ValueError, match=f"adderize: {message}"):
         adderize(model)
+    with pytest.raises(ValueError, match=f"adderize: {message}"):
+        adderize(model, inplace=False)
     assert len(convolutions(model)) == 3  # refused before anything was replaced
     assert convolutions(adderize(model, exclude=["1"])) == ["0", "1"]
+
+
+def test_adderize_keeps_shared_weights():
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(4)), nn.BatchNorm2d(4), nn.Linear(3, 3))
+    model[2].weight = model[1].weight
+    twin = adderize(model, inplace=False)
+    assert twin[1].adder is twin[2].adder and twin[3].adder is not twin[1].adder
+    assert len(convolutions(model)) == 4
 
 
 def test_adderize_errors(resnet):

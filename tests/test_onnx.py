@@ -1,8 +1,12 @@
 """export_onnx: the node, its body in ONNX Runtime, and the file's way into TensorRT's parser (test_engine.py)."""
 
+import concurrent.futures
+import inspect
 import pathlib
+import signal
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -436,6 +440,336 @@ def test_opset_17_by_hand(node: str, message: str | None) -> None:
         torch.testing.assert_close(old, new, rtol=0, atol=0)
 
 
+# ---- what torch's exporter does not get right by itself
+
+
+class Near(nn.Module):
+    """What amplifies a number near 0 or 1, on the sums of one adder layer."""
+
+    def __init__(self, *functions: Any) -> None:
+        super().__init__()
+        self.layer, self.functions = Adder2d(3, 4, 1), functions
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = self.layer(x)
+        return [function(y) for function in self.functions]
+
+
+NEAR = {
+    "add": lambda y: (0 * y + 1e-10) * 1e10,
+    "add_left": lambda y: (1e-10 + 0 * y) * 1e10,
+    "sub": lambda y: (0 * y - 1e-10) * 1e10,
+    "mul": lambda y: (y.double() * (1 + 1e-9) - y.double()) * 1e9,
+    "mul_left": lambda y: ((1 - 1e-9) * y.double() - y.double()) * 1e9,
+    "mul_float32": lambda y: (y * (1 + 2**-18) - y) * 2**18,
+    "div": lambda y: (y.double() / (1 + 1e-9) - y.double()) * 1e9,
+    "div_by_a_norm": lambda y: (0 * y) / ((0 * y).norm(dim=1, keepdim=True) + 1e-10),
+    "pow": lambda y: (y.double().abs() ** (1 + 1e-9) / y.double().abs() - 1) * 1e9,
+    "tensor": lambda y: (0 * y + torch.tensor(1e-10)) * 1e10,
+}
+
+
+@needs_runtime
+@pytest.mark.parametrize("opset", [17, 18])
+def test_numbers_near_0_and_1_stay(opset: int, tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    model, x = Near(*NEAR.values()).eval(), torch.randn(1, 3, 2, 2)
+    path = export_onnx(model, x, tmp_path / "model.onnx", opset=opset, check=False)
+    # ONNX Runtime 1.32 itself takes float64 factors for 1 that float32 cannot tell from it.
+    session = onnxruntime.InferenceSession(str(path), disabled_optimizers=["NoopElimination"])
+    for name, y, expected in zip(NEAR, run_onnxruntime(session, [x]), model(x), strict=True):
+        # Without the number: off by 1 and more, or NaN.
+        torch.testing.assert_close(y, expected.detach(), rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@needs_runtime
+def test_successive_limits(tmp_path: pathlib.Path) -> None:
+    """The exporter's optimiser merges them into a graph that is not sorted."""
+    model = Near(lambda y: (y + 9).clamp(0.0, 6.0).clamp(1.0, 3.0) * (y + 9).clamp(0.0, 6.0).clamp(2.0, 3.0)).eval()
+    export_onnx(model, torch.randn(1, 3, 4, 4), tmp_path / "model.onnx")
+
+
+class Named(nn.Module):
+    """A parameter of any name in a network whose values have the exporter's names."""
+
+    def __init__(self, name: str, make: Any = nn.Parameter) -> None:
+        super().__init__()
+        self.layer, self.name = Adder2d(3, 4, 3, padding=1), name
+        value = torch.full((1, 3, 1, 1), 2.0)
+        if make is nn.Parameter:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value, persistent=make)
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self.layer((v - 1) * getattr(self, self.name) + 0.5) * 2
+
+
+@needs_runtime
+@pytest.mark.parametrize("make", [nn.Parameter, True, False], ids=["parameter", "buffer", "not_persistent"])
+@pytest.mark.parametrize("name", ["sub", "v", "x/y z"])
+def test_parameters_named_like_values(name: str, make: Any, tmp_path: pathlib.Path) -> None:
+    model, x = Named(name, make).eval(), torch.randn(2, 3, 5, 5)
+    path = export_onnx(model, x, tmp_path / "model.onnx", {0: "batch"})
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    names = [t.name for t in proto.graph.initializer] + [o for n in proto.graph.node for o in n.output]
+    assert len({*names, *(e.name for e in proto.graph.input)}) == len(names) + 1
+    shapes = {e.name: [d.dim_param or d.dim_value for d in e.type.tensor_type.shape.dim] for e in proto.graph.value_info}
+    (layer,) = adder_nodes(proto.graph)
+    assert shapes[layer.input[0]] == ["batch", 3, 5, 5]
+
+
+@needs_runtime
+@pytest.mark.parametrize("name", ["layer.adder", "val_0", "sub", "model.onnx", "layer.adder.float32"])
+def test_inputs_and_outputs_named_like_values(name: str, tmp_path: pathlib.Path) -> None:
+    model, x = Named("mul").eval().half(), torch.randn(2, 3, 5, 5).half()
+    for names in ({"input_names": [name]}, {"output_names": [name]}):
+        proto = onnx.load(export_onnx(model, x, tmp_path / "model.onnx", **names))
+        (entry,) = proto.graph.input if "input_names" in names else proto.graph.output
+        assert entry.name == name
+
+
+class Returning(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.layer, self.function = Adder2d(3, 3, 3, padding=1), function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, self.layer(x))
+
+
+@needs_runtime
+@pytest.mark.parametrize(
+    "function, count",
+    [
+        (lambda x, y: (x, y), 2),
+        (lambda x, y: (y, y, x, x), 4),
+        (lambda x, y: {"b": y, "a": (None, x + 1)}, 2),
+        (lambda x, y: (torch.ones(2), y), 2),
+    ],
+    ids=["input", "twice", "nested", "constant"],
+)
+def test_outputs_of_any_kind(function: Any, count: int, tmp_path: pathlib.Path) -> None:
+    """export_onnx compares them; each has a name of its own."""
+    path = export_onnx(Returning(function).eval(), torch.randn(1, 3, 4, 4), tmp_path / "model.onnx")
+    assert len({entry.name for entry in onnx.load(path).graph.output}) == count
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (lambda x, y: None, "the network returns no tensor"),
+        (lambda x, y: (y, 3), "the network returns int '3', ONNX files return tensors only"),
+    ],
+)
+def test_outputs_that_no_file_has(function: Any, message: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        export_onnx(Returning(function).eval(), torch.randn(1, 3, 4, 4), tmp_path / "model.onnx", check=CHECK)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_runtime
+def test_arguments_of_any_kind(tmp_path: pathlib.Path) -> None:
+    class Rest(Returning):
+        def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+            return self.layer(x) + sum(rest)
+
+    class Mapped(Returning):
+        def forward(self, named: dict[str, Tensor]) -> Tensor:
+            return self.layer(named["image"]) + named["other"]
+
+    class Writing(Returning):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.add_(1).relu_())
+
+    x = torch.randn(2, 3, 4, 4)
+    for model, args in ((Rest, [x, x + 1]), (Rest, [x]), (Mapped, [{"image": x, "other": x + 1}]), (Writing, [x])):
+        before = x.clone()
+        proto = onnx.load(export_onnx(model(None).eval(), args, tmp_path / "model.onnx", {0: "batch"}))
+        assert len(proto.graph.input) == (1 if args == [x] else 2)
+        assert all(e.type.tensor_type.shape.dim[0].dim_param == "batch" for e in proto.graph.input)
+        torch.testing.assert_close(x, before, rtol=0, atol=0)
+
+
+@needs_runtime
+def test_an_empty_example(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(RuntimeError, match="args holds an empty tensor; give an example with values"):
+        export_onnx(small(), torch.randn(0, 4, 5, 5), tmp_path / "model.onnx")
+
+
+@needs_runtime
+def test_threads_export_one_after_the_other(tmp_path: pathlib.Path) -> None:
+    def export(i: int) -> Any:
+        return onnx.load(export_onnx(small(), torch.randn(1, 4, 6, 6), tmp_path / f"{i}.onnx"))
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        for proto in pool.map(export, range(3)):
+            assert len(adder_nodes(proto.graph)) == 1 and len(proto.functions) == 1
+    assert not onnx_export.translating
+
+
+# ---- Ctrl-C
+
+
+def interrupt(*args: Any, **kwargs: Any) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("aftermath", ["another exception", "swallowed", "as it is"])
+def test_ctrl_c_is_no_fault_of_the_network(aftermath: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """torch's modes may fail while they clean up, and a callback of a weak reference drops its exception."""
+    real = torch.onnx.export
+
+    def export(*args: Any, **kwargs: Any) -> Any:
+        if aftermath == "as it is":
+            interrupt()
+        try:
+            interrupt()
+        except KeyboardInterrupt:
+            if aftermath == "another exception":
+                raise RuntimeError("Attempted to unset ProxyTorchDispatchMode") from None
+        return real(*args, **kwargs)
+
+    export.__signature__ = inspect.signature(real)
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(small(), torch.randn(1, 4, 6, 6), tmp_path / "model.onnx", check=False)
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_fault_after_an_earlier_ctrl_c_stays_one(tmp_path: pathlib.Path) -> None:
+    """As in: try: train() except KeyboardInterrupt: export_onnx(...)."""
+    try:
+        interrupt()
+    except KeyboardInterrupt:
+        with pytest.raises(RuntimeError, match="the network itself fails on args"):
+            export_onnx(small(), torch.zeros(1, 3, 8, 8), tmp_path / "model.onnx", check=CHECK)
+
+
+# ---- layers that only look like adder layers
+
+
+class Biased(nn.Module):
+    """The parameter `bias` is part of the layer, and not where the published layers have theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stride, self.padding = 1, 1
+        self.adder, self.bias = nn.Parameter(torch.randn(8, 4, 3, 3)), nn.Parameter(torch.full((8,), 5.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch2trt_adder.adder2d(x, self.adder, self.bias, 1, 1)
+
+
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stride, self.padding, self.kernel_size = 2, 1, 3
+        self.adder = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spread = x.new_zeros(*x.shape[:2], 2 * x.shape[2] - 1, 2 * x.shape[3] - 1)
+        spread[:, :, ::2, ::2] = x
+        return torch2trt_adder.adder2d(spread, self.adder, None, 1, 1)
+
+
+class Scaling(nn.Module):
+    """Registered with fields that do not tell all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch2trt_adder.adder2d(x, self.weight) * 1.01
+
+
+@pytest.mark.parametrize("layer", [Biased, Transposed, Scaling])
+def test_layers_that_compute_something_else(layer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Whether `adopt` refuses them or not, no file comes of it, checked in ONNX Runtime or not."""
+    monkeypatch.setattr("torch2trt_adder.module._adder_classes", {Scaling: lambda module: {"weight": module.weight}})
+    x = torch.randn(2, 4, 8, 8)
+    for check in {False, CHECK}:
+        with pytest.raises((RuntimeError, ValueError)):
+            export_onnx(nn.Sequential(layer()).eval(), x, tmp_path / "model.onnx", check=check)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda layer: layer.b.data.add_(1), "output 0 differs between the network with Adder2d in place .* and the network as it is by"),
+        (lambda layer: setattr(layer, "stride", (2, 2)), r"output 0 is .* \[2, 5, 4, 4\] in the network with Adder2d in place"),
+        (lambda layer: setattr(layer, "groups", 2), "the network fails on args once its adder layers are replaced"),
+    ],
+)
+def test_the_network_that_was_given_is_what_counts(
+    wrong: Any, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """Adopted layers stand for the network's own only as long as they compute the same."""
+
+    def adopted(model: nn.Module) -> nn.Module:
+        layer = Adder2d(4, 5, 3, padding=1, bias=True)
+        layer.adder.data, layer.b.data = model[0].weight.data, model[0].bias.data.clone()
+        wrong(layer)
+        return nn.Sequential(layer).eval()
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(5, 4, 3, 3)), nn.Parameter(torch.randn(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch2trt_adder.adder2d(x, self.weight, self.bias, 1, 1)
+
+    monkeypatch.setattr(onnx_export.converter, "_adopted_copy", adopted)
+    with pytest.raises(RuntimeError, match=f"export_onnx: .*{message}.*looks like an adder layer"):
+        export_onnx(nn.Sequential(Own()).eval(), torch.randn(2, 4, 8, 8), tmp_path / "model.onnx", check=False)
+
+
+@needs_runtime
+def test_other_extents_are_compared_with_the_network_that_was_given(tmp_path: pathlib.Path) -> None:
+    """It branches where its adopted copy does not."""
+
+    class Branching(PublishedStyle):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1 if x.shape[0] == 3 else 2)
+
+    with pytest.raises((RuntimeError, ValueError), match="for batch = 2|adopt"):
+        export_onnx(nn.Sequential(Branching()).eval(), torch.randn(3, 3, 9, 9), tmp_path / "model.onnx", {0: "batch"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_without_adder_layers_says_so(tmp_path: pathlib.Path) -> None:
+    x = torch.randn(1, 3, 4, 4)
+    with pytest.warns(UserWarning, match="export_onnx: Conv2d has no adder layer, so .*model.onnx holds none; adopt") as seen:
+        export_onnx(nn.Conv2d(3, 4, 3).eval(), x, tmp_path / "model.onnx", check=CHECK)
+    assert seen[0].filename == __file__ and (tmp_path / "model.onnx").is_file()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        export_onnx(Adder2d(3, 4, 3).eval(), x, tmp_path / "model.onnx", check=CHECK)
+
+
+# ---- the limits in the file
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "5", "null", '"x"', "[" * 5000, '{"n": 5}', '{"n": [1]}', '{"n": [1, 2, 3]}', '{"n": [-1, 2]}', '{"n": [3, 2]}']
+    + ['{"n": ["1", 2]}', '{"n": [null, 2]}', '{"n": [true, 2]}', '{"n": [0, 2.5]}', '{"n": [0, NaN]}', '{"n": [0, true]}'],
+)
+def test_extents_that_no_export_writes(text: str) -> None:
+    proto = onnx.ModelProto()
+    assert onnx_export.extents(proto) == {}
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = onnx_export.EXTENTS, '{"n": [0, null], "m": [3, 4]}'
+    assert onnx_export.extents(proto) == {"n": (0, None), "m": (3, 4)}
+    entry.value = text
+    with pytest.raises(ValueError, match=r"the metadata torch2trt_adder\.extents of the file must map axes to limits"):
+        onnx_export.extents(proto)
+
+
 # ---- torch.onnx.export itself
 
 PLAIN = [pytest.param({"dynamo": True}, id="dynamo"), pytest.param({"dynamo": False}, id="torchscript")]
@@ -486,7 +820,8 @@ def test_network_that_torch_cannot_export(tmp_path: pathlib.Path) -> None:
     [
         ([{0: "batch"}, {}], "dynamic holds 2 mappings, but args 1 tensors"),
         ([{4: "depth"}], r"input 0 has 4 axes and no axis 4 \('depth'\)"),
-        ({"batch": 0}, r'must map axes to names, as \{0: "batch"\}'),
+        ({-1: "width"}, r'must map axes, counted from 0, to names, as \{0: "batch"\}'),
+        ({0: ""}, r'must map axes, counted from 0, to names, as \{0: "batch"\}'),
         ({0: "batch", 4: "depth"}, r"no input has an axis 4 \('depth'\)"),
     ],
 )
@@ -496,11 +831,31 @@ def test_dynamic_that_does_not_fit(dynamic: Any, message: str, tmp_path: pathlib
 
 
 @pytest.mark.parametrize(
+    "dynamic",
+    [True, 0, "batch", {0}, {"batch": 0}, {0: 1}, {True: "batch"}, {0.0: "batch"}, {0: None}, ["batch"], [0], [[0]], {(0, 1): "n"}],
+)
+def test_dynamic_of_another_type(dynamic: Any, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(TypeError, match=r'export_onnx: dynamic must map axes to names, as \{0: "batch"\}, or be a list'):
+        export_onnx(small(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx", dynamic, check=CHECK)
+
+
+def test_dynamic_of_numpy_and_of_one_name(tmp_path: pathlib.Path) -> None:
+    args = [torch.randn(2, 4, 5, 5), torch.randn(2, 3)]
+    for dynamic in ({np.int64(0): "n"}, ({0: "n"}, None), [{np.int32(0): "n"}, {0: "n"}]):
+        assert onnx_export._dynamic_shapes(tuple(args), dynamic)[0] == {0: "n"}
+    args[1] = torch.randn(3, 3)
+    with pytest.raises(ValueError, match="axis 0 of input 0 and axis 0 of input 1 one name, 'n', but their extents are 2 and 3"):
+        export_onnx(small(), args, tmp_path / "model.onnx", {0: "n"}, check=CHECK)
+
+
+@pytest.mark.parametrize(
     "names, message",
     [
         ({"input_names": ["x", "z"]}, r"input_names must hold 1 different names, one for each input, got \['x', 'z'\]"),
         ({"output_names": ["y", "z"]}, "output_names must hold 1 different names"),
         ({"output_names": []}, "output_names must hold 1 different names"),
+        ({"output_names": [""]}, "output_names must hold 1 different names"),
+        ({"input_names": ["x"], "output_names": ["x"]}, "output_names holds 'x', which is the name of an input"),
     ],
 )
 def test_names_that_do_not_fit(names: Any, message: str, tmp_path: pathlib.Path) -> None:
@@ -546,8 +901,8 @@ class Sized(nn.Module):
 @pytest.mark.parametrize(
     "function, limits",
     [
-        (lambda y, shape: 2 * y if shape[0] > 4 else y, {"batch": [0, 4]}),
-        (lambda y, shape: 2 * y if shape[0] < 4 else y, {"batch": [4, None]}),
+        (lambda y, shape: 2 * y if shape[0] > 4 else y, {"batch": (0, 4)}),
+        (lambda y, shape: 2 * y if shape[0] < 4 else y, {"batch": (4, None)}),
         (lambda y, shape: y * shape[0], {}),
     ],
 )
@@ -577,7 +932,7 @@ def test_axes_beside_an_argument_that_is_no_tensor(tmp_path: pathlib.Path, recwa
     args, dynamic = (torch.randn(2, 3, 8, 8), 2, torch.randn(4, 5)), [{0: "batch"}, {0: "rows"}]
     proto = onnx.load(export_onnx(Scaled().eval(), args, tmp_path / "model.onnx", dynamic, check=CHECK))
     first = [entry.type.tensor_type.shape.dim[0].dim_param for entry in (*proto.graph.input, *proto.graph.output)]
-    assert first == ["batch", "rows", "batch"] and onnx_export.extents(proto) == {"rows": [0, 7]}
+    assert first == ["batch", "rows", "batch"] and onnx_export.extents(proto) == {"rows": (0, 7)}
     assert not [str(w.message) for w in recwarn if "renamed" in str(w.message)]
 
 

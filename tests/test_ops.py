@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -650,3 +651,132 @@ def test_memory_is_bounded():
     *ours, broadcast = (float(line) for line in result.stdout.split())
     assert broadcast > 400
     assert max(ours) < 65, ours
+
+
+# ---- arguments
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_numpy_integers_are_integers(kind):
+    x, w, _ = SMALL.tensors()
+    expected = adder2d(x, w, None, 2, 1, 1, 1)
+    assert torch.equal(adder2d(x, w, None, kind(2), kind(1), kind(1), kind(1)), expected)
+    assert torch.equal(adder2d(x, w, None, (kind(2), 2), [kind(1), 1], np.array([1, 1], kind), kind(1)), expected)
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+@pytest.mark.parametrize("bad", [True, 1.0, "1", (1.0, 1), (True, 1), None, np.float32(1), np.bool_(True)], ids=repr)
+def test_what_is_not_an_integer_is_refused(bad, where):
+    x, w, _ = (t.to(where) for t in SMALL.tensors())
+    for name in ("stride", "padding", "dilation", "groups"):
+        with pytest.raises(TypeError, match=f"adder2d: {name} must be an int"):
+            adder2d(x, w, **{name: bad})
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_geometry_beyond_int32(name, where):
+    x, w = _ones(1, 1, 4, 4, device=where), _ones(1, 1, 1, 1, device=where)
+    for value in (2**31, (1, 2**40)):
+        with pytest.raises(ValueError, match=f"adder2d: {name} must be below 2\\^31, got "):
+            adder2d(x, w, **{name: value})
+    if name != "padding":
+        assert adder2d(x, w, **{name: 2**31 - 1}).shape == ((1, 1, 1, 1) if name == "stride" else (1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.tolist, torch.Tensor.numpy])
+def test_lists_and_arrays_are_no_tensors(convert):
+    tensors = SMALL.tensors()
+    for i, name in enumerate(("input", "weight", "bias")):
+        arguments = list(tensors)
+        arguments[i] = convert(arguments[i])
+        with pytest.raises(TypeError, match=rf"adder2d: {name} must be a torch.Tensor.*, got a \w+; convert") as info:
+            adder2d(*arguments)
+        assert len(str(info.value)) < 120  # without the values
+
+
+def _shrink(tensor, size):
+    tensor.untyped_storage().resize_(size)
+    return tensor
+
+
+@dtypes
+@pytest.mark.parametrize("freed", range(3))
+@pytest.mark.parametrize("rest", [0.0, 0.99])
+def test_freed_memory_is_refused(device, dtype, freed, rest):
+    """Reading it would end the process."""
+    for memory_format in FORMATS:
+        tensors = SMALL.tensors(dtype, device, memory_format)
+        _shrink(tensors[freed], int(rest * tensors[freed].nbytes))
+        name = ("input", "weight", "bias")[freed]
+        with pytest.raises(RuntimeError, match=rf"adder2d: the storage of {name} \[.*\] holds \d+ of the \d+ bytes"):
+            adder2d(*tensors, 1, 1)
+
+
+def test_freed_memory_of_views():
+    x, w, _ = SMALL.tensors()
+    view = torch.randn(4, 32, 22, 9)[1:3, ::2, ::2]
+    expanded = w[:, :1].clone().expand_as(w)
+    last = 4 * (1 + view.storage_offset() + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)))
+    assert_forward(adder2d(_shrink(view, last), expanded, None, 1, 1), view, expanded, None, SMALL.geometry)
+    with pytest.raises(RuntimeError, match=rf"storage of input .* holds {last - 4} of the {last} bytes"):
+        adder2d(_shrink(view, last - 4), expanded, None, 1, 1)
+    with pytest.raises(RuntimeError, match="storage of weight"):
+        adder2d(x, _shrink(expanded, 0), None, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_freed_memory_in_backward(device, dtype):
+    for freed in range(2):
+        x, w, _ = SMALL.tensors(dtype, device)
+        y = adder2d(x.requires_grad_(), w.requires_grad_(), None, 1, 1)
+        _shrink((x, w)[freed], 0)
+        with pytest.raises(RuntimeError, match=f"the storage of {('input', 'weight')[freed]} "):
+            y.backward(torch.ones_like(y))
+    for name in ("adder2d_grad_input", "adder2d_grad_weight"):
+        x, w, _ = SMALL.tensors(dtype, device)
+        dy = _shrink(adder2d(x, w, None, 1, 1), 0)
+        with pytest.raises(RuntimeError, match="the storage of grad_output "):
+            getattr(torch.ops.torch2trt_adder, name)(dy, x, w, *SMALL.geometry)
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_direct_calls_check_eta_and_gradients(where, dtype):
+    op = torch.ops.torch2trt_adder
+    x, w, b = (t.to(where) for t in SMALL.tensors(dtype))
+    dy = adder2d(x, w, None, *SMALL.geometry)
+    for eta in (0.0, -1.0, float("nan"), float("inf")):
+        for context in (torch.inference_mode, contextlib.nullcontext):
+            with context(), pytest.raises(ValueError, match=f"adder2d_eta: eta must be None or .* got {eta}"):
+                op.adder2d_eta(x, w, b, *SMALL.geometry, eta)
+        with pytest.raises(ValueError, match=f"adder2d_grad_weight: eta must be None or .* got {eta}"):
+            op.adder2d_grad_weight(dy, x, w, *SMALL.geometry, eta)
+    for name in ("adder2d_grad_input", "adder2d_grad_weight"):
+        for bad in (dy[:1], dy[:, :, 1:], dy[0], dy[:, 1:]):
+            with pytest.raises(ValueError, match=rf"{name}: grad_output must be \[2, 17, 11, 9\], .* got \[.*\]"):
+                getattr(op, name)(bad, x, w, *SMALL.geometry)
+        with pytest.raises(TypeError, match=f"{name}: grad_output must have a floating-point dtype, got torch.int64"):
+            getattr(op, name)(dy.long(), x, w, *SMALL.geometry)
+
+
+@pytest.mark.parametrize("eta", [-1, 0.0, "0.2", True, torch.tensor(0.3)], ids=repr)
+def test_eta_is_checked_without_gradients(eta):
+    x, w, _ = SMALL.tensors()
+    with pytest.raises((TypeError, ValueError), match="adder2d: eta must be None or a finite number above 0, got "):
+        adder2d(x, w, eta=eta)
+
+
+@pytest.mark.parametrize("eta", [0.2, 0.1, None])
+def test_fx_traces_at_every_eta(eta):
+    net = _Net(eta)
+    traced = torch.fx.symbolic_trace(net)
+    x = SMALL.tensors()[0]
+    y, z = net(x), traced(x)
+    assert torch.equal(y, z)
+    dy = torch.randn_like(y)
+    expected, actual = (torch.autograd.grad(out, (net.w, net.b), dy) for out in (y, z))  # traced shares the parameters
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    with torch.no_grad(), _Record() as record:
+        traced(x)
+    assert record.names[-1] == "adder2d"

@@ -1,5 +1,6 @@
 """The TensorRT plugin: its C interface played by plugin_driver.cpp, real plugin registries, and engines on a GPU."""
 
+import concurrent.futures
 import functools
 import gc
 import importlib
@@ -41,18 +42,25 @@ def run_python(code: str, *arguments: object) -> str:
 # ---- the driver
 
 
+def compiler() -> str:
+    found = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))), None)
+    if found is None:
+        pytest.skip("needs a C++ compiler")
+    library.load()  # says how to build it where it is missing
+    return found
+
+
+def compile_cpp(*arguments: object) -> None:
+    flags = ["-std=c++17", "-Wall", "-Wno-unknown-warning-option", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
+    built = run(compiler(), *flags, *arguments)
+    assert built.returncode == 0, built.stderr
+
+
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Runs plugin_driver on the library with the given arguments and returns its last line."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))), None)
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    library.load()  # says how to build it where it is missing
     program = tmp_path_factory.mktemp("driver") / "plugin_driver"
-    source = ROOT / "tests" / "plugin_driver.cpp"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-warning-option", "-rdynamic", f"-I{ROOT / 'csrc'}"]
-    built = run(compiler, *flags, source, "-ldl", "-o", program)
-    assert built.returncode == 0, built.stderr
+    compile_cpp("-O1", "-rdynamic", ROOT / "tests" / "plugin_driver.cpp", "-ldl", "-o", program)
 
     def play(*arguments: object) -> str:
         done = run(program, library.path(), *arguments)
@@ -74,6 +82,31 @@ def test_exported_symbols() -> None:
 
 def test_contract_of_both_generations(driver: Callable[..., str]) -> None:
     assert_checked(driver("contract"), 10000)
+
+
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def test_random_cases_under_sanitizers(tmp_path: pathlib.Path) -> None:
+    """Whatever TensorRT, an engine's bytes or a caller of the C functions hands over: no crash, no overflow, no wrong answer."""
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}")
+    if run(compiler(), *SANITIZERS, probe, "-o", tmp_path / "probe").returncode != 0:
+        pytest.skip("needs a C++ compiler with address and undefined-behaviour sanitizers: apt install g++")
+    csrc = ROOT / "csrc"
+    plugin_sources = [csrc / "tensorrt" / f"{name}.cpp" for name in ("attributes", "plugin_v2", "plugin_v3")]
+    tests = [ROOT / "tests" / "plugin_fuzz.cpp", ROOT / "tests" / "fuzz_functions.cpp"]
+    sources = [*tests, csrc / "cpu.cpp", csrc / "problem.cpp", *plugin_sources]
+    objects = [tmp_path / f"{source.stem}.o" for source in sources]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda pair: compile_cpp(*SANITIZERS, "-g1", "-c", pair[0], "-o", pair[1]), zip(sources, objects)))
+    program, built = tmp_path / "plugin_fuzz", library.path()
+    compile_cpp(*SANITIZERS, "-rdynamic", *objects, built, f"-Wl,-rpath,{built.parent}", "-ldl", "-pthread", "-o", program)
+    options = {"ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    done = subprocess.run([program, "0", "5000"], capture_output=True, text=True, timeout=300, env={**os.environ, **options})
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("torch2trt_adder: ")]  # its refusals
+    assert done.returncode == 0 and not errors, "\n".join([done.stdout[-2000:], *errors[:40]])
+    assert_checked(done.stdout.strip().splitlines()[-1], 500_000)
 
 
 @pytest.mark.gpu
@@ -172,6 +205,20 @@ def test_attributes_that_no_layer_can_have(trt_name: str) -> None:
         assert str(value) in str(raised.value)
 
 
+@pytest.mark.parametrize("value", [1.9, "23", "1", True, None, (1.0, 1), 2**31, np.float32(1), np.bool_(True)], ids=repr)
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation", "groups", "output_type"])
+def test_attributes_that_are_no_integers(trt_name: str, name: str, value: Any) -> None:
+    trt = importlib.import_module(trt_name)
+    with pytest.raises(ValueError, match=f"adder2d: {name} must be ") as raised:
+        plugin.create("layer", trt=trt, **{name: value})
+    assert repr(value) in str(raised.value)
+
+
+def test_numpy_integers_as_attributes(trt_name: str) -> None:
+    trt = importlib.import_module(trt_name)
+    assert plugin.create("layer", np.int64(2), np.array([1, 0]), [np.int32(1), 1], np.uint8(2), trt.float16, trt=trt)
+
+
 def test_creator_reports_bad_fields(trt_name: str, capfd: pytest.CaptureFixture) -> None:
     """Other users of the plugin, such as the ONNX parser, pass their fields straight to the creator."""
     trt = importlib.import_module(trt_name)
@@ -193,6 +240,11 @@ def test_network_without_plugin_layers() -> None:
     weight = torch.zeros(8, 4, 3, 3)
     with pytest.raises(ValueError, match=r"needs a weight \[K, 2, R, S\]"):
         plugin.add_adder2d(network, x, weight, groups=2, trt=trt)
+    for bad in ({"stride": 1.9}, {"padding": "11"}, {"dilation": 2**31}, {"groups": 1.0}, {"output_type": 0.5}):
+        (name,) = bad
+        with pytest.raises(ValueError, match=f"adder2d: {name} must be "):
+            plugin.add_adder2d(network, x, weight, **bad, trt=trt)
+    assert network.num_layers == 0
     with pytest.raises(ValueError, match=r"bias must be \[8\]"):
         plugin.add_adder2d(network, x, weight, torch.zeros(7), trt=trt)
     with pytest.raises(ValueError, match="does not fit"):
@@ -201,6 +253,28 @@ def test_network_without_plugin_layers() -> None:
         plugin.add_adder2d(network, half_integer, weight, trt=trt)
     with pytest.raises(RuntimeError, match="offer no plugin layers"):
         plugin.add_adder2d(network, x, weight, trt=trt)
+
+
+BAD_FIELDS = {
+    "twice": ({"dilation": [1, 1]}, 2, "field dilation was given twice"),
+    "unknown": ({"strides": [2, 2]}, 1, 'the fields stride, padding, dilation, groups and output_type, got "strides"'),
+    "too many values": ({"groups": [1, 1]}, 1, "field groups must hold 1 value, got 2"),
+}
+
+
+@pytest.mark.parametrize("values, times, reason", BAD_FIELDS.values(), ids=BAD_FIELDS.keys())
+def test_creator_reports_malformed_fields(
+    trt_name: str, values: dict[str, list[int]], times: int, reason: str, capfd: pytest.CaptureFixture
+) -> None:
+    """A field that were passed over would give a layer of wrong results."""
+    trt = importlib.import_module(trt_name)
+    plugin.register(trt)
+    creator = plugin._find_creator(trt.get_plugin_registry())
+    arrays = {name: np.array(value, np.int32) for name, value in values.items()}  # a PluginField does not own its data
+    fields = [trt.PluginField(name, array, trt.PluginFieldType.INT32) for name, array in arrays.items()] * times
+    phase = [trt.TensorRTPhase.BUILD] if hasattr(trt, "TensorRTPhase") else []
+    assert creator.create_plugin("layer", trt.PluginFieldCollection(fields), *phase) is None
+    assert f"torch2trt_adder: {reason}" in capfd.readouterr().err.replace("an Adder2d layer has ", "")
 
 
 def test_import_without_tensorrt() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -340,6 +341,43 @@ def test_example_plot(run_example, tmp_path):
     assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_example_diverges(run_example, tmp_path):
+    """What the first epoch wrote stays as it was; the reason comes with the epoch and the batch."""
+    run_example(*TINY, "--output", str(tmp_path), "--stop-after", "1")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    state = load(tmp_path)
+    state["model"]["fc1.weight"][0, 0] = torch.inf  # as a step that went too far leaves it
+    torch.save(state, tmp_path / "last.pt")
+    before[tmp_path / "last.pt"] = (tmp_path / "last.pt").read_bytes()
+    message = run_example(*TINY, "--output", str(tmp_path), "--resume", error=True)
+    assert "train_cifar: the loss became NaN in epoch 2, batch 1: training diverged; lower the learning rate. " in message
+    assert f"Begin again with a lower --lr, in another --output; {tmp_path}/last.pt is still that of epoch 1." in message
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_example_diverges_in_its_first_epoch(run_example, tmp_path):
+    message = run_example(*TINY, "--output", str(tmp_path), "--lr", "1e9", error=True)
+    assert "in epoch 1, batch " in message and "with a lower --lr, in another --output." in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_example_last_step_diverges(run_example, tmp_path):
+    """One step an epoch: no loss of the epoch shows what it did."""
+    arguments = ("--samples", "16", "--batch", "16", "--output", str(tmp_path))
+    message = run_example(*TINY, *arguments, "--lr", "3e38", "--eta", "100", error=True)
+    assert "is not finite" in message and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [(b"", r"last\.pt is empty; copy"), ({"epoch": 3}, r"last\.pt was not written by this program; give another --output")],
+)
+def test_example_resumes_from_a_bad_file(run_example, tmp_path, content, reason):
+    last = tmp_path / "last.pt"
+    last.write_bytes(content) if isinstance(content, bytes) else torch.save(content, last)
+    assert re.search(reason, run_example(*TINY, "--output", str(tmp_path), "--resume", error=True))
+
+
 def test_example_errors(run_example, tmp_path):
     run = functools.partial(run_example, *TINY, "--output", str(tmp_path), error=True)
     assert f"there is no {tmp_path}/last.pt to resume from; leave --resume away" in run("--resume")
@@ -348,5 +386,6 @@ def test_example_errors(run_example, tmp_path):
     assert "last.pt is there already; --resume goes on from it" in run()
     assert "this run began with --lr 0.1, and cannot go on with 0.5" in run("--resume", "--lr", "0.5")
     assert "must be 1 or more, got 0" in run("--epochs", "0")
+    assert "must be finite and not below 0, got nan" in run("--lr", "nan")
     (tmp_path / "file").touch()
     assert "cannot be made" in run_example(*TINY, "--output", str(tmp_path / "file"), error=True)

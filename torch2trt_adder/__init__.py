@@ -1,18 +1,11 @@
 """Adder layers (AdderNet) as a PyTorch operator and module and as a TensorRT plugin with its torch2trt converter.
 
-Importing this needs torch alone. Where torch2trt or torch_tensorrt is installed, the import registers a converter with it.
+Importing this needs only torch. Where torch2trt or torch_tensorrt is installed, the import registers a converter with it.
 """
 
-import importlib.util
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from . import ops
-from .converter import convert
-from .engine import Engine, build_engine
-from .module import Adder2d, adderize, adopt, register_adder_class, scale_gradients, set_eta
-from .onnx_export import export_onnx
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,36 +17,52 @@ __all__ = [
     "build_engine",
     "convert",
     "export_onnx",
+    "load_checkpoint",
     "register_adder_class",
     "scale_gradients",
     "set_eta",
 ]
 
-
-def adder2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    eta: float | None = ops.ETA,
-) -> Tensor:
-    # Through the module: torch2trt hooks ops.adder2d by its qualified name.
-    return ops.adder2d(input, weight, bias, stride, padding, dilation, groups, eta)
-
-
-adder2d.__doc__ = ops.adder2d.__doc__
-
-_torch_tensorrt_error: Exception | None = None
-if importlib.util.find_spec("torch_tensorrt"):
-    try:
-        from . import torch_tensorrt_converter  # noqa: F401
-    except Exception as error:  # a torch_tensorrt of another torch or TensorRT; all else works without it
-        _torch_tensorrt_error = error
+if TYPE_CHECKING:
+    from ._api import (
+        Adder2d as Adder2d,
+        Engine as Engine,
+        adder2d as adder2d,
+        adderize as adderize,
+        adopt as adopt,
+        build_engine as build_engine,
+        convert as convert,
+        export_onnx as export_onnx,
+        load_checkpoint as load_checkpoint,
+        register_adder_class as register_adder_class,
+        scale_gradients as scale_gradients,
+        set_eta as set_eta,
+        torch_tensorrt_error as torch_tensorrt_error,
+    )
 
 
-def torch_tensorrt_error() -> Exception | None:
-    """Why the converter for Torch-TensorRT could not be registered where torch_tensorrt is installed."""
-    return _torch_tensorrt_error
+def _load() -> None:
+    """Makes the public names, and registers the converters."""
+    from . import _api
+
+    for name in (*__all__, "torch_tensorrt_error"):
+        globals()[name] = getattr(_api, name)
+
+
+def _is_command_line() -> bool:
+    """Whether this is `torch2trt-adder` or `python -m torch2trt_adder`: these read their arguments before they load torch."""
+    if sys.argv[:1] == ["-m"]:  # what Python makes of it while it looks for the module
+        return ("-m", __name__) in zip(sys.orig_argv, sys.orig_argv[1:])
+    return bool(sys.argv) and os.path.basename(sys.argv[0]) == "torch2trt-adder"
+
+
+def __getattr__(name: str) -> Any:
+    """The public names where `_load` was not called: in the processes that a model's code starts from the command line."""
+    if name not in (*__all__, "torch_tensorrt_error"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _load()
+    return globals()[name]
+
+
+if not _is_command_line():
+    _load()

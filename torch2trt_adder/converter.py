@@ -4,7 +4,6 @@ Importing this file needs torch alone. Where torch2trt is installed, it also imp
 ``torch2trt(model, [x])`` work on adder layers.
 """
 
-import copy
 import functools
 import importlib.util
 import math
@@ -21,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from . import compat
-from .module import _layer_fields, adopt
+from .eval_mode import training_layer
+from .lookalikes import adopted_copy as _adopted_copy
+from .options import did_you_mean, torch2trt_options
 
 _DTYPES = (torch.float32, torch.float16)
 _TRIALS, _FACTOR = 3, 2
@@ -82,12 +83,12 @@ def convert(
     network can explain (see `rounding_bounds`), and be finite where PyTorch's are.
 
     Args:
-        model: a network in eval mode on a GPU; float32 or float16.
+        model: a network on a GPU; float32 or float16; in eval mode where that makes a difference.
         inputs: its positional arguments as a list or tuple, or one tensor; the example that is traced.
         route: "torch2trt"; "onnx" (`export_onnx`, `build_engine`), which needs no torch2trt and knows more operators;
             "auto" takes torch2trt where it can convert this network, else ONNX, and says on stderr which and why.
         torch2trt_kwargs: fp16_mode, max_batch_size, min_shapes, opt_shapes, max_shapes, input_names, output_names and
-            max_workspace_size on both routes; through torch2trt whatever else it takes.
+            max_workspace_size on both routes; through torch2trt also its other options, and allow_constants.
 
     Returns:
         A module called like `model`; its attribute ``route`` tells the way. From torch2trt a TRTModule, saved with
@@ -95,11 +96,12 @@ def convert(
 
     Raises:
         RuntimeError: no GPU, no TensorRT, or neither torch2trt nor onnx; no engine; an engine that differs from PyTorch.
-        TypeError: `inputs` is no list, a dtype that TensorRT does not take here, or an option that the route has not.
-        ValueError: the model is in training mode, or model and inputs are not on one GPU; no such route.
+        TypeError: `inputs` is no list, a dtype that TensorRT does not take here, or an option that the route does not know.
+        ValueError: a layer in training mode that computes something else there (dropout, BatchNorm), or model and inputs are not on one GPU; no such route.
     """
     if route not in ROUTES:
         raise ValueError(f"convert: route must be one of {', '.join(ROUTES)}, got {route!r}.")
+    _check_options(route, torch2trt_kwargs)
     if isinstance(inputs, Tensor):
         inputs = [inputs]
     example = _check_arguments(model, inputs)
@@ -192,6 +194,20 @@ _SHAPES = ("min_shapes", "opt_shapes", "max_shapes")
 _ONNX_OPTIONS = (*_SHAPES, "fp16_mode", "max_batch_size", "input_names", "output_names", "max_workspace_size")
 
 
+def _check_options(route: str, options: dict[str, Any]) -> None:
+    """Raises for an option that no engine of this route can have: torch2trt itself ignores those that it does not know."""
+    known = list(_ONNX_OPTIONS)
+    if route != "onnx":
+        if "torch2trt" not in globals():  # not installed: what it would take is not known here
+            return
+        known += [name for name in torch2trt_options(torch2trt.torch2trt) if name not in known]
+    for name in options:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; its options are {', '.join(known)}."
+            also = "" if route != "onnx" else " (route='torch2trt' takes all of torch2trt's options.)"
+            raise TypeError(f"convert: route {route!r} has no option {name!r}{hint}{also}")
+
+
 def _not_for_onnx(inputs: Any, options: dict[str, Any]) -> str | None:
     """What the ONNX route cannot take of what was given to `convert`, as one sentence."""
     unknown = sorted(set(options) - set(_ONNX_OPTIONS))
@@ -245,11 +261,13 @@ def _dynamic_axes(
     least, usual, most = _shapes(tensors, options)
     axes: list[dict[int, str]] = [{} for _ in tensors]
     ranges = {}
+    extent_of: dict[str, int] = {}
     for i, (a, b, c) in enumerate(zip(least, usual, most)):
         for axis, extents in enumerate(zip(a, b, c)):
             if extents[0] != extents[2]:
-                # Axes of one range are taken for one and the same, which the exporter then finds out.
-                axes[i][axis] = f"axis{axis}_{extents[0]}_{extents[2]}"
+                # Axes of one range and one extent are taken for one and the same, which the exporter then finds out.
+                name, extent = f"axis{axis}_{extents[0]}_{extents[2]}", tensors[i].shape[axis]
+                axes[i][axis] = name if extent_of.setdefault(name, extent) == extent else f"{name}_{extent}"
                 ranges[f"{names[i]}:{axis}"] = (extents[0], min(max(extents[1], extents[0]), extents[2]), extents[2])
     return (axes if ranges else None), ranges
 
@@ -290,31 +308,25 @@ class _Structured(nn.Module):
         return tree_unflatten([outputs] if isinstance(outputs, Tensor) else list(outputs), self._structure)
 
 
-def _adopted_copy(model: nn.Module) -> nn.Module:
-    """`model` with its foreign adder layers adopted: a copy that shares all tensors; itself without any."""
-    if all(_layer_fields(layer) is None for layer in model.modules()):
-        return model
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return adopt(copy.deepcopy(model, shared))
-
-
 def _contiguous(value: Any) -> Any:
     return value.contiguous() if isinstance(value, Tensor) else value
 
 
 def check_model(caller: str, model: nn.Module) -> None:
-    """Raises unless `model` is a network in eval mode, written in Python."""
+    """Raises unless `model` is a network written in Python of which no part computes something else in eval mode."""
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}"
             + ("; give the module that it was made of." if isinstance(model, torch.jit.ScriptModule) else ".")
         )
-    for name, layer in model.named_modules():
-        if layer.training:
-            raise ValueError(
-                f"{caller}: {f'layer {name!r}' if name else 'the model'} is in training mode, where BatchNorm and "
-                "dropout do not do what an engine does; call model.eval() first."
-            )
+    found = training_layer(model)
+    if found is not None:
+        path, layer = found
+        name = f"layer {path!r}" if path else "the model"
+        raise ValueError(
+            f"{caller}: {name if path and not model.training else 'the model'} is in training mode, where {name} "
+            f"({type(layer).__name__}) does not compute what it does in an engine; call model.eval() first."
+        )
 
 
 def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:

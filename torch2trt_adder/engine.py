@@ -19,11 +19,9 @@ import json
 import numbers
 import pathlib
 import re
-import signal
 import struct
 import sys
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -34,8 +32,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import files, library, plugin
-from .onnx_export import DOMAIN, OP_TYPE, adder_nodes, extents
+from . import files, interrupts, library, onnx_nodes, plugin
+from .onnx_nodes import DOMAIN, OP_TYPE, adder_nodes, extents
+from .progress import elapsed
 
 Range = tuple[int, int, int]
 
@@ -82,17 +81,18 @@ def build_engine(
     Raises:
         RuntimeError: onnx or TensorRT is missing; TensorRT refuses the file or builds no engine, with its reasons.
         ValueError: a dynamic axis without a range, a range that is none or beyond what the file holds for, or one for an
-            axis that is not there.
-        OSError: a file that cannot be read or written.
+            axis that is not there; an Adder2d node that cannot be computed; one path given twice.
+        OSError: a file that cannot be read or written, or that holds weights of the ONNX file and is missing.
     """
     onnx_path, engine_path = pathlib.Path(onnx_path), pathlib.Path(engine_path)
     trt = plugin._tensorrt(trt)
     proto = _load_onnx(onnx_path)
-    if engine_path.resolve() == onnx_path.resolve():
-        raise ValueError(f"{engine_path} is the ONNX file itself; name another file for the engine.")
-    files.check_writable(engine_path)
+    outputs = {"the engine": engine_path}
     if timing_cache is not None:
-        files.check_writable(pathlib.Path(timing_cache))
+        outputs["the timing cache"] = pathlib.Path(timing_cache)
+    files.check_apart(outputs, input_files(proto, onnx_path))
+    for path in outputs.values():
+        files.check_writable(path)
     if fp16 and not hasattr(trt.BuilderFlag, "FP16"):
         to_float16(proto, onnx_path.parent)
     log = logger(trt)
@@ -123,6 +123,12 @@ def build_engine(
     return engine_path
 
 
+def input_files(proto: Any, onnx_path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The ONNX file and those that hold its weights, by what they are."""
+    weights = onnx_nodes.external_files(proto, onnx_path.parent)
+    return {"the ONNX file": onnx_path, **{f"the file {path.name} of its weights": path for path in weights}}
+
+
 def _lean_runtime(trt: ModuleType) -> str:
     """What to do where TensorRT cannot write version-compatible plans: it puts its lean runtime into them."""
     version = ".".join(trt.__version__.split(".")[:3])
@@ -134,7 +140,7 @@ def _lean_runtime(trt: ModuleType) -> str:
 
 
 def _load_onnx(path: pathlib.Path) -> Any:
-    """The onnx.ModelProto without the function Adder2d; tensors in other files stay there."""
+    """The onnx.ModelProto, checked, without the function Adder2d; tensors in other files stay there."""
     try:
         import onnx
     except ImportError as error:
@@ -149,6 +155,12 @@ def _load_onnx(path: pathlib.Path) -> Any:
         raise RuntimeError(f"{path} is no ONNX file: it holds no nodes.")
     for function in [f for f in proto.functions if (f.domain, f.name) == (DOMAIN, OP_TYPE)]:
         proto.functions.remove(function)
+    try:
+        onnx_nodes.check_external_files(proto, path.parent)
+        onnx_nodes.check_nodes(proto)
+        extents(proto)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
     return proto
 
 
@@ -466,69 +478,10 @@ def _progress(trt: ModuleType, config: Any, title: str, enabled: bool) -> Iterat
                     self.outer = None
 
         config.progress_monitor = monitor = Monitor()
-        with _ctrl_c(lambda: setattr(monitor, "interrupted", True)):
+        with interrupts.on_ctrl_c(lambda: setattr(monitor, "interrupted", True)):
             yield
         if monitor.interrupted:
             raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _ctrl_c(note: Callable[[], None]) -> Iterator[None]:
-    """Calls `note` instead of raising KeyboardInterrupt, which TensorRT would catch in a callback, print and forget."""
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not usual or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: note())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-_PATIENCE = 2.0  # seconds that need no line
-
-
-class _Bar:
-    """A line on stderr that shows phase, steps and seconds, from the second second on."""
-
-    def __init__(self, title: str) -> None:
-        self._title, self._start, self._text = title, time.monotonic(), ""
-        self._steps, self._done = 0, 0
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def phase(self, name: str, steps: int) -> None:
-        self._text, self._steps, self._done = name, steps, 0
-
-    def step(self) -> None:
-        self._done += 1
-
-    def _run(self) -> None:
-        if self._end.wait(_PATIENCE):
-            return
-        interval = 0.2 if sys.stderr.isatty() else 10  # a log is not to fill up
-        with tqdm(bar_format="{desc}", leave=False) as bar:
-            while True:
-                steps = f", {self._text} {self._done}/{self._steps}" if self._steps else ""
-                bar.set_description_str(f"{self._title}: {time.monotonic() - self._start:.0f} s{steps}")
-                if self._end.wait(interval):
-                    return
-
-    def close(self) -> None:
-        self._end.set()
-        self._thread.join()
-
-
-@contextlib.contextmanager
-def elapsed(title: str) -> Iterator[_Bar]:
-    """Shows `title` and the seconds that have passed, for anything without a progress bar of its own."""
-    bar = _Bar(title)
-    try:
-        yield bar
-    finally:
-        bar.close()
 
 
 # ---- what a plan says about itself
@@ -564,13 +517,42 @@ def plan_version(plan: bytes) -> tuple[int, int, int] | None:
     return plan[24], plan[25], plan[26]
 
 
+def _read_plan(path: pathlib.Path) -> bytes:
+    """Raises an OSError of the class of the failure, FileNotFoundError above all."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise type(error)(f"the engine {path} cannot be read ({error.strerror}).") from error
+
+
+def _not_a_plan(data: bytes) -> str:
+    """What else than a plan some bytes are, and what to do, as the end of a sentence."""
+    again = "build it again on this machine (torch2trt-adder build)"
+    if not data:
+        return f"empty: {again}"
+    if data[:1] == b"\x08" and data[2:3] in (b"\x12", b"\x1a", b"\x3a"):  # a ModelProto's ir_version, then the next field
+        return "an ONNX file: make an engine of it with build_engine (torch2trt-adder build)"
+    return f"no TensorRT engine: {again}"
+
+
+def _cut_off(plan: bytes) -> str | None:
+    """How much of a plan is missing by the size in its header, as part of a sentence; None where nothing is."""
+    size = struct.unpack_from("<Q", plan, 16)[0]
+    if struct.unpack_from("<I", plan, 4)[0] != 0 or len(plan) >= size:
+        return None
+    return f"is cut off: it has {len(plan)} of {size} bytes; copy or build it again"
+
+
 def _deserialize(trt: ModuleType, plan: bytes, source: str, host_code: bool) -> tuple[Any, Any]:
     """Runtime and engine, or the reason why not."""
     remedy = "build it again on this machine (torch2trt-adder build)"
     try:
         version = plan_version(plan)
     except ValueError as error:
-        raise RuntimeError(f"{source} is {error}: {remedy}.") from error
+        raise RuntimeError(f"{source} is {_not_a_plan(plan)}.") from error
+    cut_off = _cut_off(plan)
+    if cut_off and plan.startswith(b"vtrt"):
+        raise RuntimeError(f"{source} {cut_off}.")
     here = tuple(int(n) for n in re.findall(r"\d+", trt.__version__)[:3])
     if version not in (None, here) and not host_code:
         raise RuntimeError(
@@ -588,6 +570,8 @@ def _deserialize(trt: ModuleType, plan: bytes, source: str, host_code: bool) -> 
     if host_code:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None and cut_off:
+        raise RuntimeError(f"{source} {cut_off}.")
     if engine is None:
         raise RuntimeError(
             f"TensorRT {trt.__version__} on {_gpu()} cannot load {source}: {log.reasons()}; {remedy}, or pass host_code=True "
@@ -622,6 +606,7 @@ class Engine(nn.Module):
 
     Raises:
         RuntimeError: no GPU or TensorRT; a plan of another TensorRT version or GPU, or none at all.
+        FileNotFoundError: the file is not there.
         OSError: the file cannot be read.
     """
 
@@ -641,7 +626,7 @@ class Engine(nn.Module):
         if isinstance(plan, (bytes, bytearray, memoryview)):
             self._load(bytes(plan), "the engine")
         elif plan is not None:
-            self._load(files.read(pathlib.Path(plan)), str(plan))
+            self._load(_read_plan(pathlib.Path(plan)), str(plan))
 
     def _load(self, plan: bytes, source: str) -> None:
         trt = self._trt = plugin._tensorrt(self._trt)

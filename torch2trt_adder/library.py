@@ -2,9 +2,12 @@
 
 import ctypes
 import functools
+import importlib.metadata
 import os
 import pathlib
 import struct
+import sys
+from collections.abc import Iterator
 
 FILE_NAME = "libtorch2trt_adder.so"
 ENVIRONMENT_VARIABLE = "TORCH2TRT_ADDER_LIBRARY"
@@ -59,9 +62,30 @@ WGRAD = struct.Struct("@2i4qd2P")  # Adder2dWgradParams behind its Adder2dParams
 
 
 def path() -> pathlib.Path:
-    """Where the library is looked for: ``$TORCH2TRT_ADDER_LIBRARY``, else the file beside this one."""
+    """The library's file: ``$TORCH2TRT_ADDER_LIBRARY``, else the file beside this one, else an installed package's.
+
+    The last is for Python that was started in a clone: it imports the clone's folder, which has no library unless one
+    was built in place. Where no library exists, this is the first place that was looked at.
+    """
+    places = list(_places())
+    return next((file for file, note in places if not note and file.is_file()), places[0][0])
+
+
+def _places() -> Iterator[tuple[pathlib.Path, str]]:
+    """Where the library may be, the best first, and why it is not taken from there although it exists ("": it is)."""
     override = os.environ.get(ENVIRONMENT_VARIABLE)
-    return pathlib.Path(override) if override else pathlib.Path(__file__).resolve().parent / FILE_NAME
+    if override:
+        yield pathlib.Path(override).resolve(), ""  # ctypes looks up a bare name elsewhere
+        return
+    here = pathlib.Path(__file__).resolve().parent
+    yield here / FILE_NAME, ""
+    ours = sys.modules[__package__].__version__
+    # More than one can be found: a build leaves a *.egg-info in the clone, which is found first there.
+    for distribution in importlib.metadata.distributions(name=__package__):
+        file = pathlib.Path(str(distribution.locate_file(f"{__package__}/{FILE_NAME}"))).resolve()
+        if file.parent != here:
+            theirs = distribution.version
+            yield file, "" if theirs == ours else f"of version {theirs}, while {here} is version {ours}"
 
 
 @functools.cache
@@ -77,7 +101,8 @@ def load() -> ctypes.CDLL:
         f"or point the environment variable {ENVIRONMENT_VARIABLE} to a built {FILE_NAME}"
     )
     if not file.is_file():
-        raise RuntimeError(f"The library of torch2trt_adder was looked for at {file} and is not there: {remedy}.")
+        places = " and ".join(f"{place} ({note})" if note else str(place) for place, note in _places())
+        raise RuntimeError(f"The library of torch2trt_adder was looked for at {places} and is not there: {remedy}.")
     try:
         library = ctypes.CDLL(str(file))
         prototypes = {
@@ -96,6 +121,7 @@ def load() -> ctypes.CDLL:
             "adder2d_wgrad_takes": (ctypes.c_int32, [ctypes.c_void_p]),
             "adder2d_wgrad_workspace": (ctypes.c_size_t, [ctypes.c_void_p]),
             "adder2d_wgrad": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
+            "adder2d_cpu_error_string": (ctypes.c_char_p, [ctypes.c_int32]),
             "adder2d_error_string": (ctypes.c_char_p, [ctypes.c_int32]),
             **{f"adder2d_{name}_describe": (ctypes.c_char_p, [ctypes.c_void_p]) for name in ("fprop", "dgrad", "wgrad")},
             **{f"adder2d_{name}_force": (ctypes.c_char_p, [ctypes.c_char_p]) for name in ("fprop", "dgrad", "wgrad")},

@@ -1,28 +1,26 @@
 """export_onnx(): a network with adder layers as one ONNX file, checked against PyTorch.
 
 Each adder layer becomes one node ``torch2trt_adder::Adder2d``. TensorRT's parser makes the plugin of it; every other
-runtime runs the node's body, a local function of standard operators that travels in the same file.
-
-    y = Adder2d(x, weight, bias)      x [N, C, H, W], weight [K, C / groups, R, S], bias [K]  ->  y [N, K, P, Q]
-    stride, padding, dilation         two ints each, height before width
-    groups                            int
-    output_type                       int, TensorRT's DataType of y: 0 float32, 1 float16
-    plugin_namespace                  "": makes TensorRT 10.15 and newer prefer the plugin to the function
+runtime runs the node's body, a local function of standard operators that travels in the same file. onnx_nodes.py
+defines it.
 
 Importing this file needs torch alone; exporting needs onnx and onnxscript, the check onnxruntime.
 """
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import inspect
 import json
 import logging
+import numbers
 import os
 import pathlib
 import re
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,18 +29,22 @@ from torch import Tensor, nn
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
-from . import converter, files, ops
+from . import converter, files, interrupts, onnx_graph, ops
+from .onnx_nodes import DOMAIN, EXTENTS, OP_TYPE, adder_nodes, extents, nodes
 
-DOMAIN, OP_TYPE = "torch2trt_adder", "Adder2d"
+__all__ = ["EXTENTS", "adder_nodes", "export_onnx", "extents", "onnxruntime_session", "run_onnxruntime", "symbol"]
+
 _DEFAULT_OPSET = 17  # the newest that TensorRT 8.6 reads
 _LEAST_OPSET = 15  # of the body's operators
 _EXPORTER_OPSET = 18  # the oldest that torch's exporter writes by itself
 _TENSORRT_TYPES = {torch.float32: 0, torch.float16: 1}
-EXTENTS = "torch2trt_adder.extents"  # in the file's metadata: for which extents of its dynamic axes it holds
 
 Axes = Mapping[int, str]
 
-translating = False  # inside export_onnx, which translates the operator itself
+# Inside export_onnx, which translates the operator itself. For all threads, as torch's own mark of an export is: a thread
+# that compiles meanwhile must not take symbolic operators for its own. The lock lets one thread export at a time.
+translating = False
+_exporting = threading.RLock()
 
 
 def export_onnx(
@@ -58,7 +60,8 @@ def export_onnx(
 ) -> pathlib.Path:
     """Writes `model` to one ONNX file that TensorRT 8.6 to 11 and ONNX Runtime read, and compares it with PyTorch.
 
-    Foreign adder layers (see `adopt`) are exported too; `model` stays as it is.
+    Adder layers of other packages (see `adopt`) are exported too, once the network with `Adder2d` in their place has given
+    the same outputs on `args`; `model` and `args` stay as they are. Warns where the network has no adder layer.
 
     Args:
         model: a network in eval mode, float32 or float16, on any device; or what torch.export gave.
@@ -79,9 +82,10 @@ def export_onnx(
 
     Raises:
         ValueError: the model is in training mode; names or axes that do not fit.
-        TypeError: an adder layer in bfloat16 or float64; no nn.Module, or no list of arguments.
+        TypeError: an adder layer in bfloat16 or float64; no nn.Module, or no list of arguments; `dynamic` of another type.
         RuntimeError: onnx, onnxscript or (for the check) onnxruntime is missing; the network cannot be exported in
-            that opset; ONNX Runtime computes something else than PyTorch.
+            that opset; ONNX Runtime, or the network with `Adder2d` in the place of its own adder layers, computes something
+            else than the network as it was given.
         OSError: the file cannot be written.
     """
     _need("onnx", "onnxscript")
@@ -109,18 +113,17 @@ def export_onnx(
                 "export_onnx: an exported program has its dynamic axes already; give dynamic_shapes to "
                 "torch.export.export instead of dynamic to export_onnx."
             )
-        module, dynamic_shapes = model.module(), None
+        own = module = model.module()
+        dynamic_shapes = None
     else:
         converter.check_model("export_onnx", model)
-        model = module = converter._adopted_copy(model)
         dynamic_shapes = _dynamic_shapes(args, dynamic)
+        own, model = model, converter._adopted_copy(model)
+        module = model
     files.check_writable(path)
+    if own is not module:
+        _compare_with_adopted(own, module, args)
     proto = _export(model, module, args, dynamic_shapes, input_names, output_names, opset)
-    for what, names, entries in (("input", input_names, proto.graph.input), ("output", output_names, proto.graph.output)):
-        if names is not None and list(names) != [entry.name for entry in entries]:
-            raise ValueError(
-                f"export_onnx: {what}_names must hold {len(entries)} different names, one for each {what}, got {list(names)}."
-            )
     _finish(proto)
     try:
         onnx.checker.check_model(proto)
@@ -128,23 +131,15 @@ def export_onnx(
         raise RuntimeError(f"export_onnx: torch's exporter wrote no valid ONNX model ({error}).") from error
     data = proto.SerializeToString()
     if check:
-        _compare_with_onnxruntime(data, module, args, extents(proto))
+        _compare_with_onnxruntime(data, own, module, args, extents(proto))
     files.write(path, data)
+    if not adder_nodes(proto.graph):
+        warnings.warn(
+            f"export_onnx: {type(own).__name__} has no adder layer, so {path} holds none; adopt() and "
+            "register_adder_class() recognise adder layers of other packages, adderize() makes them from convolutions.",
+            stacklevel=2,
+        )
     return path
-
-
-def adder_nodes(graph: Any) -> list[Any]:
-    """The Adder2d nodes of an onnx.GraphProto, those of its subgraphs included."""
-    return [node for _, node in _nodes(graph) if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
-
-
-def _nodes(graph: Any) -> Iterator[tuple[Any, Any]]:
-    """Every node with the graph that holds it, those of subgraphs included."""
-    for node in graph.node:
-        yield graph, node
-        for attribute in node.attribute:
-            for subgraph in (attribute.g, *attribute.graphs):
-                yield from _nodes(subgraph)
 
 
 def _need(*packages: str, remedy: str = "") -> None:
@@ -159,7 +154,12 @@ def _dynamic_shapes(args: tuple, dynamic: Axes | Sequence[Axes | None] | None) -
     if dynamic is None:
         return None
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-    each = [dynamic] * len(tensors) if isinstance(dynamic, Mapping) else [axes or {} for axes in dynamic]
+    if isinstance(dynamic, Mapping):
+        each = [_axes(dynamic)] * len(tensors)
+    elif isinstance(dynamic, list | tuple):
+        each = [{} if axes is None else _axes(axes) for axes in dynamic]
+    else:
+        raise _wrong_axes(dynamic)
     if len(each) != len(tensors):
         raise ValueError(
             f"export_onnx: dynamic holds {len(each)} mappings, but args {len(tensors)} tensors; give one mapping for "
@@ -167,12 +167,11 @@ def _dynamic_shapes(args: tuple, dynamic: Axes | Sequence[Axes | None] | None) -
         )
     for i, (tensor, axes) in enumerate(zip(tensors, each)):
         for axis, name in axes.items():
-            if not isinstance(axis, int) or not isinstance(name, str) or axis < 0:
-                raise ValueError(f'export_onnx: dynamic must map axes to names, as {{0: "batch"}}, got {axes}.')
             if axis >= tensor.dim() and not isinstance(dynamic, Mapping):
                 raise ValueError(f"export_onnx: input {i} has {tensor.dim()} axes and no axis {axis} ({name!r}).")
             if all(axis >= other.dim() for other in tensors):
                 raise ValueError(f"export_onnx: no input has an axis {axis} ({name!r}).")
+    _check_extents(tensors, each)
     remaining = iter(each)
 
     def shapes(leaf: Any) -> dict[int, str] | None:
@@ -181,6 +180,52 @@ def _dynamic_shapes(args: tuple, dynamic: Axes | Sequence[Axes | None] | None) -
         return {axis: name for axis, name in next(remaining).items() if axis < leaf.dim()}
 
     return tree_map(shapes, args)
+
+
+def _check_extents(tensors: Sequence[Tensor], each: Sequence[dict[int, str]]) -> None:
+    """Axes of one name must have one extent in the example, too."""
+    first: dict[str, tuple[int, int, int]] = {}
+    for i, (tensor, axes) in enumerate(zip(tensors, each)):
+        for axis, name in axes.items():
+            if axis < tensor.dim():
+                j, other, extent = first.setdefault(name, (i, axis, tensor.shape[axis]))
+                if tensor.shape[axis] != extent:
+                    raise ValueError(
+                        f"export_onnx: dynamic gives axis {other} of input {j} and axis {axis} of input {i} one name, {name!r}, "
+                        f"but their extents are {extent} and {tensor.shape[axis]}; give them different names."
+                    )
+
+
+def _axes(axes: Any) -> dict[int, str]:
+    """One mapping of `dynamic`, checked; NumPy's integers are integers."""
+    if not isinstance(axes, Mapping):
+        raise _wrong_axes(axes)
+    checked: dict[int, str] = {}
+    for axis, name in axes.items():
+        if not isinstance(axis, numbers.Integral) or isinstance(axis, bool) or not isinstance(name, str):
+            raise _wrong_axes(axes)
+        if axis < 0 or not name:
+            raise ValueError(
+                f'export_onnx: dynamic must map axes, counted from 0, to names, as {{0: "batch"}}, got {axes}.'
+            )
+        checked[int(axis)] = name
+    return checked
+
+
+def _by_parameter(model: Any, shapes: tuple | None) -> tuple | None:
+    """`shapes` of the arguments as torch's exporter wants them: those of *args as one tuple."""
+    if shapes is None:
+        return None
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    i = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else len(shapes)
+    return (*shapes[:i], shapes[i:]) if i < len(shapes) else shapes
+
+
+def _wrong_axes(value: Any) -> TypeError:
+    return TypeError(
+        f'export_onnx: dynamic must map axes to names, as {{0: "batch"}}, or be a list of such mappings or None, one for '
+        f"each tensor in args, got {value!r}."
+    )
 
 
 # ---- the node, and torch's exporter
@@ -302,6 +347,23 @@ def _translation() -> Any:
     return adder2d
 
 
+def _scalar_tensor_translation() -> Any:
+    """That of torch.ops.aten.scalar_tensor, which the exporter rounds to float32 even where it is float64."""
+    import onnx
+    import onnxscript
+
+    op = onnxscript.opset18
+
+    def scalar_tensor(s, dtype=onnx.TensorProto.FLOAT, layout=None, device=None, pin_memory=None):
+        if not isinstance(s, bool | int | float):  # computed from an extent
+            return op.Cast(s, to=dtype)
+        array = np.array(s, np.float64 if isinstance(s, float) else np.int64)
+        value = op.Constant(value=onnx.numpy_helper.from_array(array))
+        return value if dtype == onnx.helper.np_dtype_to_tensor_dtype(array.dtype) else op.Cast(value, to=dtype)
+
+    return scalar_tensor
+
+
 def _export(
     model: nn.Module | torch.export.ExportedProgram,
     module: nn.Module,
@@ -315,20 +377,22 @@ def _export(
     import onnx
 
     wanted = _DEFAULT_OPSET if opset is None else opset
-    with torch.no_grad(), _translated():
+    with interrupts.kept(), torch.no_grad(), _translated():
         try:
             program = torch.onnx.export(
                 model,
-                args,
+                (*args, {}),  # the exporter takes a dict at the end for keyword arguments
                 None,
-                input_names=input_names,
-                output_names=output_names,
-                opset_version=max(wanted, _EXPORTER_OPSET),
-                dynamic_shapes=dynamic_shapes,
+                opset_version=_EXPORTER_OPSET,
+                optimize=False,  # see onnx_graph
+                dynamic_shapes=_by_parameter(model, dynamic_shapes),
                 dynamo=True,
                 external_data=False,
                 verbose=False,
-                custom_translation_table={ops._adder2d: _translation()},
+                custom_translation_table={
+                    ops._adder2d: _translation(),
+                    torch.ops.aten.scalar_tensor.default: _scalar_tensor_translation(),
+                },
             )
         except RuntimeError as error:  # OnnxExporterError is one, what its passes raise is another
             cause: BaseException = error
@@ -337,19 +401,29 @@ def _export(
             if isinstance(cause, TypeError) and str(cause).startswith("adder2d:"):
                 raise cause from None
             try:
-                module(*args)
+                output = _call(module, *args)
             except Exception as own:
                 raise RuntimeError(f"export_onnx: the network itself fails on args: {type(own).__name__}: {own}") from own
+            for leaf in tree_leaves(output):
+                if leaf is not None and not isinstance(leaf, Tensor):
+                    raise RuntimeError(
+                        f"export_onnx: the network returns {type(leaf).__name__} {str(leaf)[:40]!r}, ONNX files return tensors "
+                        "only; make a tensor of it, or leave it out."
+                    ) from error
             raise RuntimeError(
                 f"export_onnx: torch's exporter cannot express the network: {type(cause).__name__}: {cause}"
             ) from error
+    onnx_graph.finish(program.model, input_names, output_names, max(wanted, _EXPORTER_OPSET))
     proto = program.model_proto
+    onnx_graph.lift_constants(proto.graph)
     tensors, inputs = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(args)), len(proto.graph.input)
     if inputs != tensors:
         raise RuntimeError(
             f"export_onnx: the file has {inputs} inputs, args {tensors} tensors: an input that "
             "the network does not use was dropped by the exporter; leave it out of args."
         )
+    if not proto.graph.output:
+        raise RuntimeError("export_onnx: the network returns no tensor, so the file would hold nothing.")
     _name_nodes(proto)
     if dynamic_shapes is not None:
         _name_axes(proto, [axes for axes in tree_structure(args).flatten_up_to(dynamic_shapes) if axes is not None])
@@ -416,11 +490,6 @@ def _note_extents(proto: Any, program: torch.export.ExportedProgram) -> None:
         entry.key, entry.value = EXTENTS, json.dumps(limits)
 
 
-def extents(proto: Any) -> dict[str, tuple[int, int | None]]:
-    """By the name of a dynamic axis: the least and the largest extent (None: any) for which the file holds."""
-    return json.loads(next((entry.value for entry in proto.metadata_props if entry.key == EXTENTS), "{}"))
-
-
 def _in_opset_17(proto: Any) -> Any:
     """A copy of an opset 18 model in opset 17.
 
@@ -437,12 +506,12 @@ def _in_opset_17(proto: Any) -> Any:
     integers = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT64}
     integers |= {
         node.output[0]: node.attribute[0].t
-        for _, node in _nodes(graph)
+        for _, node in nodes(graph)
         if node.op_type == "Constant" and node.attribute[0].name == "value"
     }
     shapes = {entry.name: entry.type.tensor_type.shape.dim for entry in (*graph.input, *graph.value_info)}
 
-    for owner, node in _nodes(graph):
+    for owner, node in nodes(graph):
         if node.domain not in ("", "ai.onnx"):
             continue
         new = onnx.defs.get_schema(node.op_type, _opset(proto).version, "")
@@ -497,18 +566,18 @@ def _translated() -> Iterator[None]:
     """Marks export_onnx's own call of the exporter, and drops remarks on packages that do not concern this network."""
     global translating
     logger = logging.getLogger("torch.onnx")
-    level, translating = logger.level, True
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
+    with _exporting, warnings.catch_warnings():
+        level, translating = logger.level, True
+        logger.setLevel(logging.ERROR)
+        try:
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.filterwarnings("ignore", "# The axis name")  # one name for several axes, as asked for
             warnings.filterwarnings("ignore", "# ONNX model has different number of inputs")  # see _name_axes
             yield
-    finally:
-        translating = False
-        logger.setLevel(level)
+        finally:
+            translating = False
+            logger.setLevel(level)
 
 
 # ---- what the exporter leaves to do
@@ -518,7 +587,7 @@ def _finish(proto: Any) -> None:
     """Gives the nodes their float32 initializers, and the model the function Adder2d."""
     import onnx
 
-    graph, nodes = proto.graph, adder_nodes(proto.graph)
+    graph, adders = proto.graph, adder_nodes(proto.graph)
     initializers = {tensor.name: tensor for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
     known: dict[str, np.ndarray] = {}  # by the name of the tensor
@@ -534,7 +603,7 @@ def _finish(proto: Any) -> None:
             return onnx.numpy_helper.to_array(node.attribute[0].t).astype(np.float32)
         return None
 
-    for node in nodes:
+    for node in adders:
         for i in (1, 2):
             name = node.input[i]
             tensor = initializers.get(name)
@@ -548,7 +617,7 @@ def _finish(proto: Any) -> None:
                 graph.initializer.append(onnx.numpy_helper.from_array(value, f"{name}.float32"))
             node.input[i] = f"{name}.float32"
     _drop_unused(graph)
-    if nodes:
+    if adders:
         if not any(entry.domain == DOMAIN for entry in proto.opset_import):
             proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
         opset = _opset(proto).version
@@ -696,21 +765,72 @@ def run_onnxruntime(session: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
         raise RuntimeError(f"ONNX Runtime cannot run the model: {error}") from error
 
 
+def _call(model: Callable[..., Any], *args: Any) -> Any:
+    """The model's outputs; `args` stay as they are, even where the model writes into its inputs."""
+    with torch.no_grad():
+        return model(*tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, args))
+
+
+def _run(model: nn.Module, args: tuple) -> list[Tensor]:
+    return [leaf.cpu() for leaf in tree_leaves(_call(model, *args)) if isinstance(leaf, Tensor)]
+
+
+def _bounds(model: nn.Module, args: tuple) -> list[Tensor]:
+    try:
+        bounds = converter.rounding_bounds(functools.partial(_call, model), args)
+    except NotImplementedError as error:  # of a dispatch mode, for torch.cond and the like
+        raise RuntimeError(
+            f"export_onnx: the check cannot follow this network ({str(error).splitlines()[0][:100]}); leave it out with "
+            "check=False (on the command line --no-check)."
+        ) from error
+    return [leaf.cpu() for leaf in tree_leaves(bounds) if isinstance(leaf, Tensor)]
+
+
+def _compare_with_adopted(own: nn.Module, adopted: nn.Module, args: tuple) -> None:
+    """Raises unless the network that was given computes what it does with its adder layers adopted, which is exported."""
+    try:
+        expected = _run(own, args)
+    except Exception as error:
+        raise RuntimeError(
+            f"export_onnx: the network itself fails on args: {type(error).__name__}: {error}; its own adder layers must run, "
+            "since the file is compared with them (or replace them yourself, by adopt())."
+        ) from error
+    try:
+        got, bounds = _run(adopted, args), _bounds(adopted, args)
+    except Exception as error:
+        raise RuntimeError(
+            f"export_onnx: the network fails on args once its adder layers are replaced by Adder2d: {type(error).__name__}: "
+            f"{error}; {_NOT_AN_ADDER}."
+        ) from error
+    sides = "the network with Adder2d in place of its adder layers", "the network as it is"
+    _compare(got, expected, bounds, sides, "", _NOT_AN_ADDER)
+
+
+_NOT_AN_ADDER = (
+    "a layer that looks like an adder layer computes something else: rename its parameter `adder`, or replace the layer "
+    "yourself"
+)
+
+
 def _compare_with_onnxruntime(
-    data: bytes, model: nn.Module, args: tuple, limits: Mapping[str, tuple[int, int | None]]
+    data: bytes, own: nn.Module, module: nn.Module, args: tuple, limits: Mapping[str, tuple[int, int | None]]
 ) -> None:
+    """Raises unless the file computes what `own` does; `module` is the same network with `Adder2d`, of known rounding."""
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     session = onnxruntime_session(data)
     inputs = session.get_inputs()
 
-    def compare(args: tuple, where: str = "") -> None:
+    def compare(args: tuple, expected: list[Tensor], where: str = "", remedy: str = "please report this network") -> None:
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        with torch.no_grad():
-            expected = [leaf for leaf in tree_leaves(model(*args)) if isinstance(leaf, Tensor)]
-            bounds = [leaf for leaf in tree_leaves(converter.rounding_bounds(model, args)) if isinstance(leaf, Tensor)]
-        _compare(run_onnxruntime(session, tensors), [t.cpu() for t in expected], [t.cpu() for t in bounds], where)
+        try:
+            got = run_onnxruntime(session, tensors)
+        except RuntimeError as error:
+            if all(tensor.numel() for tensor in tensors):
+                raise
+            raise RuntimeError(f"export_onnx: args holds an empty tensor; give an example with values ({error}).") from error
+        _compare(got, expected, _bounds(module, args), ("ONNX Runtime", "PyTorch"), where, remedy)
 
-    compare(args)
+    compare(args, _run(own, args))
     dims = [[dim if isinstance(dim, str) else None for dim in entry.shape] for entry in inputs]
     extent_of = {dim: n for names, t in zip(dims, tensors) for dim, n in zip(names, t.shape) if dim is not None}
     for change in (_another, _double) if extent_of else ():  # the first that the network takes
@@ -723,11 +843,11 @@ def _compare_with_onnxruntime(
         )
         other = tree_map(lambda leaf: next(resized) if isinstance(leaf, Tensor) else leaf, args)
         try:
-            with torch.no_grad():
-                model(*other)
+            expected = _run(own, other)
         except Exception:  # in its own code: nothing to compare with
             continue
-        return compare(other, f" for {', '.join(f'{dim} = {extent}' for dim, extent in other_of.items())}")
+        where = f" for {', '.join(f'{dim} = {extent}' for dim, extent in other_of.items())}"
+        return compare(other, expected, where, "the file holds for the extents of args alone, so make other axes dynamic, or none")
 
 
 def _another(extent: int, least: int, most: int | None) -> int:
@@ -738,21 +858,30 @@ def _double(extent: int, least: int, most: int | None) -> int:
     return min(2 * extent, most or 2 * extent)
 
 
-def _compare(got: list[Tensor], expected: list[Tensor], bounds: list[Tensor], where: str) -> None:
-    remedy = "please report this network"
-    if where:
-        remedy = "the file holds for the extents of args alone, so make other axes dynamic, or none"
+def _compare(
+    got: list[Tensor], expected: list[Tensor], bounds: list[Tensor], sides: tuple[str, str], where: str, remedy: str
+) -> None:
+    """Raises RuntimeError where an output of the first side is further from the second's than its bound."""
+    first, second = sides
+    if len(got) != len(expected):
+        raise RuntimeError(
+            f"export_onnx: there are {len(got)} outputs in {first} and {len(expected)} in {second}{where}; {remedy}."
+        )
     for i, (y, y0, bound) in enumerate(zip(got, expected, bounds, strict=True)):
         if y.shape != y0.shape or y.dtype is not y0.dtype:
             raise RuntimeError(
-                f"export_onnx: output {i} is {y.dtype} {list(y.shape)} in ONNX Runtime and {y0.dtype} "
-                f"{list(y0.shape)} in PyTorch{where}; {remedy}."
+                f"export_onnx: output {i} is {y.dtype} {list(y.shape)} in {first} and {y0.dtype} {list(y0.shape)} in "
+                f"{second}{where}; {remedy}."
             )
+        most = torch.finfo(y0.dtype).max if y0.is_floating_point() else torch.inf
         y, y0 = y.double(), y0.double()
-        finite = y0.isfinite()
-        difference = (y - y0)[finite].abs().max().item() if finite.any() else 0.0
+        # Where the second is infinite, a number that is nearly too large is as good.
+        y = torch.where(y0.isinf(), y.clamp(-most, most), y)
+        y0 = y0.clamp(-most, most)
+        numbers = ~y0.isnan()
+        difference = (y - y0)[numbers].abs().max().item() if numbers.any() else 0.0
         if not difference <= bound.item() or not bool((y.isnan() == y0.isnan()).all()):
             raise RuntimeError(
-                f"export_onnx: output {i} differs between ONNX Runtime and PyTorch by up to {difference:.3g}{where}, "
-                f"beyond the {bound.item():.3g} that rounding explains; {remedy}."
+                f"export_onnx: output {i} differs between {first} and {second} by up to {difference:.3g}{where}, beyond the "
+                f"{bound.item():.3g} that rounding explains; {remedy}."
             )

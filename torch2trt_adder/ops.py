@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import library
+from . import arguments, library
 
 # Plain torch code below works in pieces whose temporaries stay within this many bytes (or within one sample's input,
 # where that is larger). Pieces on the CPU fit its caches.
@@ -54,28 +54,38 @@ def adder2d(
         bias: [K] or None, dtype and device of the input.
         stride, padding, dilation: one int, or a pair for height and width.
         groups: divides C and K.
-        eta: of the adaptive scaling; None for the raw sum, as mixed precision, gradient accumulation and several GPUs
-            want it (`scale_gradients` says why).
+        eta: of the adaptive scaling; None for the raw sum, which mixed precision, gradient accumulation and several
+            GPUs need (`scale_gradients` says why).
 
     Returns:
         [N, K, P, Q] with the input's dtype, channels_last where the input is, else contiguous.
 
     Raises:
-        TypeError: a dtype that is not supported, or dtypes that differ.
+        TypeError: an argument that is not a tensor or not an int; dtypes that are not supported or differ.
         ValueError: shapes, stride, padding, dilation or groups that do not fit each other; eta not above 0.
-        RuntimeError: tensors on different devices; a second derivative or forward-mode AD, which the rule has not.
+        RuntimeError: tensors on different devices, or whose memory was freed; second derivatives and forward-mode AD,
+            which are not supported.
     """
+    pairs = _plain_pairs(stride, padding, dilation)
+    if pairs is None:
+        names = "stride", "padding", "dilation"
+        stride, padding, dilation = map(arguments.schema_pair, names, (stride, padding, dilation))
+    if type(groups) is not int:
+        groups = arguments.schema_integer("groups", groups)
     if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
         from . import onnx_export
 
         if not onnx_export.translating:
             return onnx_export.symbol(input, weight, bias, stride, padding, dilation, groups)
-    kernels, pairs = _kernels(input, weight, bias), _plain_pairs(stride, padding, dilation)
-    if eta != ETA and weight.requires_grad and torch.is_grad_enabled():
-        check_eta("adder2d", eta)
-    else:
-        eta = ETA
-    if kernels is not None and pairs is not None and type(groups) is int:
+    kernels = _kernels(input, weight, bias)
+    if kernels is None:
+        arguments.check_are_tensors(input, weight, bias)
+    if eta != ETA:
+        arguments.check_eta("adder2d", eta)
+        # Whether a symbol of torch.fx will need a gradient is not known.
+        if not isinstance(weight, torch.fx.Proxy) and not (weight.requires_grad and torch.is_grad_enabled()):
+            eta = ETA
+    if kernels is not None and pairs is not None:
         return _with_autograd(kernels.forward, input, weight, bias, *pairs, groups, eta)
     if eta == ETA:
         return _adder2d(input, weight, bias, stride, padding, dilation, groups)
@@ -84,12 +94,6 @@ def adder2d(
     if torch.jit.is_tracing() or (_is_exporting() and not torch.compiler.is_dynamo_compiling()):
         return _adder2d(input, weight, bias, stride, padding, dilation, groups)
     return _adder2d_eta(input, weight, bias, stride, padding, dilation, groups, eta)
-
-
-def check_eta(caller: str, eta: float | None) -> None:
-    """Raises a ValueError unless `eta` is None or a finite number above 0."""
-    if eta is not None and not 0 < eta < math.inf:
-        raise ValueError(f"{caller}: eta must be None or a finite number above 0, got {eta!r}.")
 
 
 # ---- schemas
@@ -142,6 +146,8 @@ def _output_size(
     for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if len(values) != 2 or values[0] < least or values[1] < least:
             raise ValueError(f"adder2d: {name} must be an int or a pair, each >= {least}, got {list(values)}.")
+        if values[0] >= 2**31 or values[1] >= 2**31:
+            raise ValueError(f"adder2d: {name} must be below 2^31, got {list(values)}.")
     if groups < 1 or C % groups != 0 or K % groups != 0:
         raise ValueError(f"adder2d: groups must divide the {C} input channels and the {K} filters, got {groups}.")
     if C != per_group * groups:
@@ -175,7 +181,7 @@ def _kernel_size(
 
 def _check_grad_size(caller: str, grad: Sequence[int], size: tuple[int, int, int, int]) -> None:
     if tuple(grad) != size:
-        raise ValueError(f"{caller}: grad_output must be {list(size)}, got {list(grad)}.")
+        raise ValueError(f"{caller}: grad_output must be {list(size)}, the shape of the output, got {list(grad)}.")
 
 
 def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -195,6 +201,51 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             )
         if tensor.device != input.device:
             raise RuntimeError(f"adder2d: {name} is on {tensor.device} and input on {input.device}; move one of them.")
+
+
+def _check_grad_tensors(caller: str, grad_output: Tensor, input: Tensor, weight: Tensor) -> None:
+    _check_tensors(input, weight, None)
+    if not grad_output.is_floating_point():
+        raise TypeError(f"{caller}: grad_output must have a floating-point dtype, got {grad_output.dtype}; convert it.")
+    if grad_output.device != input.device:
+        raise RuntimeError(
+            f"{caller}: grad_output is on {grad_output.device} and input on {input.device}; move one of them."
+        )
+
+
+def _check_memory(name: str, tensor: Tensor | None) -> None:
+    """Raises a RuntimeError where a tensor's storage is too small for it: kernels would read beyond it."""
+    if tensor is None or tensor.numel() == 0:
+        return
+    size = tensor.element_size()
+    start, held = size * tensor.storage_offset(), tensor.untyped_storage().nbytes()
+    if tensor.is_contiguous() and held >= start + size * tensor.numel():
+        return
+    needed = start + size + size * sum((n - 1) * step for n, step in zip(_size(tensor), tensor.stride(), strict=True))
+    if held < needed:
+        raise RuntimeError(
+            f"adder2d: the storage of {name} {list(_size(tensor))} holds {held} of the {needed} bytes that it needs; "
+            "its memory was freed or resized, so restore it or pass another tensor."
+        )
+
+
+def _check_forward_memory(plan: "_Plan", input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """`_check_memory` of all three, in a third of its time: the weight and the bias are contiguous, the sizes known."""
+    size = plan.element_bytes
+    if (
+        input.untyped_storage().nbytes() < plan.input_bytes + size * input.storage_offset()
+        or weight.untyped_storage().nbytes() < plan.weight_bytes + size * weight.storage_offset()
+        or (bias is not None and bias.untyped_storage().nbytes() < size * (plan.size[1] + bias.storage_offset()))
+    ):
+        for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+            _check_memory(name, tensor)
+
+
+def _contiguous(name: str, tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or tensor.is_contiguous():
+        return tensor
+    _check_memory(name, tensor)
+    return tensor.contiguous()
 
 
 def _is_channels_last(input: Tensor) -> bool:
@@ -217,17 +268,31 @@ def _adder2d_fake(input, weight, bias, stride, padding, dilation, groups):
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
 
 
+def _adder2d_eta_fake(*options):
+    *options, eta = options
+    arguments.check_eta("adder2d_eta", eta)
+    return _adder2d_fake(*options)
+
+
+def _grad_fake(caller, grad_output, input, weight, *geometry):
+    _check_grad_tensors(caller, grad_output, input, weight)
+    _check_grad_size(caller, grad_output.shape, _output_size(input.shape, weight.shape, None, *geometry))
+
+
 def _grad_input_fake(grad_output, input, weight, stride, padding, dilation, groups):
+    _grad_fake("adder2d_grad_input", grad_output, input, weight, stride, padding, dilation, groups)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
 
 
 def _grad_weight_fake(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
+    arguments.check_eta("adder2d_grad_weight", eta)
+    _grad_fake("adder2d_grad_weight", grad_output, input, weight, stride, padding, dilation, groups)
     dtype = _sum_dtype(weight.dtype)
     return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=_memory_format(weight))
 
 
 torch.library.register_fake("torch2trt_adder::adder2d", _adder2d_fake, lib=_library)
-torch.library.register_fake("torch2trt_adder::adder2d_eta", lambda *args: _adder2d_fake(*args[:-1]), lib=_library)
+torch.library.register_fake("torch2trt_adder::adder2d_eta", _adder2d_eta_fake, lib=_library)
 torch.library.register_fake("torch2trt_adder::adder2d_grad_input", _grad_input_fake, lib=_library)
 torch.library.register_fake("torch2trt_adder::adder2d_grad_weight", _grad_weight_fake, lib=_library)
 
@@ -243,6 +308,10 @@ def _launch_error(name: str, device: int, error: int) -> RuntimeError:
     )
 
 
+def _cpu_error(name: str, error: int) -> RuntimeError:
+    return RuntimeError(f"{name}: {library.load().adder2d_cpu_error_string(error).decode()}.")
+
+
 class _Plan(NamedTuple):
     """What a launch needs beyond pointers."""
 
@@ -250,6 +319,9 @@ class _Plan(NamedTuple):
     stride: tuple[int, int, int, int]
     problem: bytes  # Adder2dParams up to the pointers
     workspace_bytes: int
+    element_bytes: int
+    input_bytes: int  # from its first element to the end of its last
+    weight_bytes: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -279,7 +351,10 @@ def _plan(
     reason = loaded.adder2d_check(params)
     if reason:
         raise ValueError(f"adder2d: {reason.decode()}.")
-    return _Plan(size, output_stride, problem, loaded.adder2d_fprop_workspace(params) if device >= 0 else 0)
+    workspace_bytes = loaded.adder2d_fprop_workspace(params) if device >= 0 else 0
+    reach = 1 + sum((n - 1) * step for n, step in zip(input_size, input_stride, strict=True)) if N else 0
+    input_bytes, weight_bytes = reach * dtype.itemsize, math.prod(weight_size) * dtype.itemsize
+    return _Plan(size, output_stride, problem, workspace_bytes, dtype.itemsize, input_bytes, weight_bytes)
 
 
 def _adder2d_cuda(input, weight, bias, stride, padding, dilation, groups):
@@ -297,8 +372,8 @@ def _adder2d_cuda(input, weight, bias, stride, padding, dilation, groups):
     output = input.new_empty_strided(plan.size, plan.stride)
     if plan.size[0] == 0:
         return output
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    weight, bias = _contiguous("weight", weight), _contiguous("bias", bias)
+    _check_forward_memory(plan, input, weight, bias)
     workspace = None
     if plan.workspace_bytes:
         workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=input.device)
@@ -323,33 +398,37 @@ def _adder2d_cpu(input, weight, bias, stride, padding, dilation, groups):
     if dtype is torch.float64:
         return _adder2d_torch(input, weight, bias, stride, padding, dilation, groups)
     channels_last = _is_channels_last(input)  # of what came in, not of its float32 copy
-    input, weight, bias = (None if t is None else t.float() for t in (input, weight, bias))
+    if dtype is not torch.float32:
+        for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+            _check_memory(name, tensor)
+        input, weight, bias = (None if t is None else t.float() for t in (input, weight, bias))
     plan = _plan(
         _size(input), input.stride(), channels_last, _size(weight), None if bias is None else _size(bias),
-        input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, -1,
+        torch.float32, tuple(stride), tuple(padding), tuple(dilation), groups, -1,
     )  # fmt: skip
     output = input.new_empty_strided(plan.size, plan.stride)
     if plan.size[0] == 0:
         return output.to(dtype)
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    weight, bias = _contiguous("weight", weight), _contiguous("bias", bias)
+    _check_forward_memory(plan, input, weight, bias)
     params = plan.problem + library.POINTERS.pack(
         input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr(), 0, 0
     )
-    if library.load().adder2d_fprop_cpu(params, torch.get_num_threads()):
-        raise RuntimeError(
-            f"adder2d: the CPU kernel refused to compute an output {list(plan.size)}; please report this call's shapes."
-        )
+    error = library.load().adder2d_fprop_cpu(params, torch.get_num_threads())
+    if error:
+        raise _cpu_error("adder2d", error)
     return output.to(dtype)
 
 
-# ---- forward on float64, which the kernels do not take: users' own reference, on any device
+# ---- forward on float64, which the kernels do not support: users' own reference, on any device
 
 
 def _adder2d_torch(input, weight, bias, stride, padding, dilation, groups):
     N, K, P, Q = _output_size(
         _size(input), _size(weight), None if bias is None else _size(bias), stride, padding, dilation, groups
     )
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        _check_memory(name, tensor)
     output = torch.empty((N, K, P, Q), dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
     padded = F.pad(input, (padding[1], padding[1], padding[0], padding[0]))
     kernel = _size(weight)[2:]
@@ -462,11 +541,9 @@ def _grad_input_kernel(grad_output, input, weight, channels_last, stride, paddin
     )
     loaded = library.load()
     if device < 0:
-        if loaded.adder2d_dgrad_cpu(params, torch.get_num_threads()):
-            raise RuntimeError(
-                "adder2d_grad_input: the CPU kernel refused to compute the gradient of an input "
-                f"{list(_size(input))}; please report this call's shapes."
-            )
+        error = loaded.adder2d_dgrad_cpu(params, torch.get_num_threads())
+        if error:
+            raise _cpu_error("adder2d_grad_input", error)
         return grad_input
     error = loaded.adder2d_dgrad(params, torch._C._cuda_getCurrentRawStream(device))
     if error:
@@ -474,16 +551,14 @@ def _grad_input_kernel(grad_output, input, weight, channels_last, stride, paddin
     return grad_input
 
 
-def _check_grad_tensors(caller: str, grad_output: Tensor, input: Tensor, weight: Tensor) -> None:
-    _check_tensors(input, weight, None)
-    if grad_output.device != input.device:
-        raise RuntimeError(
-            f"{caller}: grad_output is on {grad_output.device} and input on {input.device}; move one of them."
-        )
+def _check_grad_arguments(caller: str, grad_output: Tensor, input: Tensor, weight: Tensor) -> None:
+    _check_grad_tensors(caller, grad_output, input, weight)
+    for name, tensor in (("grad_output", grad_output), ("input", input), ("weight", weight)):
+        _check_memory(name, tensor)
 
 
 def _grad_input_cuda(grad_output, input, weight, stride, padding, dilation, groups):
-    _check_grad_tensors("adder2d_grad_input", grad_output, input, weight)
+    _check_grad_arguments("adder2d_grad_input", grad_output, input, weight)
     device = input.get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
@@ -498,7 +573,7 @@ def _grad_input_cuda(grad_output, input, weight, stride, padding, dilation, grou
 
 
 def _grad_input_cpu(grad_output, input, weight, stride, padding, dilation, groups):
-    _check_grad_tensors("adder2d_grad_input", grad_output, input, weight)
+    _check_grad_arguments("adder2d_grad_input", grad_output, input, weight)
     if input.dtype is torch.float64:
         return _grad_input_torch(grad_output, input, weight, stride, padding, dilation, groups)
     channels_last = _is_channels_last(input)  # of what came in, not of its float32 copy
@@ -509,7 +584,9 @@ def _grad_input_cpu(grad_output, input, weight, stride, padding, dilation, group
 
 
 def _grad_input_torch(grad_output, input, weight, stride, padding, dilation, groups):
-    """dx in float64, which the kernels do not take: tap by tap and filter by filter, for some samples at a time."""
+    """dx in float64, which the kernels do not support: tap by tap and filter by filter, for some samples at a time."""
+    size = _output_size(_size(input), _size(weight), None, stride, padding, dilation, groups)
+    _check_grad_size("adder2d_grad_input", _size(grad_output), size)
     (N, C, H, W), (K, _, R, S), (P, Q) = input.shape, weight.shape, grad_output.shape[2:]
     dtype = _sum_dtype(input.dtype)
     grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
@@ -646,7 +723,8 @@ def _grad_weight_plan(
 
 def _grad_weight_cuda(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
     """dw = sum over n,p,q of dy * (x - w) by adder2d_wgrad, often after the weight gradient of a convolution."""
-    _check_grad_tensors("adder2d_grad_weight", grad_output, input, weight)
+    _check_grad_arguments("adder2d_grad_weight", grad_output, input, weight)
+    arguments.check_eta("adder2d_grad_weight", eta)
     device = input.get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
@@ -692,8 +770,16 @@ def _grad_weight_cuda(grad_output, input, weight, stride, padding, dilation, gro
     return dw
 
 
+def _grad_weight_cpu(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
+    _check_grad_arguments("adder2d_grad_weight", grad_output, input, weight)
+    arguments.check_eta("adder2d_grad_weight", eta)
+    return _grad_weight_torch(grad_output, input, weight, stride, padding, dilation, groups, eta)
+
+
 def _grad_weight_torch(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
     """The same in plain torch: on the CPU, and in float64."""
+    size = _output_size(_size(input), _size(weight), None, stride, padding, dilation, groups)
+    _check_grad_size("adder2d_grad_weight", _size(grad_output), size)
     dtype, layout = _sum_dtype(weight.dtype), _memory_format(weight)
     if len(input) == 0:
         return torch.zeros(weight.shape, dtype=dtype, device=weight.device).contiguous(memory_format=layout)
@@ -736,14 +822,20 @@ class _Kernels(NamedTuple):
 
 
 _KERNELS = {
-    "CPU": _Kernels(_adder2d_cpu, _grad_input_cpu, _grad_weight_torch),
+    "CPU": _Kernels(_adder2d_cpu, _grad_input_cpu, _grad_weight_cpu),
     "CUDA": _Kernels(_adder2d_cuda, _grad_input_cuda, _grad_weight_cuda),
 }
 for _device, _implementations in _KERNELS.items():
     for _name, _function in zip(("adder2d", "adder2d_grad_input", "adder2d_grad_weight"), _implementations, strict=True):
         _library.impl(_name, _function, _device)
 # Reached in inference mode only: elsewhere Autograd is there to turn it into adder2d.
-_library.impl("adder2d_eta", lambda *args: _adder2d(*args[:-1]), "CompositeExplicitAutograd")
+def _adder2d_eta_inference(*options):
+    *options, eta = options
+    arguments.check_eta("adder2d_eta", eta)
+    return _adder2d(*options)
+
+
+_library.impl("adder2d_eta", _adder2d_eta_inference, "CompositeExplicitAutograd")
 
 
 # ---- calls without the dispatcher
@@ -884,16 +976,17 @@ def _below_autograd(*arguments):
 def _adder2d_autograd(input, weight, bias, stride, padding, dilation, groups, eta=ETA):
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "adder2d does not work inside torch.func.grad, vjp, jvp and their kin: its backward is AdderNet's rule, "
-            "no derivative; use backward() or torch.autograd.grad."
+            "adder2d does not work inside torch.func.grad, vjp, jvp and similar transforms: its backward is AdderNet's "
+            "rule, not the derivative; use backward() or torch.autograd.grad."
         )
+    arguments.check_eta("adder2d_eta", eta)
     return _with_autograd(_below_autograd, input, weight, bias, stride, padding, dilation, groups, eta)
 
 
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError(
-        "adder2d has no second derivative: its backward is AdderNet's rule, no derivative; call backward() without "
-        "create_graph, or detach() the gradient."
+        "adder2d has no second derivative: its backward is AdderNet's rule, not the derivative; call backward() "
+        "without create_graph, or detach() the gradient."
     )
 
 

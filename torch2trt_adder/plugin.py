@@ -1,7 +1,7 @@
 """The TensorRT plugin ``Adder2d`` from Python: registration, creation, insertion into a network.
 
 The plugin takes three inputs, x [N, C, H, W] (float32 or float16), weight [K, C / groups, R, S] and bias [K] (float32), and
-gives y [N, K, P, Q] of type ``output_type`` whatever the type of x. It is an IPluginV2DynamicExt in TensorRT 8 and an
+returns y [N, K, P, Q] of type ``output_type`` whatever the type of x. It is an IPluginV2DynamicExt in TensorRT 8 and an
 IPluginV3 from TensorRT 10 on; both come from the one library of this package.
 
 TensorRT is imported by the first call that needs it, never by importing this module. Every function takes the module as
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import library, ops
+from . import arguments, library, ops
 
 NAME = "Adder2d"
 VERSION = "1"
@@ -31,7 +31,7 @@ def register(trt: ModuleType | None = None) -> None:
     Engines with adder layers can be deserialised afterwards. Call it again after `deregister_library`.
 
     Raises:
-        RuntimeError: TensorRT is not installed, the library is missing, or the registry does not take it.
+        RuntimeError: TensorRT is not installed, the library is missing, or the registry rejects it.
     """
     trt = _tensorrt(trt)
     registry = trt.get_plugin_registry()
@@ -49,7 +49,7 @@ def register(trt: ModuleType | None = None) -> None:
             handle.adder2d_register_plugin()
     if _find_creator(registry) is None:
         raise RuntimeError(
-            f"The plugin registry of {_describe(trt)} does not take {path}: TensorRT's log says why; "
+            f"The plugin registry of {_describe(trt)} rejects {path}: TensorRT's log says why; "
             "the library serves TensorRT 8.5 to 11."
         )
 
@@ -73,21 +73,17 @@ def create(
         trt: the TensorRT module; ``tensorrt`` where None.
 
     Raises:
-        ValueError: an attribute out of range.
+        ValueError: an attribute that is not an int, or out of range.
         RuntimeError: as `register`.
     """
     trt = _tensorrt(trt)
     values = {
-        "stride": _pair("stride", stride, 1),
-        "padding": _pair("padding", padding, 0),
-        "dilation": _pair("dilation", dilation, 1),
-        "groups": (int(groups),),
-        "output_type": (int(output_type),),
+        "stride": arguments.pair_of("adder2d", "stride", stride, 1),
+        "padding": arguments.pair_of("adder2d", "padding", padding, 0),
+        "dilation": arguments.pair_of("adder2d", "dilation", dilation, 1),
+        "groups": (arguments.count_of("adder2d", "groups", groups),),
+        "output_type": (_output_type(output_type, trt),),
     }
-    if int(groups) < 1:
-        raise ValueError(f"adder2d: groups must be at least 1, got {groups}.")
-    if int(output_type) not in (0, 1):
-        raise ValueError(f"adder2d: output_type must be trt.float32 (0) or trt.float16 (1), got {output_type}.")
     register(trt)
     creator = _find_creator(trt.get_plugin_registry())
     data = {field: np.array(value, np.int32) for field, value in values.items()}  # PluginField does not own its data
@@ -135,7 +131,12 @@ def add_adder2d(
     trt = _tensorrt(trt)
     weight = _float32_array(weight)
     bias = np.zeros(weight.shape[:1], np.float32) if bias is None else _float32_array(bias)
-    stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    stride, padding, dilation = (
+        arguments.pair_of("adder2d", "stride", stride, 1),
+        arguments.pair_of("adder2d", "padding", padding, 0),
+        arguments.pair_of("adder2d", "dilation", dilation, 1),
+    )
+    groups, output_type = arguments.count_of("adder2d", "groups", groups), _output_type(output_type, trt)
     _check_shapes(tuple(itensor.shape), weight.shape, bias.shape, stride, padding, dilation, groups)
     if itensor.dtype not in (trt.float32, trt.float16):
         raise ValueError(f"adder2d: x must be float32 or float16, got {itensor.dtype}; add a cast before the layer.")
@@ -150,13 +151,15 @@ def add_adder2d(
         constant = network.add_constant(tuple(array.shape), trt.Weights(array))
         _keep_alive(network, array)
         if constant is None:
-            raise RuntimeError(f"TensorRT does not take the {role} {array.shape} of {name or NAME} as a constant.")
+            raise RuntimeError(
+                f"TensorRT rejects the {role} {array.shape} of {name or NAME} as a constant: its log says why."
+            )
         if name:
             constant.name = f"{name}.{role}"
         inputs.append(constant.get_output(0))
     layer = network.add_plugin_v3(inputs, [], plugin) if version == 3 else network.add_plugin_v2(inputs, plugin)
     if layer is None:
-        raise RuntimeError(f"TensorRT does not take the plugin layer {name or NAME}: its log and stderr say why.")
+        raise RuntimeError(f"TensorRT rejects the plugin layer {name or NAME}: its log and stderr say why.")
     if name:
         layer.name = name
     return layer
@@ -184,11 +187,12 @@ def _find_creator(registry: Any) -> Any:
     return find(NAME, VERSION, NAMESPACE)
 
 
-def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = tuple(int(v) for v in value) if isinstance(value, Sequence) else (int(value),) * 2
-    if len(pair) != 2 or min(pair) < least or max(pair) > np.iinfo(np.int32).max:
-        raise ValueError(f"adder2d: {name} must be an int or a pair, each >= {least}, got {value}.")
-    return pair
+def _output_type(value: Any, trt: ModuleType) -> int:
+    """0 or 1 from a number or from a ``trt.DataType``, which is not an integer to Python."""
+    kind = int(value) if isinstance(value, trt.DataType) else arguments.as_integer(value)
+    if kind not in (0, 1):
+        raise ValueError(f"adder2d: output_type must be trt.float32 (0) or trt.float16 (1), got {value!r}.")
+    return kind
 
 
 def _float32_array(tensor: np.ndarray | torch.Tensor) -> np.ndarray:

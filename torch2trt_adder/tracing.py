@@ -1,12 +1,15 @@
 """What happens to adder layers inside a plain ``torch2trt(model, [x])``. Importing it needs torch2trt.
 
-torch2trt runs the model while Python hooks turn each call that has a converter into layers of a TensorRT network. Three
-of its habits would make engines that are wrong without a word, so its ConversionContext is replaced by a stricter one:
+torch2trt runs the model while Python hooks turn each call that has a converter into layers of a TensorRT network. Some
+of its habits would silently make wrong engines, so its ConversionContext is replaced by a stricter one:
 
 * A result without a converter becomes a constant of the engine. Here that raises, for any layer, as soon as the
   constant was computed from the network's inputs.
 * In fp16_mode TensorRT may round an adder layer's sums, which pass 65504 in wide layers, to float16 before BatchNorm
   scales them down; a ReLU then hides the -inf. Here the layers up to that point are held in float32.
+* An operation in place that has no converter leaves the TensorRT tensor of the old value attached, and so does one with a
+  converter at every other view of the same memory. Here these lose it, so that the next use raises as above.
+* A converter may give its result another shape than PyTorch's. Here that raises.
 * The tensors of a finished conversion stay attached to inputs and parameters, where the next conversion trips over
   them. Here they are removed.
 
@@ -16,8 +19,9 @@ Foreign adder layers (see module.py) are traced as ours.
 import contextlib
 import math
 import sys
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,9 +34,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch2trt import get_arg, tensorrt_converter
 
-from . import plugin
+from . import plugin, torch2trt_converters, torch2trt_shapes  # noqa: F401
 from .engine import hold_float32
-from .module import Adder2d, _adopt_layer, _layer_fields
+from .lookalikes import _adopt_layer, _layer_fields
+from .module import Adder2d
+from .options import did_you_mean, nearest, torch2trt_options
 
 host = sys.modules["torch2trt.torch2trt"]  # the attribute torch2trt.torch2trt is the function
 _size = torch.Tensor.size  # before torch2trt replaces it
@@ -118,12 +124,15 @@ class _Flow(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
+        converted = self.ctx.lock  # by the call around this operation
         with self.ctx.unhooked():
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            self.seen += map(weakref.ref, tensors)
+            self.see(tensors)
             for tensor in tensors:
                 self._measure(tensor)  # now: the operation may work in place
             result = func(*args, **kwargs)
+            for tensor in _written(func, args, kwargs):
+                self._forget_values(tensor, converted)
             self.adder_calls += func.overloadpacket is torch.ops.torch2trt_adder.adder2d
             name = func._schema.name.partition("::")[2]
             sources = [o for o in map(self.origin, tensors) if o is not None]
@@ -134,6 +143,23 @@ class _Flow(TorchDispatchMode):
                 for tensor in (*tree_leaves(result), *_written(func, args, kwargs)):
                     self.mark(tensor, place)
         return result
+
+    def see(self, tensors: Iterable[Tensor]) -> None:
+        self.seen += map(weakref.ref, tensors)
+
+    def _forget_values(self, written: Any, converted: bool) -> None:
+        """Takes their TensorRT tensors from all that share the memory of `written`, whose values are new.
+
+        `written` itself keeps its own where a converter is about to replace it, which reads the old one.
+        """
+        if not isinstance(written, Tensor) or written.layout is not torch.strided:
+            return
+        storage = written.untyped_storage()._cdata
+        for tensor in [ref() for ref in self.seen]:
+            if tensor is None or not hasattr(tensor, "_trt") or (converted and tensor is written):
+                continue
+            if tensor.layout is torch.strided and tensor.untyped_storage()._cdata == storage:
+                del tensor._trt
 
     def _measure(self, tensor: Tensor) -> None:
         itensor = getattr(tensor, "_trt", None)
@@ -174,12 +200,32 @@ class ConversionContext(host.ConversionContext):
     """torch2trt's context with the differences that this file's first lines tell."""
 
     def __init__(self, network: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(network, *args, **kwargs)
-        self.network = _Network(self, network)
         self.flow = _Flow(self)
+        super().__init__(network, *args, **kwargs)
+        self._warn_of_unknown_options()
+        self.network = _Network(self, network)
+        for hook in self.hooks:
+            hook.converter = {**hook.converter, "converter": _checked_converter(hook.converter["converter"])}
         self.adder_layers: dict[str, Any] = {}
         self.module: nn.Module = self.torch2trt_kwargs["module"]
         self._stack = contextlib.ExitStack()
+
+    def _warn_of_unknown_options(self) -> None:
+        """torch2trt passes unknown options on, for converters to read, so that a misspelt one has no effect."""
+        known = ["module", "inputs", *torch2trt_options(host.torch2trt)]
+        for name in self.torch2trt_kwargs:
+            if name not in known and nearest(name, known) is not None:
+                warnings.warn(f"torch2trt ignores the option {name!r}{did_you_mean(name, known)}", stacklevel=4)
+
+    @property
+    def method_return(self) -> Any:
+        """What the call that is being converted has returned."""
+        return self._method_return
+
+    @method_return.setter
+    def method_return(self, value: Any) -> None:
+        self._method_return = value
+        self.flow.see(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
     def __enter__(self) -> "ConversionContext":
         _detach_trt([*self.module.parameters(), *self.module.buffers()])
@@ -208,7 +254,7 @@ class ConversionContext(host.ConversionContext):
             _detach_trt(tensors)
             for tensor in tensors:
                 self.flow.mark(tensor, f"an input of type {tensor.dtype}")
-            self.flow.seen += map(weakref.ref, tensors)
+            self.flow.see(tensors)
         super().add_inputs(torch_inputs, *args, **kwargs)
 
     def mark_outputs(self, torch_outputs: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
@@ -216,7 +262,7 @@ class ConversionContext(host.ConversionContext):
             for output in torch_outputs:
                 if not hasattr(output, "_trt"):
                     self.refuse(self.flow.origin(output))
-        super().mark_outputs(torch_outputs, *args, **kwargs)
+        super().mark_outputs(self._outputs_of_their_own(torch_outputs), *args, **kwargs)
         if len(self.adder_layers) != self.flow.adder_calls:
             raise RuntimeError(
                 f"The model calls adder2d {self.flow.adder_calls} times, but the network has "
@@ -230,6 +276,20 @@ class ConversionContext(host.ConversionContext):
             # strict_type_constraints asks for the same, and excludes this flag.
             if held and not self.torch2trt_kwargs.get("strict_type_constraints"):
                 self.builder_config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+
+    def _outputs_of_their_own(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """`outputs`, those that are an input or another output under a new name as copies: a tensor has one name."""
+        taken, own = set(), []
+        for output in outputs:
+            itensor = output._trt
+            if itensor.is_network_input or itensor.name in taken:
+                with self.unhooked():
+                    output = output.detach()
+                itensor = self.network._network.add_identity(itensor).get_output(0)
+                output._trt = itensor
+            taken.add(itensor.name)
+            own.append(output)
+        return own
 
     @contextlib.contextmanager
     def unhooked(self) -> Iterator[None]:
@@ -277,24 +337,52 @@ class ConversionContext(host.ConversionContext):
         return forward
 
 
+def _checked_converter(converter: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`converter`, which does not run where Python goes on to the other operand, and must keep PyTorch's shapes."""
+
+    def convert(ctx: ConversionContext) -> None:
+        if ctx.method_return is NotImplemented:
+            return
+        converter(ctx)
+        with host.use_shape_wrapping(False):
+            for output in tree_leaves(ctx.method_return):
+                itensor = getattr(output, "_trt", None) if isinstance(output, Tensor) else None
+                if not isinstance(itensor, trt.ITensor):
+                    continue
+                try:
+                    shape = list(itensor.shape)
+                except (RuntimeError, ValueError):  # TensorRT has refused a layer, and its log says why
+                    shape = None
+                expected = list(output.shape)
+                if shape is None or len(shape) != len(expected) or any(a not in (-1, b) for a, b in zip(shape, expected)):
+                    raise RuntimeError(
+                        f"The converter of {ctx.method_str} in {ctx.place()} gives "
+                        f"{'a layer that TensorRT refuses' if shape is None else f'a result of shape {shape}'}, PyTorch one of "
+                        f"shape {expected}; give torch2trt a converter that follows these arguments, or use "
+                        "torch2trt_adder.convert with route='onnx'."
+                    )
+
+    return convert
+
+
 def _check_close(name: str, output: Tensor, expected: Tensor, ours: Adder2d) -> None:
     """Raises where a foreign layer does not compute adder2d. Both sums are sequential at worst, and of one sign."""
-    same_shape = output.shape == expected.shape
     difference = limit = math.nan
-    if same_shape:
+    if output.shape == expected.shape and output.dtype is expected.dtype:
         y, y0 = output.double(), expected.double()
         terms = y0.abs() if ours.b is None else y0.abs() + ours.b.detach().double().abs()[:, None, None]
         sums = 2 * torch.finfo(torch.float32).eps * math.sqrt(ours.adder[0].numel())
         eps = 2 * (torch.finfo(expected.dtype).eps + sums)
-        excess = (y - y0).abs() - eps * terms
-        if not bool((excess[y0.isfinite()] > 0).any()):
+        # Not a number here is as wrong as any difference; where theirs is not finite, nothing can be told.
+        excess = ((y - y0).abs() - eps * terms).nan_to_num(math.inf).where(y0.isfinite(), -math.inf)
+        if not bool((excess > 0).any()):
             return
-        worst = excess.nan_to_num(0).argmax()
+        worst = excess.argmax()
         difference, limit = (y - y0).abs().flatten()[worst].item(), (eps * terms).flatten()[worst].item()
     raise RuntimeError(
-        f"{name} holds a parameter `adder`, but does not compute adder2d: its output is {list(expected.shape)}, "
-        f"adder2d's {list(output.shape)}, the largest difference {difference:.3g} with {limit:.3g} allowed; give "
-        "torch2trt a converter for it."
+        f"{name} looks like an adder layer (it holds a parameter `adder`, or its class was registered), but does not compute "
+        f"adder2d: its output is {expected.dtype} {list(expected.shape)}, adder2d's {output.dtype} {list(output.shape)}, the "
+        f"largest difference {difference:.3g} with {limit:.3g} allowed; give torch2trt a converter for it."
     )
 
 

@@ -1,12 +1,11 @@
 """A model repository for NVIDIA's Triton Inference Server."""
 
 import pathlib
+import re
 import shlex
-import shutil
 from typing import Any
 
 from . import engine, files, library
-
 
 # Wherever the folder is mounted; options of tritonserver go through.
 _START = """#!/bin/sh
@@ -28,30 +27,35 @@ def write_repository(folder: pathlib.Path, plan: pathlib.Path, name: str, embedd
         embedded: the plan carries its plugin (``embed_plugin=True``): no library is written.
 
     Raises:
-        RuntimeError: no plan, or a name that cannot be a folder's.
-        OSError: a file that cannot be read or written.
+        ValueError: `plan` is not one, or would be replaced; or `name` has other characters than letters, digits, _ and -.
+        OSError: a file cannot be read or written.
     """
-    if not name or name != pathlib.PurePath(name).name or name.startswith("."):
-        raise RuntimeError(f"{name!r} cannot be a model's name; give --name letters, digits, _ and -.")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"{name!r} cannot be a model's name; give --name letters, digits, _ and -.")
+    folder = folder.resolve()
+    model, config, start = folder / name / "1" / "model.plan", folder / name / "config.pbtxt", folder / "start.sh"
+    plugin = folder / library.FILE_NAME
+    outputs = {"the model": model, "its configuration": config, "the start script": start}
+    inputs = {"the plan": plan}
+    if not embedded:
+        outputs["the copy of the plugin library"], inputs["the plugin library"] = plugin, library.path()
+    files.check_apart(outputs, inputs)
+    for path in outputs.values():
+        files.check_writable(path)
     data = files.read(plan)
     try:
         version = engine.plan_version(data)
     except ValueError as error:
-        raise RuntimeError(f"{plan} is {error}: build one with torch2trt-adder build.") from error
-    folder = folder.resolve()
-    config = f'name: "{name}"\nplatform: "tensorrt_plan"\n'
-    if embedded:
-        option = "version-compatible=true"
-    else:
-        plugin = folder / library.FILE_NAME
-        files.write(plugin, files.read(library.path()))
-        shutil.copymode(library.path(), plugin)
-        option = f'plugins="$folder/{library.FILE_NAME}"'
-    files.write(folder / name / "1" / "model.plan", data)
-    files.write(folder / name / "config.pbtxt", config.encode())
-    files.write(folder / "start.sh", _START.format(option=option).encode())
-    (folder / "start.sh").chmod(0o755)
-    command = shlex.quote(str(folder / "start.sh"))
+        raise ValueError(f"{plan} is {error}: build one with torch2trt-adder build.") from error
+    option = "version-compatible=true" if embedded else f'plugins="$folder/{library.FILE_NAME}"'
+    if not embedded:
+        files.write(plugin, files.read(library.path()), executable=True)
+    files.write(model, data)
+    files.write(config, f'name: "{name}"\nplatform: "tensorrt_plan"\n'.encode())
+    files.write(start, _START.format(option=option).encode(), executable=True)
+    command = shlex.quote(str(start))
     built = ".".join(map(str, version)) if version else "an unknown version"
-    print(f"{folder}: model {name}, a plan of TensorRT {built}; the server must have the same. Start it with\n  {command}")
+    print(
+        f"{folder}: model {name}, a plan of TensorRT {built}; the server must have the same. Start it with\n  {command}"
+    )
     return {"folder": str(folder), "model": name, "tensorrt": built, "command": command}

@@ -14,7 +14,8 @@ constexpr int32_t kNbInputs = 3;  // x [N, C, H, W], weight [K, C / groups, R, S
 constexpr int32_t kNbOutputs = 1;
 
 // Everything a plugin knows; height comes before width. `output_type` is the DataType of y whatever the type of x:
-// raw sums of wide layers pass float16's 65504, so a float16 layer keeps a float32 output unless told otherwise.
+// raw sums of wide layers pass float16's 65504, so a float16 layer keeps a float32 output unless told otherwise. The numbers
+// are int32_t, as in plugin fields and in stored engines.
 struct Attributes {
   int32_t stride[2] = {1, 1};
   int32_t padding[2] = {0, 0};
@@ -22,6 +23,9 @@ struct Attributes {
   int32_t groups = 1;
   int32_t output_type = static_cast<int32_t>(nvinfer1::DataType::kFLOAT);
 };
+
+// One line on stderr. TensorRT's own logger is never called: its layout differs between versions.
+void report(char const* format, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- fields
 
@@ -35,8 +39,10 @@ struct FieldList {
   nvinfer1::PluginFieldCollection const* point_to(Attributes const* attributes);
 };
 
-// Reads the fields given into `attributes`; absent ones keep their default, foreign names are passed over, a pair may come
-// as one value for both axes. Reports the reason and returns false on a bad field or value.
+// Reads the fields given into `attributes`; absent ones keep their default, a pair may come as one value for both axes.
+// Reports the reason and returns false on a bad value, and on a field that is unknown, given twice or malformed: a misspelt
+// field, or one of a newer release, would else give a layer of wrong results. Names that begin with "plugin_" or
+// "tensorrt_plugin_" are skipped: they speak to TensorRT's ONNX parser.
 bool parse(nvinfer1::PluginFieldCollection const* fc, Attributes* attributes);
 
 // Reports and returns false where no layer can have these attributes.
@@ -44,15 +50,16 @@ bool validate(Attributes const& attributes);
 
 // ---- tensors
 
+// A tensor description of either generation. A rank of -1 and extents below 0 are unknown; a rank of 0 is a scalar.
 struct Tensor {
   int32_t nbDims;
   int64_t d[nvinfer1::kMaxDims];
-  int32_t type;
+  nvinfer1::DataType type;
 };
 
 template <typename Dims>
 Tensor make_tensor(Dims const& dims, nvinfer1::DataType type) {
-  Tensor tensor{dims.nbDims, {}, static_cast<int32_t>(type)};
+  Tensor tensor{dims.nbDims, {}, type};
   for (int32_t i = 0; i < dims.nbDims && i < nvinfer1::kMaxDims; ++i) tensor.d[i] = dims.d[i];
   return tensor;
 }
@@ -65,7 +72,11 @@ Tensor make_tensor(Desc const& desc) {
 // Whether rank and extents are all known.
 bool is_known(Tensor const& tensor);
 
-// Why the layer cannot take these tensors, or null. Unknown extents (-1) and ranks (nbDims < 1) are passed over.
+// Whether these are the inputs and outputs of an Adder2d layer in number; reported where they are not.
+bool check_counts(int32_t nbInputs, int32_t nbOutputs);
+
+// Why the layer does not support tensors of these shapes, or null. What is unknown is not checked; shapes that are known but
+// for their batch are checked as a whole.
 char const* check_known(Attributes const& attributes, Tensor const& x, Tensor const& weight, Tensor const& bias);
 
 // The whole problem but its pointers; y follows from the rest. Returns why it is not valid, or null.
@@ -76,52 +87,81 @@ char const* fill_params(Attributes const& attributes, Tensor const& x, Tensor co
 // wants do not grow with their size. torch2trt allows 32 MiB by default.
 constexpr size_t kWorkspaceBytes = 31 << 20;
 
-// Runs the layer; `y` is checked against what the inputs give. Returns 0 for success.
+constexpr int32_t kInvalidValue = 1;  // cudaErrorInvalidValue
+
+// Runs the layer; `y` is checked against what the inputs give, and pointers against null. Returns 0 for success.
 int32_t enqueue(Attributes const& attributes, Tensor const& x, Tensor const& weight, Tensor const& bias, Tensor const& y,
                 void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream);
+
+template <typename Desc>
+int32_t enqueue(Attributes const& attributes, Desc const* in, Desc const* out, void const* const* inputs, void* const* outputs,
+                void* workspace, cudaStream_t stream) {
+  if (in == nullptr || out == nullptr) {
+    report("enqueue needs descriptions of its inputs and outputs, got null");
+    return kInvalidValue;
+  }
+  return enqueue(attributes, make_tensor(in[0]), make_tensor(in[1]), make_tensor(in[2]), make_tensor(out[0]), inputs, outputs,
+                 workspace, stream);
+}
 
 // Whether tensor `pos` (x, weight, bias, y) may have this type and format.
 bool supports_format(Attributes const& attributes, int32_t pos, nvinfer1::DataType type, nvinfer1::TensorFormat format);
 
-// y [N, K, P, Q] in expressions. False where the ranks, or the channels as far as known, are wrong; reported.
+// y [N, K, P, Q] in expressions. False where a rank is unknown, or the shapes, as far as known, are wrong; reported.
 template <typename Exprs, typename Builder>
 bool output_shape(Attributes const& attributes, Exprs const* inputs, int32_t nbInputs, Builder& builder, Exprs* y);
-
-// One line on stderr. TensorRT's own logger is never called: its layout differs between versions.
-void report(char const* format, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- definition of the template
 
 template <typename Exprs, typename Builder>
 bool output_shape(Attributes const& attributes, Exprs const* inputs, int32_t nbInputs, Builder& builder, Exprs* y) {
   using Op = nvinfer1::DimensionOperation;
-  if (nbInputs != kNbInputs) {
-    report("Adder2d takes %d inputs (x, weight, bias), got %d", kNbInputs, nbInputs);
+  using Expr = typename Builder::Expr;
+  if (!check_counts(nbInputs, kNbOutputs)) return false;
+  if (inputs == nullptr || y == nullptr) {
+    report("the output shape needs the shapes of the inputs and a place, got null");
     return false;
   }
   Tensor known[kNbInputs]{};
   for (int32_t i = 0; i < kNbInputs; ++i) {
     known[i].nbDims = inputs[i].nbDims;
-    for (int32_t j = 0; j < inputs[i].nbDims && j < nvinfer1::kMaxDims; ++j)
-      known[i].d[j] = inputs[i].d[j]->isConstant() ? int64_t{inputs[i].d[j]->getConstantValue()} : -1;
+    for (int32_t j = 0; j < inputs[i].nbDims && j < nvinfer1::kMaxDims; ++j) {
+      Expr const* const extent = inputs[i].d[j];
+      if (extent == nullptr) {
+        report("extent %d of input %d is null", j, i);
+        return false;
+      }
+      known[i].d[j] = extent->isConstant() ? int64_t{extent->getConstantValue()} : -1;
+    }
   }
-  if (char const* reason = check_known(attributes, known[0], known[1], known[2])) {
+  char const* reason = check_known(attributes, known[0], known[1], known[2]);
+  if (reason == nullptr && (known[0].nbDims != 4 || known[1].nbDims != 4))
+    reason = "the ranks of x and weight must be known before the output shape";
+  if (reason) {
     report("%s", reason);
     return false;
   }
+  // A builder gives null where it has no memory, or no such operation.
+  auto const constant = [&builder](int32_t value) -> Expr const* { return builder.constant(value); };
+  auto const apply = [&builder](Op op, Expr const* a, Expr const* b) -> Expr const* {
+    return a && b ? builder.operation(op, *a, *b) : nullptr;
+  };
   Exprs const& x = inputs[0];
   Exprs const& weight = inputs[1];
-  *y = Exprs{4, {x.d[0], weight.d[0]}};
-  auto const* one = builder.constant(1);
+  Exprs shape{4, {x.d[0], weight.d[0]}};
   for (int32_t axis = 0; axis < 2; ++axis) {
-    // P = (H + 2 * padding - dilation * (R - 1) - 1) / stride + 1, and the same for Q.
-    auto const* padded = builder.operation(Op::kSUM, *x.d[2 + axis], *builder.constant(2 * attributes.padding[axis] - 1));
-    auto const* reach = builder.operation(Op::kPROD, *builder.constant(attributes.dilation[axis]),
-                                          *builder.operation(Op::kSUB, *weight.d[2 + axis], *one));
-    auto const* steps = builder.operation(Op::kFLOOR_DIV, *builder.operation(Op::kSUB, *padded, *reach),
-                                          *builder.constant(attributes.stride[axis]));
-    y->d[2 + axis] = builder.operation(Op::kSUM, *steps, *one);
+    // P = (H + 2 * padding - dilation * (R - 1) - 1) / stride + 1, and the same for Q. `validate` keeps 2 * padding an int32.
+    Expr const* const padded = apply(Op::kSUM, x.d[2 + axis], constant(2 * attributes.padding[axis] - 1));
+    Expr const* const taps = apply(Op::kSUB, weight.d[2 + axis], constant(1));
+    Expr const* const reach = apply(Op::kPROD, constant(attributes.dilation[axis]), taps);
+    Expr const* const steps = apply(Op::kFLOOR_DIV, apply(Op::kSUB, padded, reach), constant(attributes.stride[axis]));
+    shape.d[2 + axis] = apply(Op::kSUM, steps, constant(1));
+    if (shape.d[2 + axis] == nullptr) {
+      report("TensorRT could not compute the output shape");
+      return false;
+    }
   }
+  *y = shape;
   return true;
 }
 

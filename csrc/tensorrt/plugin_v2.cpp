@@ -35,6 +35,7 @@ class Adder2dPluginV2 final : public IPluginV2DynamicExt {
   size_t getSerializationSize() const noexcept override { return sizeof(Serialized); }
 
   void serialize(void* buffer) const noexcept override {
+    if (buffer == nullptr) return report("an Adder2d layer cannot be stored at null");
     Serialized serialized;
     serialized.attributes = mAttributes;
     std::memcpy(buffer, &serialized, sizeof(serialized));
@@ -66,10 +67,15 @@ class Adder2dPluginV2 final : public IPluginV2DynamicExt {
     return output_shape(mAttributes, inputs, nbInputs, exprBuilder, &y) ? y : DimsExprs{};
   }
 
-  bool supportsFormatCombination(int32_t pos, PluginTensorDesc const* inOut, int32_t nbInputs, int32_t) noexcept override {
-    // This generation cannot fail in configurePlugin: wrong ranks and channels end here, where nothing is supported.
-    if (nbInputs != kNbInputs || check_known(mAttributes, make_tensor(inOut[0]), make_tensor(inOut[1]), make_tensor(inOut[2])))
+  bool supportsFormatCombination(int32_t pos, PluginTensorDesc const* inOut, int32_t nbInputs,
+                                 int32_t nbOutputs) noexcept override {
+    // This generation cannot fail in configurePlugin: shapes that do not fit end here, where nothing is supported.
+    if (!check_counts(nbInputs, nbOutputs) || inOut == nullptr || pos < 0 || pos >= nbInputs + nbOutputs) return false;
+    if (char const* reason = check_known(mAttributes, make_tensor(inOut[0]), make_tensor(inOut[1]), make_tensor(inOut[2]))) {
+      // Once, not for each of the types and formats that TensorRT tries.
+      if (pos == 0 && inOut[0].type == DataType::kFLOAT && inOut[0].format == TensorFormat::kLINEAR) report("%s", reason);
       return false;
+    }
     return supports_format(mAttributes, pos, inOut[pos].type, inOut[pos].format);
   }
 
@@ -81,8 +87,7 @@ class Adder2dPluginV2 final : public IPluginV2DynamicExt {
 
   int32_t enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* outputDesc, void const* const* inputs,
                   void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
-    return adder2d::enqueue(mAttributes, make_tensor(inputDesc[0]), make_tensor(inputDesc[1]), make_tensor(inputDesc[2]),
-                            make_tensor(outputDesc[0]), inputs, outputs, workspace, stream);
+    return adder2d::enqueue(mAttributes, inputDesc, outputDesc, inputs, outputs, workspace, stream);
   }
 
  private:
@@ -107,11 +112,16 @@ class Adder2dPluginV2Creator final : public IPluginCreator {
     Serialized const expected;
     Serialized serialized;
     if (serialData == nullptr || serialLength != sizeof(serialized)) {
-      report("a stored Adder2d layer must have %zu bytes, got %zu", sizeof(serialized), serialLength);
+      report("a stored Adder2d layer must have %zu bytes, got %zu%s", sizeof(serialized), serialLength,
+             serialData ? "" : " at null");
       return nullptr;
     }
     std::memcpy(&serialized, serialData, sizeof(serialized));
-    if (serialized.magic != expected.magic || serialized.layout != expected.layout) {
+    if (serialized.magic != expected.magic) {
+      report("the stored data are not an Adder2d layer: they begin with %#x, not %#x", serialized.magic, expected.magic);
+      return nullptr;
+    }
+    if (serialized.layout != expected.layout) {
       report("the stored Adder2d layer has layout %d, this library reads %d: build the engine anew with this library",
              serialized.layout, expected.layout);
       return nullptr;

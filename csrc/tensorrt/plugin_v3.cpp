@@ -42,15 +42,15 @@ class Adder2dPluginV3 final : public IPluginV3, public IPluginV3OneCore, public 
   int32_t getNbOutputs() const noexcept override { return kNbOutputs; }
 
   int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const*,
-                          int32_t) noexcept override {
-    if (nbInputs != kNbInputs) return kFailure;
+                          int32_t nbOutputs) noexcept override {
+    if (!check_counts(nbInputs, nbOutputs) || in == nullptr) return kFailure;
     Tensor const smallest[] = {at(in[0].min, in[0]), at(in[1].min, in[1]), at(in[2].min, in[2])};
     Tensor const largest[] = {at(in[0].max, in[0]), at(in[1].max, in[1]), at(in[2].max, in[2])};
     return fits(smallest) && fits(largest) ? kSuccess : kFailure;
   }
 
   int32_t getOutputDataTypes(DataType* outputTypes, int32_t nbOutputs, DataType const*, int32_t) const noexcept override {
-    if (nbOutputs != kNbOutputs) return kFailure;
+    if (nbOutputs != kNbOutputs || outputTypes == nullptr) return kFailure;
     outputTypes[0] = static_cast<DataType>(mAttributes.output_type);
     return kSuccess;
   }
@@ -61,8 +61,10 @@ class Adder2dPluginV3 final : public IPluginV3, public IPluginV3OneCore, public 
     return output_shape(mAttributes, inputs, nbInputs, exprBuilder, outputs) ? kSuccess : kFailure;
   }
 
-  bool supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t nbInputs, int32_t) noexcept override {
-    return nbInputs == kNbInputs && supports_format(mAttributes, pos, inOut[pos].desc.type, inOut[pos].desc.format);
+  bool supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t nbInputs,
+                                 int32_t nbOutputs) noexcept override {
+    if (!check_counts(nbInputs, nbOutputs) || inOut == nullptr || pos < 0 || pos >= nbInputs + nbOutputs) return false;
+    return supports_format(mAttributes, pos, inOut[pos].desc.type, inOut[pos].desc.format);
   }
 
   size_t getWorkspaceSize(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
@@ -72,16 +74,16 @@ class Adder2dPluginV3 final : public IPluginV3, public IPluginV3OneCore, public 
 
   // ---- IPluginV3OneRuntime
 
-  int32_t onShapeChange(PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const*, int32_t) noexcept override {
-    if (nbInputs != kNbInputs) return kFailure;
+  int32_t onShapeChange(PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const*,
+                        int32_t nbOutputs) noexcept override {
+    if (!check_counts(nbInputs, nbOutputs) || in == nullptr) return kFailure;
     Tensor const actual[] = {make_tensor(in[0]), make_tensor(in[1]), make_tensor(in[2])};
     return fits(actual) ? kSuccess : kFailure;
   }
 
   int32_t enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* outputDesc, void const* const* inputs,
                   void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
-    return adder2d::enqueue(mAttributes, make_tensor(inputDesc[0]), make_tensor(inputDesc[1]), make_tensor(inputDesc[2]),
-                            make_tensor(outputDesc[0]), inputs, outputs, workspace, stream);
+    return adder2d::enqueue(mAttributes, inputDesc, outputDesc, inputs, outputs, workspace, stream);
   }
 
   IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }

@@ -4,7 +4,7 @@ import copy
 
 from torch import nn
 
-from ..module import Adder2d, _replace
+from ..module import Adder2d, replace_layers
 
 
 def cnn_twin(model: nn.Module) -> nn.Module:
@@ -30,4 +30,4 @@ def cnn_twin(model: nn.Module) -> nn.Module:
             )
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
             convolutions[layer] = convolution
-    return _replace(model, convolutions)
+    return replace_layers(model, convolutions)
