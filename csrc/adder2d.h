@@ -78,7 +78,7 @@ __attribute__((visibility("default"))) char const* adder2d_error_string(int32_t 
 
 // The same operator on the CPU: all types ADDER2D_FLOAT32, host pointers, on `threads` threads at most (below 1 means
 // 1, and more than a few for each core are not used), workspace unused. Returns 0 for success, 1 for invalid params, 2
-// where memory is short, 3 where the environment asks for an unknown instruction set. Defined in cpu.cpp.
+// where memory is short, 3 where the environment asks for an unknown instruction set. Defined in cpu/adder2d_cpu.cpp.
 __attribute__((visibility("default"))) int32_t adder2d_fprop_cpu(Adder2dParams const* params, int32_t threads);
 
 // The text of a result of adder2d_fprop_cpu or adder2d_dgrad_cpu.
