@@ -97,7 +97,7 @@ def test_random_cases_under_sanitizers(tmp_path: pathlib.Path) -> None:
     csrc = ROOT / "csrc"
     plugin_sources = [csrc / "tensorrt" / f"{name}.cpp" for name in ("attributes", "plugin_v2", "plugin_v3")]
     tests = [ROOT / "tests" / "plugin_fuzz.cpp", ROOT / "tests" / "fuzz_functions.cpp"]
-    sources = [*tests, csrc / "cpu.cpp", csrc / "problem.cpp", *plugin_sources]
+    sources = [*tests, csrc / "cpu" / "adder2d_cpu.cpp", csrc / "api" / "check.cpp", *plugin_sources]
     objects = [tmp_path / f"{source.stem}.o" for source in sources]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda pair: compile_cpp(*SANITIZERS, "-g1", "-c", pair[0], "-o", pair[1]), zip(sources, objects)))
