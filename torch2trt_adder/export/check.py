@@ -121,20 +121,7 @@ def _compare(
             f"export_onnx: there are {len(got)} outputs in {first} and {len(expected)} in {second}{where}; {remedy}."
         )
     for i, (y, y0, bound) in enumerate(zip(got, expected, bounds, strict=True)):
-        if y.shape != y0.shape or y.dtype is not y0.dtype:
-            raise RuntimeError(
-                f"export_onnx: output {i} is {y.dtype} {list(y.shape)} in {first} and {y0.dtype} {list(y0.shape)} in "
-                f"{second}{where}; {remedy}."
-            )
-        most = torch.finfo(y0.dtype).max if y0.is_floating_point() else torch.inf
-        y, y0 = y.double(), y0.double()
         # Where the second is infinite, a number that is nearly too large is as good.
-        y = torch.where(y0.isinf(), y.clamp(-most, most), y)
-        y0 = y0.clamp(-most, most)
-        numbers = ~y0.isnan()
-        difference = (y - y0)[numbers].abs().max().item() if numbers.any() else 0.0
-        if not difference <= bound.item() or not bool((y.isnan() == y0.isnan()).all()):
-            raise RuntimeError(
-                f"export_onnx: output {i} differs between {first} and {second} by up to {difference:.3g}{where}, beyond the "
-                f"{bound.item():.3g} that rounding explains; {remedy}."
-            )
+        mismatch = comparison.compare(y, y0, bound, nonfinite="saturate", same_dtype=True)
+        if mismatch is not None:
+            raise RuntimeError(f"export_onnx: {mismatch.text(f'output {i}', first, second, where)}; {remedy}.")

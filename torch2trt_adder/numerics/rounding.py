@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from . import tolerance
+
 _TRIALS, _FACTOR = 3, 2
 
 
@@ -25,13 +27,13 @@ def rounding_bounds(model: nn.Module, inputs: Sequence[Any], fp16: bool = False)
     change seen, the factor standing for the trials not made, plus one rounding of the output.
 
     How much an operation's result may move, with u = eps / 2 of its type, one rounding (of float16 for `fp16`):
-    * adder2d: 2 * u + 2 * eps32 * sqrt(CRS) of |y| + |bias|, what sequential float32 sums of one sign stay within;
-      its result stays float32 for `fp16`, its input is rounded where it is computed.
+    * adder2d: `tolerance.relative_error` of |y| + |bias|, what sequential float32 sums of one sign stay within; its
+      result stays float32 for `fp16`, its input is rounded where it is computed.
     * convolutions and matrix products over L terms: u * (1 + sqrt(L) / 4) of |y| + rms(y), for rounded factors and for
       partial sums of both signs, whose roundings add up like a random walk; in float32 on a GPU plus 2^-10 of it, since
-      both PyTorch and TensorRT may take TF32 (NVIDIA_TF32_OVERRIDE=0 forbids it to both).
-    * sums and means over L terms: u of |y| + sqrt(L) * the sum (mean) of |x|, since the terms may have one sign; variances and
-      deviations u * (1 + sqrt(L)) of |y|.
+      both PyTorch and TensorRT may use TF32 (NVIDIA_TF32_OVERRIDE=0 disables it in both).
+    * sums and means over L terms: u of |y| + sqrt(L) * the sum (mean) of |x|, since the terms may have one sign;
+      variances and deviations u * (1 + sqrt(L)) of |y|.
     * curves that runtimes approximate: 4 * u of |y| + 1, or of |y| + |x| where they are factors of x (measured: ONNX
       Runtime's sigmoid is off by 2.8 * u, its tanh by 5.5 * u).
     * everything else: u of |y|.
@@ -98,8 +100,7 @@ class _Rounding(TorchDispatchMode):
         if packet is torch.ops.torch2trt_adder.adder2d:
             weight, bias = args[1:3]
             size = result.float().abs() + (0 if bias is None else bias.abs()[:, None, None])
-            sums = 2 * torch.finfo(torch.float32).eps * math.sqrt(weight[0].numel())
-            return self.move(result, (torch.finfo(result.dtype).eps + sums) * size)
+            return self.move(result, tolerance.relative_error(weight[0].numel(), result.dtype) * size)
         if packet in _TERMS:
             relative = _unit(result, self.fp16) * (1 + math.sqrt(_TERMS[packet](args)) / 4)
             if result.dtype is torch.float32 and result.is_cuda and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
