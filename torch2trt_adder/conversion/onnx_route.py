@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..numerics.comparison import tensor_leaves
 from .shapes import COMMON_OPTIONS, shapes_of
+from .torch2trt_route import Converted
 
 
 def absent_packages() -> list[str]:
@@ -42,9 +43,7 @@ def refuses(inputs: Any, options: dict[str, Any]) -> str | None:
     return None
 
 
-def through_onnx(
-    model: nn.Module, inputs: Any, options: dict[str, Any]
-) -> tuple[nn.Module, Callable[[Any], list[Tensor]]]:
+def through_onnx(model: nn.Module, inputs: Any, options: dict[str, Any]) -> Converted:
     """An `Engine` for `model`, by `export_onnx` and `build_engine`, and how to flatten its outputs.
 
     Args:

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import onnx_route, torch2trt_route
-
-Converted = tuple[nn.Module, Callable[[Any], list[Tensor]]]  # an engine, and how to flatten its outputs
+from .torch2trt_route import Converted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ from .. import frontends
 from ..frontends.options import torch2trt_options
 from .shapes import COMMON_OPTIONS
 
+Converted = tuple[nn.Module, Callable[[Any], list[Tensor]]]  # an engine, and how to flatten its outputs
+
 
 def missing() -> str | None:
     """What this route lacks on a machine with a GPU and TensorRT, as one sentence."""
@@ -34,9 +36,7 @@ def refuses(inputs: Any, options: dict[str, Any]) -> str | None:
     return None
 
 
-def through_torch2trt(
-    model: nn.Module, inputs: Any, options: dict[str, Any]
-) -> tuple[nn.Module, Callable[[Any], list[Tensor]]]:
+def through_torch2trt(model: nn.Module, inputs: Any, options: dict[str, Any]) -> Converted:
     """torch2trt's TRTModule for `model`, and how to flatten its outputs.
 
     Args:
@@ -49,7 +49,7 @@ def through_torch2trt(
     """
     import torch2trt
 
-    model_trt: nn.Module = torch2trt.torch2trt(model, inputs, **options)
+    model_trt: Any = torch2trt.torch2trt(model, inputs, **options)
     if model_trt.engine is None:
         raise RuntimeError(
             "convert: TensorRT could not build an engine; its log above says why (log_level=tensorrt.Logger.INFO makes "

@@ -18,11 +18,11 @@ def call_model(model: Callable[..., Any], *args: Any) -> Any:
         return model(*tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, args))
 
 
-def _run(model: nn.Module, args: tuple) -> list[Tensor]:
+def _run(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
     return [leaf.cpu() for leaf in tree_leaves(call_model(model, *args)) if isinstance(leaf, Tensor)]
 
 
-def _bounds(model: nn.Module, args: tuple) -> list[Tensor]:
+def _bounds(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
     try:
         bounds = rounding.rounding_bounds(functools.partial(call_model, model), args)
     except NotImplementedError as error:  # of a dispatch mode, for torch.cond and the like
@@ -33,7 +33,7 @@ def _bounds(model: nn.Module, args: tuple) -> list[Tensor]:
     return [leaf.cpu() for leaf in tree_leaves(bounds) if isinstance(leaf, Tensor)]
 
 
-def compare_with_adopted(own: nn.Module, adopted: nn.Module, args: tuple) -> None:
+def compare_with_adopted(own: nn.Module, adopted: nn.Module, args: tuple[Any, ...]) -> None:
     """Raises unless the network that was given computes what it does with its adder layers adopted, which is exported."""
     try:
         expected = _run(own, args)
@@ -60,7 +60,7 @@ _NOT_AN_ADDER = (
 
 
 def compare_with_onnxruntime(
-    data: bytes, own: nn.Module, module: nn.Module, args: tuple, limits: Mapping[str, tuple[int, int | None]]
+    data: bytes, own: nn.Module, module: nn.Module, args: tuple[Any, ...], limits: Mapping[str, tuple[int, int | None]]
 ) -> None:
     """Raises unless the file computes what `own` does; `module` is the same network with `Adder2d`, of known rounding."""
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
@@ -68,7 +68,7 @@ def compare_with_onnxruntime(
     inputs = session.get_inputs()
 
     def compare(
-        args: tuple, expected: list[Tensor], where: str = "", remedy: str = "please report this network"
+        args: tuple[Any, ...], expected: list[Tensor], where: str = "", remedy: str = "please report this network"
     ) -> None:
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         try:
@@ -88,7 +88,7 @@ def compare_with_onnxruntime(
         other_of = {dim: change(extent, *limits.get(dim, (0, None))) for dim, extent in extent_of.items()}
         resized = iter(
             [
-                comparison.resized(t, [other_of.get(dim, extent) for dim, extent in zip(names, t.shape)])
+                comparison.resized(t, [extent if dim is None else other_of[dim] for dim, extent in zip(names, t.shape)])
                 for names, t in zip(dims, tensors)
             ]
         )

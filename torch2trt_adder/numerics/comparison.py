@@ -105,9 +105,9 @@ def compare(
 def compare_form(actual: Tensor, expected: Tensor, same_dtype: bool = False) -> Mismatch | None:
     """The part of `compare` that looks at shapes and, with `same_dtype`, at dtypes."""
     if same_dtype and actual.dtype is not expected.dtype:
-        return Mismatch("dtype", *(f"{t.dtype} {list(t.shape)}" for t in (actual, expected)))
+        return Mismatch("dtype", f"{actual.dtype} {list(actual.shape)}", f"{expected.dtype} {list(expected.shape)}")
     if actual.shape != expected.shape:
-        return Mismatch("shape", *(str(list(t.shape)) for t in (actual, expected)))
+        return Mismatch("shape", str(list(actual.shape)), str(list(expected.shape)))
     return None
 
 

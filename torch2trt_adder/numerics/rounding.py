@@ -2,11 +2,11 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -18,7 +18,7 @@ _TRIALS, _FACTOR = 3, 2
 # ---- how far two correct implementations may differ
 
 
-def rounding_bounds(model: nn.Module, inputs: Sequence[Any], fp16: bool = False) -> Any:
+def rounding_bounds(model: Callable[..., Any], inputs: Sequence[Any], fp16: bool = False) -> Any:
     """How far rounding alone may move each output of `model`: a 0-d float64 tensor in the place of each tensor.
 
     A network's own condition decides that: BatchNorm subtracts a large mean from an adder layer's sums, which magnifies
@@ -75,12 +75,13 @@ _SUMS, _SPREADS = (_aten.sum, _aten.mean), (_aten.var, _aten.std)
 _CURVES, _GATES = (_aten.sigmoid, _aten.tanh, _aten.elu), (_aten.silu, _aten.gelu, _aten.mish)
 
 
-class _Rounding(TorchDispatchMode):
+class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Moves every result by as much as rounding may, up or down at random."""
 
     def __init__(self, fp16: bool, seed: int) -> None:
-        super().__init__()
-        self.fp16, self.seed, self.generators = fp16, seed, {}
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fp16, self.seed = fp16, seed
+        self.generators: dict[torch.device, torch.Generator] = {}
 
     def move(self, y: Any, bound: Tensor | float | None = None) -> Any:
         """y + or - bound (default: one rounding of y), the sign at random for each element."""
@@ -94,7 +95,7 @@ class _Rounding(TorchDispatchMode):
         sign = torch.empty_like(wide).bernoulli_(0.5, generator=self.generators[y.device]).mul_(2).sub_(1)
         return (wide + sign * bound).to(y.dtype)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
         if packet is torch.ops.torch2trt_adder.adder2d:
