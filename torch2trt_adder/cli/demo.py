@@ -178,7 +178,7 @@ def _layer_errors(model: nn.Module, images: Tensor) -> list[tuple[str, float, fl
     """For each adder layer: name, largest relative error against float64, and the largest that rounding explains."""
     errors = []
 
-    def compare(name: str) -> Callable:
+    def compare(name: str) -> Callable[[Adder2d, tuple[Tensor], Tensor], None]:
         def hook(layer: Adder2d, inputs: tuple[Tensor], output: Tensor) -> None:
             exact = reference.adder2d(
                 inputs[0].double(),
@@ -223,7 +223,7 @@ def _compare_with_engine(model: nn.Module, images: Tensor, labels: Tensor) -> di
 @torch.no_grad()
 def _latency(network: nn.Module, images: Tensor) -> float:
     """Milliseconds on the GPU, median of 100 runs after 20 others."""
-    times = []
+    times: list[float] = []
     for i in range(120):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..frontends.options import did_you_mean
 from ..nn.adopt import adopted_copy
@@ -113,8 +112,7 @@ def _at_the_ends(inputs: Any, example: Sequence[Any], options: dict[str, Any]) -
     ends = []
     for shapes in (least, most):
         if shapes != [tuple(tensor.shape) for tensor in tensors] and all(map(all, shapes)):
-            others = iter([resized(tensor, shape) for tensor, shape in zip(tensors, shapes)])
-            ends.append(tree_map(lambda leaf: next(others) if isinstance(leaf, Tensor) else leaf, example))
+            ends.append(resized(example, shapes))
     return ends
 
 

@@ -86,13 +86,13 @@ def compare_with_onnxruntime(
     extent_of = {dim: n for names, t in zip(dims, tensors) for dim, n in zip(names, t.shape) if dim is not None}
     for change in (_another, _double) if extent_of else ():  # the first that the network takes
         other_of = {dim: change(extent, *limits.get(dim, (0, None))) for dim, extent in extent_of.items()}
-        resized = iter(
+        other = comparison.resized(
+            args,
             [
-                comparison.resized(t, [extent if dim is None else other_of[dim] for dim, extent in zip(names, t.shape)])
+                [extent if dim is None else other_of[dim] for dim, extent in zip(names, t.shape)]
                 for names, t in zip(dims, tensors)
-            ]
+            ],
         )
-        other = tree_map(lambda leaf: next(resized) if isinstance(leaf, Tensor) else leaf, args)
         try:
             expected = _run(own, other)
         except Exception:  # in its own code: nothing to compare with

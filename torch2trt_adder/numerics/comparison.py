@@ -1,12 +1,12 @@
 """The comparison of a result with the expected one."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 NonFinite = Literal["same", "saturate", "ignore"]
 
@@ -166,8 +166,13 @@ def assert_within(actual: Tensor, expected: Tensor, limit: Tensor | float) -> No
 # ---- nested values and other sizes
 
 
-def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """`tensor` cut or repeated in each axis to `shape`: the same values, for comparisons at another size."""
+def resized(values: Any, shapes: Iterable[Sequence[int]]) -> Any:
+    """A nested structure whose tensors are cut or repeated in each axis to `shapes`: the same values at another size."""
+    shape = iter(shapes)
+    return tree_map(lambda leaf: _resized(leaf, next(shape)) if isinstance(leaf, Tensor) else leaf, values)
+
+
+def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     for axis, extent in enumerate(shape):
         tensor = tensor.index_select(axis, torch.arange(extent, device=tensor.device) % tensor.shape[axis])
     return tensor

@@ -75,11 +75,11 @@ _SUMS, _SPREADS = (_aten.sum, _aten.mean), (_aten.var, _aten.std)
 _CURVES, _GATES = (_aten.sigmoid, _aten.tanh, _aten.elu), (_aten.silu, _aten.gelu, _aten.mish)
 
 
-class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Rounding(TorchDispatchMode):
     """Moves every result by as much as rounding may, up or down at random."""
 
     def __init__(self, fp16: bool, seed: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.fp16, self.seed = fp16, seed
         self.generators: dict[torch.device, torch.Generator] = {}
 
