@@ -85,7 +85,7 @@ def names_in_source() -> set[str]:
             )
         return None
 
-    for file in PACKAGE.glob("*.py"):
+    for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             name = path(node)
             if (
@@ -103,7 +103,7 @@ def names_in_source() -> set[str]:
 
 def test_the_table_is_about_this_source() -> None:
     """Every member of the table is used, and the scan of the source finds what it should."""
-    source = "\n".join(file.read_text() for file in PACKAGE.glob("*.py"))
+    source = "\n".join(file.read_text() for file in PACKAGE.rglob("*.py"))
     idle = [f"{owner}.{name}" for owner, names in MEMBERS.items() for name in names if name not in source]
     assert not idle
     found = names_in_source()

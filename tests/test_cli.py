@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from torch2trt_adder import __version__, library
-from torch2trt_adder.cli import commands, loading, main
+from torch2trt_adder.cli import commands, main
 from torch2trt_adder.conversion import routes
+from torch2trt_adder.export import runtime
 from torch2trt_adder.models import addernet_mnist
 from torch2trt_adder.trt import builder
 
@@ -23,7 +24,7 @@ from torch2trt_adder.trt import builder
 def run(*arguments: str, folder: pathlib.Path | None = None) -> subprocess.CompletedProcess:
     root = pathlib.Path(__file__).resolve().parents[1]
     # The package of this checkout or the installed one, whichever this process imported.
-    path = pathlib.Path(cli.__file__).resolve().parents[1]
+    path = pathlib.Path(library.__file__).resolve().parents[1]
     command = [sys.executable, "-m", "torch2trt_adder", *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))}
     return subprocess.run(command, cwd=folder or root, env=environment, capture_output=True, text=True, timeout=600)
@@ -99,7 +100,7 @@ def test_info_shows_all_of_a_broken_installation() -> None:
 
 def test_ctrl_c(folder: pathlib.Path) -> None:
     """One sentence and the last line, on both outputs, and nothing half written."""
-    path = pathlib.Path(cli.__file__).resolve().parents[1]
+    path = pathlib.Path(library.__file__).resolve().parents[1]
     command = [sys.executable, "-m", "torch2trt_adder", "export", "network:waits", "x.onnx", "--shape", "1x3x8x8", "--json"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))}
     with subprocess.Popen(
@@ -121,7 +122,7 @@ def test_ctrl_c(folder: pathlib.Path) -> None:
 
 def test_a_reader_that_leaves(folder: pathlib.Path) -> None:
     """`torch2trt-adder info | head -1`"""
-    path = pathlib.Path(cli.__file__).resolve().parents[1]
+    path = pathlib.Path(library.__file__).resolve().parents[1]
     command = f"{sys.executable} -m torch2trt_adder info | head -1"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))}
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
@@ -131,7 +132,7 @@ def test_a_reader_that_leaves(folder: pathlib.Path) -> None:
 def test_an_unexpected_failure_has_its_last_line(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "load", lambda: {}["nothing"])
     for options in ([], ["--debug"]):
-        assert main.main(["info", "--json", *options]) == 1
+        assert main(["info", "--json", *options]) == 1
         shown = capsys.readouterr()
         assert shown.err.endswith(f"FAILED | {' '.join(['torch2trt-adder', 'info', '--json', *options])}\n")
         assert ("Traceback" in shown.err) == bool(options)
@@ -273,7 +274,7 @@ def test_convert_without_a_gpu(folder: pathlib.Path) -> None:
 
 def with_rtx(*arguments: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install tensorrt-rtx")
-    path = pathlib.Path(cli.__file__).resolve().parents[1]
+    path = pathlib.Path(library.__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, "-c", WITH_RTX, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
@@ -362,13 +363,13 @@ def two_inputs(tmp_path: pathlib.Path) -> pathlib.Path:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Puts a StandIn in the place of every engine that a verb loads, and the CPU in that of the GPU."""
-    draw = loading.random_inputs
+    draw = commands.random_inputs
 
     def use(runner: StandIn) -> StandIn:
         usual, dtypes = [runner._profile[name][1] for name in runner.input_names], [torch.float32] * 2
         monkeypatch.setattr(commands, "_load", lambda plan, shapes, host_code: (runner, shapes or usual, dtypes))
         monkeypatch.setattr(
-            loading, "random_inputs", lambda shapes, dtypes, device, seed: draw(shapes, dtypes, "cpu", seed)
+            commands, "random_inputs", lambda shapes, dtypes, device, seed: draw(shapes, dtypes, "cpu", seed)
         )
         return runner
 
@@ -399,14 +400,14 @@ def test_check_goes_by_names_and_to_the_ends(
         with pytest.raises(RuntimeError, match=message):
             check(two_inputs)
     stand_in(StandIn())
-    run = commands.onnx_export.run_onnxruntime
+    run = runtime.run_onnxruntime
 
     def run_small(session: object, tensors: list) -> list:
         if len(tensors[0]) == 4:
             raise RuntimeError("no memory")
         return run(session, tensors)
 
-    monkeypatch.setattr(commands.onnx_export, "run_onnxruntime", run_small)
+    monkeypatch.setattr(runtime, "run_onnxruntime", run_small)
     assert check(two_inputs)["relative_difference"] == 0
     assert "Not compared for inputs of [4, 2], [4, 3]: RuntimeError: no memory" in capsys.readouterr().out
     other = StandIn()

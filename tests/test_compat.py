@@ -62,8 +62,8 @@ def test_importing_the_package_makes_torch2trt_work() -> None:
     """Networks of several layers and types, fixed and dynamic; TensorRT's module stays as it was."""
     out = run("""
 import torch2trt_adder
-from torch2trt_adder import converter
-assert converter._import_error is None, converter._import_error
+from torch2trt_adder import frontends
+assert frontends.is_enabled("torch2trt"), frontends.error("torch2trt")
 from torch2trt import torch2trt, TRTModule
 import torch2trt as package
 host = sys.modules["torch2trt.torch2trt"]
@@ -122,8 +122,9 @@ with warnings.catch_warnings(record=True) as said:
     import torch2trt_adder
 print(["make constants of adder layers" in str(w.message) for w in said if "torch2trt_adder" in str(w.message)])
 torch.cuda.is_available = lambda: True
-print(torch2trt_adder.converter.missing("torch2trt"))
-print(torch2trt_adder.converter.missing())
+from torch2trt_adder.conversion import routes
+print(routes.missing("torch2trt"))
+print(routes.missing())
 """)
     said, torch2trt, auto = out.splitlines()
     assert said == ("[True]" if warned else "[]")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch2trt_adder import load_checkpoint
+from torch2trt_adder import library, load_checkpoint
 from torch2trt_adder.cli import demo, main
 from torch2trt_adder.conversion import routes
 from torch2trt_adder.models import addernet_mnist
@@ -21,7 +21,7 @@ CHECKPOINT = "my digits.pth"  # the space must be quoted in what is printed
 
 def shell(folder: pathlib.Path, command: str) -> subprocess.CompletedProcess[str]:
     """As typed in a shell whose current folder it is, with the package that this process imported."""
-    packages = pathlib.Path(cli.__file__).resolve().parents[1]
+    packages = pathlib.Path(library.__file__).resolve().parents[1]
     path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_finite_is_the_reason_and_ends_it(
     precious: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "_LEARNING_RATE", 1e9)
-    assert main.main(["demo", "--epochs", "1", "--checkpoint", str(precious)]) == 1
+    assert main(["demo", "--epochs", "1", "--checkpoint", str(precious)]) == 1
     shown = capsys.readouterr()
     assert "error: the loss became " in shown.err
     assert "in epoch 1, batch " in shown.err and "training diverged; lower the learning rate." in shown.err
@@ -116,7 +116,7 @@ def test_a_last_step_that_diverges_ends_it_as_well(
         nn.init.constant_(model.fc2.bias[3:], torch.nan)
 
     monkeypatch.setattr(demo, "_train", train)
-    assert main.main(["demo", "--checkpoint", str(precious)]) == 1
+    assert main(["demo", "--checkpoint", str(precious)]) == 1
     assert "error: parameter fc2.bias is not finite (7 of 10 values): training diverged" in capsys.readouterr().err
     assert precious.read_bytes() == b"an earlier checkpoint"
 
@@ -140,7 +140,7 @@ def test_the_loss_never_rises_at_the_start(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("seed", ["-1", str(2**63), "x"])
 def test_a_seed_that_cannot_be(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main.main(["demo", "--seed", seed])
+        main(["demo", "--seed", seed])
     assert ended.value.code == 2 and "argument --seed" in capsys.readouterr().err
 
 

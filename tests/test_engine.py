@@ -60,7 +60,7 @@ def rtx() -> ModuleType:
 PARSE = """
 import sys
 import tensorrt_rtx as trt
-from torch2trt_adder import engine, plugin
+from torch2trt_adder.trt import engine, plugin
 import onnx
 if sys.argv[2] == "registered":
     plugin.register(trt)
@@ -146,14 +146,14 @@ def test_build(plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType) -> 
 def test_profile(plain: pathlib.Path, rtx: ModuleType) -> None:
     proto = builder.load_onnx(plain)
     assert builder.dynamic_axes(proto) == [("x", 0, "batch")]
-    builder, network, _parser = builder._parse(rtx, proto, plain)
-    config = builder.create_builder_config()
-    builder._add_profile(builder, network, config, proto, {"batch": (1, 4, 8)})
+    rtx_builder, network, _parser = builder._parse(rtx, proto, plain)
+    config = rtx_builder.create_builder_config()
+    builder._add_profile(rtx_builder, network, config, proto, {"batch": (1, 4, 8)})
     assert config.num_optimization_profiles == 1
     static = builder.load_onnx(plain)
     static.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
-    config = builder.create_builder_config()
-    builder._add_profile(builder, network, config, static, {})
+    config = rtx_builder.create_builder_config()
+    builder._add_profile(rtx_builder, network, config, static, {})
     assert config.num_optimization_profiles == 0
 
 
@@ -690,12 +690,12 @@ def test_onnx_route(name: str, fp16: bool, tmp_path: pathlib.Path) -> None:
 @on_gpu
 def test_every_route_on_1000_inputs() -> None:
     """Largest differences and equal predictions of three networks, torchvision's among them where it is installed."""
-    routes = [route for route in ("torch2trt", "onnx") if routes.missing(route) is None]
-    command = [sys.executable, str(ROOT / "benchmarks" / "check_routes.py"), "--route", *routes]
+    possible = [route for route in ("torch2trt", "onnx") if routes.missing(route) is None]
+    command = [sys.executable, str(ROOT / "benchmarks" / "check_routes.py"), "--route", *possible]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     print(done.stdout)
-    assert routes and done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" of 1000") >= 2 * len(routes)
+    assert possible and done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" of 1000") >= 2 * len(possible)
 
 
 @on_gpu
@@ -828,7 +828,7 @@ def test_save_and_load(tmp_path: pathlib.Path) -> None:
     torch.save(x, tmp_path / "x.pt")
     script = """
 import sys, torch
-from torch2trt_adder.engine import Engine
+from torch2trt_adder.trt.engine import Engine
 torch.save(Engine(sys.argv[1])(torch.load(sys.argv[2])), sys.argv[3])
 """
     done = run_python(script, plan, tmp_path / "x.pt", tmp_path / "y.pt")
@@ -985,7 +985,7 @@ torch.save(y, sys.argv[3])
     check(lambda _: torch.load(tmp_path / "y.pt"), model, x)
     script = """
 import sys, torch
-from torch2trt_adder.engine import Engine
+from torch2trt_adder.trt.engine import Engine
 torch.save(Engine(sys.argv[1], host_code=True)(torch.load(sys.argv[2])), sys.argv[3])
 """
     done = run_python(script, plan, tmp_path / "x.pt", tmp_path / "y.pt")

@@ -3,7 +3,7 @@
 Tolerance. An engine is compared with the same network in float64. What rounding may do to the output depends on the
 network: BatchNorm subtracts the large mean of an adder layer's sums and divides by their small spread, which magnifies
 the relative error of the sums, 2 * eps * sqrt(CRS) at most (conftest.py), by mean / spread; and the errors of all
-layers add up. converter.rounding_bounds carries the bounds of the single operations through the very network;
+layers add up. numerics.rounding_bounds carries the bounds of the single operations through the very network;
 test_converter.py shows that its result holds float32 (float16) arithmetic and still catches one wrong tap. Here the
 engine must stay within it, and it must be small itself.
 """
@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 import torch2trt_adder
 from torch2trt_adder import Adder2d, ops
+from torch2trt_adder.frontends import tracing
 from torch2trt_adder.models import addernet_mnist, resnet20
+from torch2trt_adder.nn import recognise
 from torch2trt_adder.numerics.rounding import rounding_bounds
 from torch2trt_adder.ops import checks
 
@@ -478,8 +480,7 @@ class Registered(nn.Module):
 
 @pytest.mark.parametrize("convert", [torch2trt, through_torch2trt], ids=["torch2trt", "convert"])
 def test_a_registered_class_whose_fields_do_not_tell_all(convert: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-
-    monkeypatch.setattr(module, "_adder_classes", {Registered: lambda layer: {"weight": layer.filters}})
+    monkeypatch.setitem(recognise.adder_classes, Registered, lambda layer: {"weight": layer.filters})
     network, x = nn.Sequential(Registered(), nn.ReLU()).cuda().eval(), torch.randn(1, 3, 8, 8, device="cuda")
     with pytest.raises(RuntimeError, match=r"0 \(Registered\) looks like an adder layer .*, but does not compute adder2d"):
         convert(network, [x])

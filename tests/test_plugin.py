@@ -282,7 +282,7 @@ def test_import_without_tensorrt() -> None:
     script = """
 import sys
 sys.modules["tensorrt"] = None
-from torch2trt_adder import plugin
+from torch2trt_adder.trt import plugin
 try:
     plugin.register()
 except RuntimeError as error:
@@ -469,7 +469,7 @@ def test_builder_refuses_tensors_that_do_not_fit() -> None:
     script = """
 import numpy as np, torch
 import tensorrt as trt
-from torch2trt_adder import plugin
+from torch2trt_adder.trt import plugin
 torch.cuda.init()
 builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
 explicit_batch = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)

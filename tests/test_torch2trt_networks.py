@@ -21,8 +21,8 @@ pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install tens
 
 SCRIPT = """
 import json, torch2trt_adder, network_interpreter, layer_cases, layer_networks, torch.nn.functional as F
-from torch2trt_adder import converter
-assert converter._import_error is None, converter._import_error
+from torch2trt_adder import frontends
+assert frontends.is_enabled("torch2trt"), frontends.error("torch2trt")
 import torch2trt as package
 sys.modules["torch2trt.torch2trt"].TRTModule = lambda *args, **kwargs: nn.Module()  # there is no GPU to load an engine
 trt.Builder.build_serialized_network = lambda self, network, config: None
