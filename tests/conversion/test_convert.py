@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib.util
 import sys
@@ -233,7 +234,7 @@ def test_inputs_without_a_tensor() -> None:
 
 
 def test_inputs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter, "missing", lambda route: None)
+    monkeypatch.setattr(routes, "missing", lambda route: None)
     with pytest.raises(ValueError, match=r"input 0 is on cpu.*one GPU.*\.cuda\(\)"):
         torch2trt_adder.convert(small(), torch.randn(1, 3, 8, 8))
 
@@ -247,11 +248,12 @@ class Routes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shapes: dict[str, list[tuple]] = {"torch2trt": [], "onnx": []}
         self.wrong: dict[str, Callable] = {}
-        monkeypatch.setattr(converter, "missing", lambda route="auto": None)
-        monkeypatch.setattr(converter, "check_devices", lambda model, example: None)
+        monkeypatch.setattr(routes, "missing", lambda route="auto": None)
+        monkeypatch.setattr(arguments, "check_devices", lambda model, example: None)
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        for route in self.shapes:
-            monkeypatch.setattr(converter, f"through_{route}", functools.partial(self.through, route))
+        for name, route in routes.TABLE.items():
+            stand_in = dataclasses.replace(route, convert=functools.partial(self.through, name))
+            monkeypatch.setitem(routes.TABLE, name, stand_in)
 
     def through(self, route: str, model: nn.Module, inputs: object, options: dict) -> torch2trt_route.Converted:
         routes = self
@@ -278,7 +280,7 @@ def test_auto_goes_through_onnx_where_torch2trt_fails(
     routes.wrong["torch2trt"] = fault
     assert torch2trt_adder.convert(small(), [x], max_batch_size=4).route == "onnx"
     said = capsys.readouterr().err.splitlines()
-    reason = "AttributeError: 'INetwork" if fault is no_engine else "RuntimeError: convert: output 0 of the engine differs"
+    reason = "AttributeError: 'INetwork" if fault is no_engine else "RuntimeError: convert: output 0 differs"
     assert len(said) == 2 and said[1].startswith(f"torch2trt_adder.convert: route onnx, since torch2trt fails: {reason}")
     with pytest.raises(AttributeError if fault is no_engine else RuntimeError):
         torch2trt_adder.convert(small(), [x], route="torch2trt")
@@ -309,7 +311,7 @@ def test_engines_are_compared_at_the_smallest_and_largest_shapes(route: str, mon
     assert routes.shapes[route] == [(2, 3, 8, 8), (2, 3, 4, 4)]
     routes.wrong[route] = lambda y: y if len(y) == 2 else y + 1
     convert()
-    message = r"output 0 of the engine differs .* for inputs of \[1, 3, 8, 8\], beyond the .* that rounding explains"
+    message = r"output 0 differs .* for inputs of \[1, 3, 8, 8\], beyond the .* that rounding explains"
     with pytest.raises(RuntimeError, match=message):
         convert(max_batch_size=5)
 
@@ -319,19 +321,19 @@ def test_engines_are_compared_at_the_smallest_and_largest_shapes(route: str, mon
 
 def test_compare_raises_for_lost_values() -> None:
     y0, bound = torch.tensor([1.0, -2.0]), torch.tensor(0.1)
-    comparison.compare_outputs([torch.tensor([1.05, -2.05])], [y0], [bound], fp16=False)
+    converter.compare_outputs([torch.tensor([1.05, -2.05])], [y0], [bound], fp16=False)
     with pytest.raises(
-        RuntimeError, match="1 of 2 values in output 0 of the engine are infinite or NaN.*try fp16_mode=False"
+        RuntimeError, match="1 of 2 values of output 0 are infinite or NaN only in the engine.*try fp16_mode=False"
     ):
-        comparison.compare_outputs([torch.tensor([1.0, -torch.inf])], [y0], [bound], fp16=True)
+        converter.compare_outputs([torch.tensor([1.0, -torch.inf])], [y0], [bound], fp16=True)
     with pytest.raises(RuntimeError, match="1 of 2 values"):
-        comparison.compare_outputs([torch.tensor([torch.nan, -2.0])], [y0], [bound], fp16=False)
+        converter.compare_outputs([torch.tensor([torch.nan, -2.0])], [y0], [bound], fp16=False)
     with pytest.raises(
-        RuntimeError, match=r"differs from PyTorch's by up to 0\.2, beyond the 0\.1 that rounding explains"
+        RuntimeError, match=r"output 0 differs .* by up to 0\.2, beyond the 0\.1 that rounding explains"
     ):
-        comparison.compare_outputs([torch.tensor([1.2, -2.0])], [y0], [bound], fp16=False)
-    with pytest.raises(RuntimeError, match=r"output 0 of the engine is \[1\], PyTorch's is \[2\]"):
-        comparison.compare_outputs([torch.tensor([1.0])], [y0], [bound], fp16=False)
+        converter.compare_outputs([torch.tensor([1.2, -2.0])], [y0], [bound], fp16=False)
+    with pytest.raises(RuntimeError, match=r"output 0 is \[1\] in the engine and \[2\] in PyTorch"):
+        converter.compare_outputs([torch.tensor([1.0])], [y0], [bound], fp16=False)
 
 
 NETWORKS = {

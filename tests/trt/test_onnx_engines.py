@@ -1,5 +1,6 @@
 """From ONNX to engines without torch2trt: TensorRT-RTX's real parser and builder on a CPU, TensorRT on a GPU."""
 
+import importlib.util
 import os
 import pathlib
 import signal

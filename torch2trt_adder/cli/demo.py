@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import math
 import os
 import pathlib
 import shlex
@@ -21,6 +20,7 @@ from ..conversion import converter, routes
 from ..models import addernet_mnist
 from ..nn import training
 from ..nn.adder2d import Adder2d
+from ..numerics import tolerance
 from ..utils import files
 from ..utils.progress import elapsed
 
@@ -178,7 +178,7 @@ def _layer_errors(model: nn.Module, images: Tensor) -> list[tuple[str, float, fl
     """For each adder layer: name, largest relative error against float64, and the largest that rounding explains."""
     errors = []
 
-    def compare(name: str) -> Callable:
+    def compare(name: str) -> Callable[[Adder2d, tuple[Tensor], Tensor], None]:
         def hook(layer: Adder2d, inputs: tuple[Tensor], output: Tensor) -> None:
             exact = reference.adder2d(
                 inputs[0].double(),
@@ -189,9 +189,7 @@ def _layer_errors(model: nn.Module, images: Tensor) -> list[tuple[str, float, fl
                 layer.dilation,
                 layer.groups,
             )
-            eps = torch.finfo(output.dtype).eps
-            # All terms have one sign: the error of a sequential sum stays within this factor of the sum.
-            bound = eps + 2 * eps * math.sqrt(layer.adder[0].numel())
+            bound = tolerance.relative_error(layer.adder[0].numel(), output.dtype)  # all terms have one sign
             errors.append((name, ((output - exact) / exact).abs().max().item(), bound))
 
         return hook
@@ -225,7 +223,7 @@ def _compare_with_engine(model: nn.Module, images: Tensor, labels: Tensor) -> di
 @torch.no_grad()
 def _latency(network: nn.Module, images: Tensor) -> float:
     """Milliseconds on the GPU, median of 100 runs after 20 others."""
-    times = []
+    times: list[float] = []
     for i in range(120):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
