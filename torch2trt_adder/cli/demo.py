@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import math
 import os
 import pathlib
 import shlex
@@ -21,6 +20,7 @@ from ..conversion import converter, routes
 from ..models import addernet_mnist
 from ..nn import training
 from ..nn.adder2d import Adder2d
+from ..numerics import tolerance
 from ..trt import inspection
 from ..utils import files
 from ..utils.progress import elapsed
@@ -190,9 +190,7 @@ def _layer_errors(model: nn.Module, images: Tensor) -> list[tuple[str, float, fl
                 layer.dilation,
                 layer.groups,
             )
-            eps = torch.finfo(output.dtype).eps
-            # All terms have one sign: the error of a sequential sum stays within this factor of the sum.
-            bound = eps + 2 * eps * math.sqrt(layer.adder[0].numel())
+            bound = tolerance.relative_error(layer.adder[0].numel(), output.dtype)  # all terms have one sign
             errors.append((name, ((output - exact) / exact).abs().max().item(), bound))
 
         return hook

@@ -17,7 +17,6 @@ Third-party adder layers (nn/adopt.py) are traced as ours.
 """
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch2trt import get_arg, tensorrt_converter
 
 from ..nn.adder2d import Adder2d
+from ..nn.proof import difference
 from ..nn.recognise import layer_fields, make_layer
 from ..trt import api, plugin
 from ..trt.precision import hold_float32
@@ -277,24 +277,13 @@ def _checked_converter(converter: Callable[[Any], None]) -> Callable[[Any], None
 
 
 def _check_close(name: str, output: Tensor, expected: Tensor, ours: Adder2d) -> None:
-    """Raises where a third-party layer does not compute adder2d. Both sums are sequential at worst, and of one sign."""
-    difference = limit = math.nan
-    if output.shape == expected.shape and output.dtype is expected.dtype:
-        y, y0 = output.double(), expected.double()
-        terms = y0.abs() if ours.b is None else y0.abs() + ours.b.detach().double().abs()[:, None, None]
-        sums = 2 * torch.finfo(torch.float32).eps * math.sqrt(ours.adder[0].numel())
-        eps = 2 * (torch.finfo(expected.dtype).eps + sums)
-        # Not a number here is as wrong as any difference; where theirs is not finite, nothing can be told.
-        excess = ((y - y0).abs() - eps * terms).nan_to_num(math.inf).where(y0.isfinite(), -math.inf)
-        if not bool((excess > 0).any()):
-            return
-        worst = excess.argmax()
-        difference, limit = (y - y0).abs().flatten()[worst].item(), (eps * terms).flatten()[worst].item()
-    raise RuntimeError(
-        f"{name} looks like an adder layer (it holds a parameter `adder`, or its class was registered), but does not compute "
-        f"adder2d: its output is {expected.dtype} {list(expected.shape)}, adder2d's {output.dtype} {list(output.shape)}, the "
-        f"largest difference {difference:.3g} with {limit:.3g} allowed; give torch2trt a converter for it."
-    )
+    """Raises where a third-party layer, whose output is `expected`, does not compute adder2d."""
+    mismatch = difference(output, expected, ours.b, ours.adder[0].numel(), same_dtype=True)
+    if mismatch is not None:
+        raise RuntimeError(
+            f"{name} looks like an adder layer (it holds a parameter `adder`, or its class was registered), but does not "
+            f"compute adder2d: {mismatch.text('its output', 'adder2d', 'the layer')}; give torch2trt a converter for it."
+        )
 
 
 @contextlib.contextmanager
