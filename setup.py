@@ -179,7 +179,7 @@ def build_library(library: Path) -> None:
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}.o")
             threads = [f"--threads={jobs}"] if source.suffix == ".cu" else []
-            command = [*compiler, *flags, f"-I{ROOT / 'csrc'}", *threads, str(source), "-o", str(partial)]
+            command = [*compiler, *flags, *threads, str(source), "-o", str(partial)]
             print(shlex.join(command), flush=True)
             print(run(command), end="", flush=True)
             partial.replace(target)

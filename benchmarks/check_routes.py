@@ -27,9 +27,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from torch2trt_adder import adderize, convert
-from torch2trt_adder.conversion.routes import ROUTES
+from torch2trt_adder.conversion import routes
 from torch2trt_adder.models import addernet_mnist, resnet20
-from torch2trt_adder.numerics.rounding import rounding_bounds
+from torch2trt_adder.numerics import rounding
 
 SAMPLES, BATCH = 1000, 64
 # A bound above this share of the largest output says too little: a wrong tap moves outputs by their own size.
@@ -119,13 +119,13 @@ def prepared(name: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor, float]]]:
     model = calibrated(make().cuda(), [torch.randn(BATCH, *shape, device="cuda") for _ in range(4)])
     batches = torch.randn(SAMPLES, *shape, device="cuda").split(BATCH)
     with torch.no_grad():
-        return model, [(x, model(x), rounding_bounds(model, [x]).item()) for x in batches]
+        return model, [(x, model(x), rounding.rounding_bounds(model, [x]).item()) for x in batches]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    routes = [route for route in ROUTES if route != "auto"]
-    parser.add_argument("--route", nargs="+", choices=routes, default=routes, help="default: every route")
+    names = [route for route in routes.ROUTES if route != "auto"]
+    parser.add_argument("--route", nargs="+", choices=names, default=names, help="default: every route")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"torch {torch.__version__} finds no NVIDIA GPU here, which TensorRT needs", file=sys.stderr)

@@ -45,9 +45,9 @@ typedef struct Adder2dParams {
 // sizeof(Adder2dParams): a caller that declares the struct by itself checks its own declaration with this.
 __attribute__((visibility("default"))) size_t adder2d_params_size(void);
 
-// Why `params` is no valid problem, as one sentence naming the value, or null where it is valid. Pointers are
-// not looked at. The text lives until the next call on the same thread. A valid problem has tensors of fewer than 2^58 elements
-// and strides that reach no further, so that no offset in elements or bytes leaves an int64.
+// Why `params` is not a valid problem, as one sentence naming the value, or null where it is valid. Pointers are
+// not looked at. The text lives until the next call on the same thread. A valid problem has tensors of fewer than 2^58
+// elements and strides that reach no further, so that no offset in elements or bytes leaves an int64.
 __attribute__((visibility("default"))) char const* adder2d_check(Adder2dParams const* params);
 
 // Bytes of device workspace that adder2d_fprop wants for this problem on the current device (0 where it wants none).
@@ -58,26 +58,27 @@ __attribute__((visibility("default"))) size_t adder2d_fprop_workspace(Adder2dPar
 // cudaErrorInvalidValue (1) and enqueue nothing. Never synchronises or allocates; may be captured into a CUDA graph.
 __attribute__((visibility("default"))) int32_t adder2d_fprop(Adder2dParams const* params, void* stream);
 
-// The kernel that adder2d_fprop takes for this problem on the current device, the first one where it takes several, as
+// The kernel that adder2d_fprop chooses for this problem on the current device (of several launches, the first one), as
 // "family:tile" or "family:tile:splits:full_tiles:packed": e.g. "simt:64x128:3:132:unpacked", tiles of 64 filters by
 // 128 pixels, of which the first 132 are whole and the others split in three along the reduction. Null where there is
 // none: for invalid params, an empty batch, or a forced kernel that cannot implement the problem. The text lives until
 // the next call on the same thread.
 __attribute__((visibility("default"))) char const* adder2d_fprop_describe(Adder2dParams const* params);
 
-// For tests and measurements: makes all later calls in this process take one kernel, given as adder2d_fprop_describe
-// tells it; what lacks, or is empty ("simt", "simt:64x128", "half::3"), is chosen as ever. Null or "" ends it. Returns
-// null, or, where the text names no kernel, one sentence on why; then nothing changes. A problem that the kernel cannot
-// implement, or not in the given workspace, then gives cudaErrorNotSupported (801). Ask for the workspace anew: it
-// depends on the kernel.
+// For tests and measurements: all later calls in this process use one kernel. `choice` has the form that
+// adder2d_fprop_describe returns; fields that are missing or empty ("simt", "simt:64x128", "half::3") are chosen
+// automatically. Null or "" ends it. Returns null for success; where the text is not a valid choice, returns one
+// sentence that says why, and changes nothing. A problem that the kernel does not support, or not with the given
+// workspace, then gives cudaErrorNotSupported (801). Call adder2d_fprop_workspace again after a change: it depends on
+// the kernel.
 __attribute__((visibility("default"))) char const* adder2d_fprop_force(char const* choice);
 
 // The text of a cudaError_t returned above.
 __attribute__((visibility("default"))) char const* adder2d_error_string(int32_t error);
 
-// The same operator on the CPU: all types ADDER2D_FLOAT32, host pointers, on `threads` threads at most (below 1 means 1, and
-// more than a few for each core are not used), workspace unused. Returns 0 for success, 1 for invalid params, 2 where memory is
-// short, 3 where the environment asks for an unknown instruction set. Defined in cpu.cpp.
+// The same operator on the CPU: all types ADDER2D_FLOAT32, host pointers, on `threads` threads at most (below 1 means
+// 1, and more than a few for each core are not used), workspace unused. Returns 0 for success, 1 for invalid params, 2
+// where memory is short, 3 where the environment asks for an unknown instruction set. Defined in cpu/adder2d_cpu.cpp.
 __attribute__((visibility("default"))) int32_t adder2d_fprop_cpu(Adder2dParams const* params, int32_t threads);
 
 // The text of a result of adder2d_fprop_cpu or adder2d_dgrad_cpu.

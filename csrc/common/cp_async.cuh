@@ -55,7 +55,7 @@ __device__ __forceinline__ void copy16_async(void* dst_smem, void const* src, bo
 #endif
 }
 
-// Stores at a 16-byte address of global memory. Left to itself, the compiler makes four stores of it behind some
+// Stores at a 16-byte address of global memory. Left to itself, the compiler makes four stores of it under some
 // conditions.
 __device__ __forceinline__ void store16(float* to, float4 const& v) {
 #ifdef __CUDA_ARCH__

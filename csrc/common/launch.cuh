@@ -18,8 +18,8 @@ __device__ __forceinline__ void wait_for_primary() {
 }
 
 // Launches a kernel; with `dependent`, before the one before it on the stream has finished: it calls wait_for_primary
-// before it reads what that wrote. Errors are returned, and not left behind for the next to ask the runtime, nor are
-// theirs taken.
+// before it reads what that wrote. Errors are returned. The runtime's last error is cleared of
+// ours, so that others do not find it, and theirs stays.
 template <typename... Params, typename... Args>
 cudaError_t launch_kernel(bool dependent, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
                           cudaStream_t stream, Args const&... args) {
@@ -48,7 +48,7 @@ cudaError_t launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, s
   return launch_kernel(true, kernel, grid, block, smem_bytes, stream, args...);
 }
 
-// Lets launches of a kernel take so much dynamic shared memory: beyond 48 KiB they have to be allowed to.
+// Allows launches of a kernel to use so much dynamic shared memory: above 48 KiB this must be asked for.
 template <typename... Params>
 cudaError_t allow_smem(void (*kernel)(Params...), size_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;

@@ -51,7 +51,7 @@ struct DgradArgs {
 struct DgradConfig : TileConfig {
   int32_t last_terms;  // of the slices with the last filters of a group: their number, or a little more
   FastDiv div_tiles_c, div_tiles_hw;
-  int32_t least_smem_bytes;  // that a block takes, needed or not; 0 for what it needs
+  int32_t least_smem_bytes;  // that a block allocates, needed or not; 0 for what it needs
   int32_t most_smem_bytes;   // the largest least_smem_bytes of this device's plans
 };
 

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Block x: pixels of one map; y: maps (n, c). Threads side by side take pixels side by side.
+// Block x: pixels of one map; y: maps (n, c). Neighbouring threads process neighbouring pixels.
 template <bool kFloat32>
 __global__ void __launch_bounds__(kThreads) adder2d_dgrad_direct_kernel(__grid_constant__ DgradArgs const a) {
   int64_t const hw = int64_t{blockIdx.x} * kThreads + threadIdx.x;

@@ -54,7 +54,7 @@ struct Strips {
   bool y_pairs;                                    // the two outputs may be stored at once
 };
 
-// Whether the row or column `offset` behind `start` is one of `size`.
+// Whether the row or column `offset` after `start` is one of `size`.
 __device__ __forceinline__ bool inside(int32_t start, int offset, int32_t size) {
   return static_cast<uint32_t>(start) + offset < static_cast<uint32_t>(size);
 }
@@ -72,7 +72,7 @@ struct Strip {
 
 // ---- pairs along the width
 
-// Threads side by side take pairs side by side, then strips below each other, then maps.
+// Neighbouring threads process neighbouring pairs, then strips below each other, then maps.
 template <int32_t kType, int kKernel, int kStride>
 __global__ void __launch_bounds__(128)
     adder2d_fprop_depthwise_width_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ Strips const g) {

@@ -85,7 +85,7 @@ __device__ __forceinline__ float* at(float* first, int32_t m, int32_t pitch) {
 
 // ---- fill
 
-// The fills of a block, slice after slice and tile after tile: the image [kTileC][kPitchPQ]. Pixels behind the last one
+// The fills of a block, slice after slice and tile after tile: the image [kTileC][kPitchPQ]. Pixels after the last one
 // are copied from it, and not stored.
 template <class T, bool kChannels>
 struct Loader {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   for (int32_t c = lane; c < a.Cg; c += 8) {
 #pragma unroll
     for (int k = row; k < row + T::kTileK; k += T::kRows) {
-      int32_t const filter = min(first_k + k, end_k - 1);  // those behind the last one are not stored
+      int32_t const filter = min(first_k + k, end_k - 1);  // those after the last one are not stored
       copy4_async(w_smem + c * T::kPitchK + k, static_cast<float const*>(a.p.w) + (int64_t{filter} * a.Cg + c), 1);
     }
   }

@@ -91,7 +91,7 @@ struct Loader {
   int32_t positions;     // of the table
   int32_t slice, group, first_k;
 
-  // Its table is ready behind the next barrier.
+  // Its table is ready after the next barrier.
   __device__ __forceinline__ Loader(WindowArgs const& args, OutputTile<T> const& tile, int32_t first_row,
                                     int32_t last_row, int32_t first_slice, int32_t* places)
       : a(args),
@@ -120,7 +120,7 @@ struct Loader {
 #pragma unroll
       for (int k = 0; k < T::kTileK; k += T::kRowsK) {
         if (T::kRowsK > T::kTileK && row >= T::kTileK) break;
-        // Those behind the last one are not stored.
+        // Those after the last one are not stored.
         int32_t const filter = min(first_k + k + row, (group + 1) * a.Kg - 1);
         float const* const src = static_cast<float const*>(a.p.w) + (int64_t{filter} * a.CRS + slice * kTerms + term);
 #pragma unroll
@@ -210,7 +210,7 @@ __device__ __forceinline__ void accumulate(WindowArgs const& a, float const* w, 
     for (int r = 0; r < kR; ++r) {
       if (r + 1 < kR) {
         load_x(r + 1);
-      } else if (c + 1 < T::kPartC) {  // the last channel is read twice: what lies behind it is being filled
+      } else if (c + 1 < T::kPartC) {  // the last channel is read twice: what follows it is being filled
         w += kR * kS * T::kPitchK;
 #pragma unroll
         for (int i = 0; i < T::kRuns; ++i) x[i] += a.patch;
@@ -236,7 +236,7 @@ __device__ __forceinline__ void accumulate(WindowArgs const& a, float const* w, 
   }
 }
 
-// Brings the sums to where they change hands, or adds them to what is there.
+// Writes the sums to shared memory for the transpose, or adds them to what is there.
 template <class T>
 __device__ __forceinline__ void transpose_sums(FpropArgs const& a, Thread<T> const& thread,
                                                float const (&acc)[T::kThreadK][T::kThreadPQ], bool first, float* sums) {
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   int32_t first_x[T::kRuns];
 #pragma unroll
   for (int i = 0; i < T::kRuns; ++i) {
-    // Runs behind the last one add up the last one's windows, and are not stored.
+    // Runs after the last one add up the last one's windows, and are not stored.
     int32_t const row = window_row(a, min(tile.first_pixel + thread.pq(i * T::kRun), a.NPQ - T::kRun), &q) - first_row;
     first_x[i] = kTerms * T::kPitchK + part * T::kPartC * a.patch + row * a.row_pitch + q;
   }

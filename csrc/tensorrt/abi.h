@@ -1,5 +1,5 @@
-// The part of TensorRT's plugin ABI that this project uses, declared by ourselves (Linux x86-64, Itanium C++ ABI), so that
-// the library compiles without a TensorRT header and one file serves TensorRT 8.5 to 11.
+// The part of TensorRT's plugin ABI that this project uses, declared by ourselves (Linux x86-64, Itanium C++ ABI), so
+// that the library compiles without a TensorRT header and one file serves TensorRT 8.5 to 11.
 //
 // The order of the virtual functions IS the interface: never reorder, insert or remove one. Class names and namespaces
 // are TensorRT's own, so that type information agrees; the structs, whose extents grew from 32 to 64 bits in
@@ -46,7 +46,8 @@ struct InterfaceInfo {
   int32_t minor;
 };
 
-static_assert(sizeof(PluginField) == 24 && offsetof(PluginField, type) == 16 && offsetof(PluginField, length) == 20, "");
+static_assert(sizeof(PluginField) == 24 && offsetof(PluginField, type) == 16 && offsetof(PluginField, length) == 20,
+              "");
 static_assert(sizeof(PluginFieldCollection) == 16 && offsetof(PluginFieldCollection, fields) == 8, "");
 static_assert(sizeof(InterfaceInfo) == 16 && offsetof(InterfaceInfo, major) == 8, "");
 
@@ -165,8 +166,9 @@ class IPluginV2 {
   virtual int32_t getNbOutputs() const noexcept = 0;
   virtual trt8::Dims getOutputDimensions(int32_t index, trt8::Dims const* inputs, int32_t nbInputs) noexcept = 0;
   virtual bool supportsFormat(DataType type, TensorFormat format) const noexcept = 0;
-  virtual void configureWithFormat(trt8::Dims const* inputs, int32_t nbInputs, trt8::Dims const* outputs, int32_t nbOutputs,
-                                   DataType type, TensorFormat format, int32_t maxBatchSize) noexcept = 0;
+  virtual void configureWithFormat(trt8::Dims const* inputs, int32_t nbInputs, trt8::Dims const* outputs,
+                                   int32_t nbOutputs, DataType type, TensorFormat format,
+                                   int32_t maxBatchSize) noexcept = 0;
   virtual int32_t initialize() noexcept = 0;
   virtual void terminate() noexcept = 0;
   virtual size_t getWorkspaceSize(int32_t maxBatchSize) const noexcept = 0;
@@ -185,7 +187,8 @@ class IPluginV2Ext : public IPluginV2 {
  public:
   IPluginV2Ext* clone() const noexcept override = 0;
   virtual DataType getOutputDataType(int32_t index, DataType const* inputTypes, int32_t nbInputs) const noexcept = 0;
-  virtual bool isOutputBroadcastAcrossBatch(int32_t index, bool const* inputIsBroadcasted, int32_t nbInputs) const noexcept = 0;
+  virtual bool isOutputBroadcastAcrossBatch(int32_t index, bool const* inputIsBroadcasted,
+                                            int32_t nbInputs) const noexcept = 0;
   virtual bool canBroadcastInputAcrossBatch(int32_t index) const noexcept = 0;
   virtual void configurePlugin(trt8::Dims const* inputs, int32_t nbInputs, trt8::Dims const* outputs, int32_t nbOutputs,
                                DataType const* inputTypes, DataType const* outputTypes, bool const* inputIsBroadcast,
@@ -203,12 +206,14 @@ class IPluginV2DynamicExt : public IPluginV2Ext {
                                          int32_t nbOutputs) noexcept = 0;
   virtual void configurePlugin(trt8::DynamicPluginTensorDesc const* in, int32_t nbInputs,
                                trt8::DynamicPluginTensorDesc const* out, int32_t nbOutputs) noexcept = 0;
-  virtual size_t getWorkspaceSize(trt8::PluginTensorDesc const* inputs, int32_t nbInputs, trt8::PluginTensorDesc const* outputs,
-                                  int32_t nbOutputs) const noexcept = 0;
+  virtual size_t getWorkspaceSize(trt8::PluginTensorDesc const* inputs, int32_t nbInputs,
+                                  trt8::PluginTensorDesc const* outputs, int32_t nbOutputs) const noexcept = 0;
   virtual int32_t enqueue(trt8::PluginTensorDesc const* inputDesc, trt8::PluginTensorDesc const* outputDesc,
-                          void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept = 0;
+                          void const* const* inputs, void* const* outputs, void* workspace,
+                          cudaStream_t stream) noexcept = 0;
 
-  // The version that a dynamic plugin reports: its kind in the top byte, a library version below; the oldest one served.
+  // The version that a dynamic plugin reports: its kind in the top byte, a library version below; the oldest one
+  // served.
   int32_t getTensorRTVersion() const noexcept override { return (3 << 24) | 8500; }
 
  private:
@@ -221,8 +226,8 @@ class IPluginV2DynamicExt : public IPluginV2Ext {
   int32_t enqueue(int32_t, void const* const*, void* const*, void*, cudaStream_t) noexcept final { return 1; }
   bool isOutputBroadcastAcrossBatch(int32_t, bool const*, int32_t) const noexcept final { return false; }
   bool canBroadcastInputAcrossBatch(int32_t) const noexcept final { return true; }
-  void configurePlugin(trt8::Dims const*, int32_t, trt8::Dims const*, int32_t, DataType const*, DataType const*, bool const*,
-                       bool const*, TensorFormat, int32_t) noexcept final {}
+  void configurePlugin(trt8::Dims const*, int32_t, trt8::Dims const*, int32_t, DataType const*, DataType const*,
+                       bool const*, bool const*, TensorFormat, int32_t) noexcept final {}
 };
 
 class IPluginCreator {
@@ -296,7 +301,8 @@ class IPluginV3OneRuntime : public IPluginCapability {
   virtual int32_t onShapeChange(trt10::PluginTensorDesc const* in, int32_t nbInputs, trt10::PluginTensorDesc const* out,
                                 int32_t nbOutputs) noexcept = 0;
   virtual int32_t enqueue(trt10::PluginTensorDesc const* inputDesc, trt10::PluginTensorDesc const* outputDesc,
-                          void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept = 0;
+                          void const* const* inputs, void* const* outputs, void* workspace,
+                          cudaStream_t stream) noexcept = 0;
   virtual IPluginV3* attachToContext(IPluginResourceContext* context) noexcept = 0;
   virtual PluginFieldCollection const* getFieldsToSerialize() noexcept = 0;
 };
@@ -317,8 +323,9 @@ class IPluginCreatorV3One : public IPluginCreatorInterface {
 
 // ---- the registry, whose slots moved from version to version
 
-// Slots of the functions of IPluginRegistry, -1 where a version has none. Creators are IPluginCreator where `v3` is false
-// and IPluginCreatorV3One where it is true. The loading functions are there for programs that load plugins themselves.
+// Slots of the functions of IPluginRegistry, -1 where a version has none. Creators are IPluginCreator where `v3` is
+// false and IPluginCreatorV3One where it is true. The loading functions are there for programs that load plugins
+// themselves.
 struct RegistrySlots {
   bool v3;
   int32_t registerCreator;    // bool (creator&, char const* namespace)
@@ -328,20 +335,27 @@ struct RegistrySlots {
   int32_t deregisterLibrary;  // void (void*)
 };
 
-// What getInferLibVersion() says: major * 1000 + ... up to 9.x, major * 10000 + ... from 10.0 on; TensorRT-RTX 1.x counts
-// its own versions in between.
+// What getInferLibVersion() says: major * 1000 + ... up to 9.x, major * 10000 + ... from 10.0 on; TensorRT-RTX 1.x
+// counts its own versions in between.
 constexpr bool is_trt8(int32_t version) { return version >= 8500 && version < 10000; }
 constexpr bool is_trt10_or_rtx(int32_t version) { return version >= 10000; }
 
 // False where the registry of that version is not known: leave it alone.
 inline bool registry_slots(int32_t version, RegistrySlots* slots) {
-  if (version >= 8500 && version < 8600) *slots = {false, 0, 7, 2, -1, -1};
-  else if (version == 8600) *slots = {false, 0, 11, 2, 5, 6};
-  else if (version > 8600 && version < 10000) *slots = {false, 0, 7, 2, 10, 11};
-  else if (version >= 100000 && version < 110000) *slots = {true, 12, 15, 14, 10, 11};
-  else if (version >= 110000 && version < 120000) *slots = {true, 8, 11, 10, 6, 7};
-  else if (version >= 10701 && version < 20000) *slots = {true, 8, 11, 10, 6, 7};  // TensorRT-RTX
-  else return false;
+  if (version >= 8500 && version < 8600)
+    *slots = {false, 0, 7, 2, -1, -1};
+  else if (version == 8600)
+    *slots = {false, 0, 11, 2, 5, 6};
+  else if (version > 8600 && version < 10000)
+    *slots = {false, 0, 7, 2, 10, 11};
+  else if (version >= 100000 && version < 110000)
+    *slots = {true, 12, 15, 14, 10, 11};
+  else if (version >= 110000 && version < 120000)
+    *slots = {true, 8, 11, 10, 6, 7};
+  else if (version >= 10701 && version < 20000)
+    *slots = {true, 8, 11, 10, 6, 7};  // TensorRT-RTX
+  else
+    return false;
   return true;
 }
 

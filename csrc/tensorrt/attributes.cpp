@@ -20,10 +20,8 @@ struct FieldPlace {
   int32_t length;
 };
 constexpr FieldPlace kFieldPlaces[kNbFields] = {
-    {"stride", offsetof(Attributes, stride), 2},
-    {"padding", offsetof(Attributes, padding), 2},
-    {"dilation", offsetof(Attributes, dilation), 2},
-    {"groups", offsetof(Attributes, groups), 1},
+    {"stride", offsetof(Attributes, stride), 2},           {"padding", offsetof(Attributes, padding), 2},
+    {"dilation", offsetof(Attributes, dilation), 2},       {"groups", offsetof(Attributes, groups), 1},
     {"output_type", offsetof(Attributes, output_type), 1},
 };
 
@@ -37,8 +35,8 @@ char const* sentence(char const* format, ...) {
   return text;
 }
 
-// The Adder2dType of a type of TensorRT. The two have numbers of their own: 2 is INT8 there and bfloat16 here. False where
-// the plugin does not support the type.
+// The Adder2dType of a type of TensorRT. The two have numbers of their own: 2 is INT8 there and bfloat16 here. False
+// where the plugin does not support the type.
 bool convert_type(DataType type, int32_t* converted) {
   switch (type) {
     case DataType::kFLOAT: *converted = ADDER2D_FLOAT32; return true;
@@ -115,7 +113,8 @@ char const* check_channels(Attributes const& attributes, Tensor const& x, Tensor
     return sentence("x has %lld channels, but weight wants %lld in each of %d groups", C, group_C, attributes.groups);
   if (K >= 0 && K % attributes.groups != 0)
     return sentence("groups must divide the %lld filters, got %d", K, attributes.groups);
-  if (K >= 0 && bias_K >= 0 && K != bias_K) return sentence("bias must have the %lld filters of weight, got %lld", K, bias_K);
+  if (K >= 0 && bias_K >= 0 && K != bias_K)
+    return sentence("bias must have the %lld filters of weight, got %lld", K, bias_K);
   return nullptr;
 }
 
@@ -133,7 +132,8 @@ bool read_field(nvinfer1::PluginField const& field, FieldPlace const& place, Att
   char* const target = reinterpret_cast<char*>(attributes) + place.offset;
   for (int32_t i = 0; i < place.length; ++i) {
     int32_t const source = field.length == 1 ? 0 : i;
-    std::memcpy(target + i * sizeof(int32_t), static_cast<char const*>(field.data) + source * sizeof(int32_t), sizeof(int32_t));
+    std::memcpy(target + i * sizeof(int32_t), static_cast<char const*>(field.data) + source * sizeof(int32_t),
+                sizeof(int32_t));
   }
   return true;
 }
@@ -177,11 +177,12 @@ bool parse(nvinfer1::PluginFieldCollection const* fc, Attributes* attributes) {
       return false;
     }
     if (std::strncmp(field.name, "plugin_", 7) == 0 || std::strncmp(field.name, "tensorrt_plugin_", 16) == 0) continue;
-    FieldPlace const* const place = std::find_if(kFieldPlaces, kFieldPlaces + kNbFields, [&field](FieldPlace const& candidate) {
-      return std::strcmp(field.name, candidate.name) == 0;
-    });
+    FieldPlace const* const place =
+        std::find_if(kFieldPlaces, kFieldPlaces + kNbFields,
+                     [&field](FieldPlace const& candidate) { return std::strcmp(field.name, candidate.name) == 0; });
     if (place == kFieldPlaces + kNbFields) {
-      report("an Adder2d layer has the fields stride, padding, dilation, groups and output_type, got \"%.64s\"", field.name);
+      report("an Adder2d layer has the fields stride, padding, dilation, groups and output_type, got \"%.64s\"",
+             field.name);
       return false;
     }
     if (given[place - kFieldPlaces]) {
@@ -214,8 +215,8 @@ bool is_known(Tensor const& tensor) {
 
 bool check_counts(int32_t nbInputs, int32_t nbOutputs) {
   if (nbInputs == kNbInputs && nbOutputs == kNbOutputs) return true;
-  report("an Adder2d layer has %d inputs (x, weight, bias) and %d output, got %d and %d", kNbInputs, kNbOutputs, nbInputs,
-         nbOutputs);
+  report("an Adder2d layer has %d inputs (x, weight, bias) and %d output, got %d and %d", kNbInputs, kNbOutputs,
+         nbInputs, nbOutputs);
   return false;
 }
 
@@ -231,7 +232,8 @@ char const* check_known(Attributes const& attributes, Tensor const& x, Tensor co
 char const* fill_params(Attributes const& attributes, Tensor const& x, Tensor const& weight, Tensor const& bias,
                         Adder2dParams* params) {
   if (x.nbDims != 4 || weight.nbDims != 4 || bias.nbDims != 1)
-    return sentence("x, weight and bias must have 4, 4 and 1 dimensions, got %d, %d and %d", x.nbDims, weight.nbDims, bias.nbDims);
+    return sentence("x, weight and bias must have 4, 4 and 1 dimensions, got %d, %d and %d", x.nbDims, weight.nbDims,
+                    bias.nbDims);
   if (!is_known(x) || !is_known(weight) || !is_known(bias)) return "every extent of x, weight and bias must be known";
   if (char const* reason = check_channels(attributes, x, weight, bias)) return reason;
   if (bias.type != weight.type)
@@ -242,15 +244,17 @@ char const* fill_params(Attributes const& attributes, Tensor const& x, Tensor co
   return convert_type("weight", weight.type, &params->w_type);
 }
 
-int32_t enqueue(Attributes const& attributes, Tensor const& x, Tensor const& weight, Tensor const& bias, Tensor const& y,
-                void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) {
+int32_t enqueue(Attributes const& attributes, Tensor const& x, Tensor const& weight, Tensor const& bias,
+                Tensor const& y, void const* const* inputs, void* const* outputs, void* workspace,
+                cudaStream_t stream) {
   Adder2dParams params;
   if (char const* reason = fill_params(attributes, x, weight, bias, &params)) {
     report("%s", reason);
     return kInvalidValue;
   }
   int64_t const expected[4] = {params.N, params.K, params.P, params.Q};
-  if (y.nbDims != 4 || !std::equal(expected, expected + 4, y.d) || static_cast<int32_t>(y.type) != attributes.output_type) {
+  if (y.nbDims != 4 || !std::equal(expected, expected + 4, y.d) ||
+      static_cast<int32_t>(y.type) != attributes.output_type) {
     report("the output must be [%d, %d, %d, %d] of type %d, got %d dimensions of type %d", params.N, params.K, params.P,
            params.Q, attributes.output_type, y.nbDims, static_cast<int32_t>(y.type));
     return kInvalidValue;

@@ -14,8 +14,8 @@ constexpr int32_t kNbInputs = 3;  // x [N, C, H, W], weight [K, C / groups, R, S
 constexpr int32_t kNbOutputs = 1;
 
 // Everything a plugin knows; height comes before width. `output_type` is the DataType of y whatever the type of x:
-// raw sums of wide layers pass float16's 65504, so a float16 layer keeps a float32 output unless told otherwise. The numbers
-// are int32_t, as in plugin fields and in stored engines.
+// raw sums of wide layers pass float16's 65504, so a float16 layer keeps a float32 output unless told otherwise. The
+// numbers are int32_t, as in plugin fields and in stored engines.
 struct Attributes {
   int32_t stride[2] = {1, 1};
   int32_t padding[2] = {0, 0};
@@ -31,8 +31,8 @@ void report(char const* format, ...) __attribute__((format(printf, 1, 2)));
 
 constexpr int32_t kNbFields = 5;
 
-// The fields of an Adder2d layer as TensorRT wants them. `point_to` makes their data the values of `attributes` (null: names
-// and types only), which must stay where it is for as long as the collection is in use.
+// The fields of an Adder2d layer as TensorRT wants them. `point_to` makes their data the values of `attributes` (null:
+// names and types only), which must stay where it is for as long as the collection is in use.
 struct FieldList {
   nvinfer1::PluginField fields[kNbFields];
   nvinfer1::PluginFieldCollection collection;
@@ -40,9 +40,9 @@ struct FieldList {
 };
 
 // Reads the fields given into `attributes`; absent ones keep their default, a pair may come as one value for both axes.
-// Reports the reason and returns false on a bad value, and on a field that is unknown, given twice or malformed: a misspelt
-// field, or one of a newer release, would else give a layer of wrong results. Names that begin with "plugin_" or
-// "tensorrt_plugin_" are skipped: they speak to TensorRT's ONNX parser.
+// Reports the reason and returns false on a bad value, and on a field that is unknown, given twice or malformed: a
+// misspelt field, or one of a newer release, would else give a layer of wrong results. Names that begin with "plugin_"
+// or "tensorrt_plugin_" are skipped: they speak to TensorRT's ONNX parser.
 bool parse(nvinfer1::PluginFieldCollection const* fc, Attributes* attributes);
 
 // Reports and returns false where no layer can have these attributes.
@@ -75,33 +75,33 @@ bool is_known(Tensor const& tensor);
 // Whether these are the inputs and outputs of an Adder2d layer in number; reported where they are not.
 bool check_counts(int32_t nbInputs, int32_t nbOutputs);
 
-// Why the layer does not support tensors of these shapes, or null. What is unknown is not checked; shapes that are known but
-// for their batch are checked as a whole.
+// Why the layer does not support tensors of these shapes, or null. What is unknown is not checked; shapes that are
+// known but for their batch are checked as a whole.
 char const* check_known(Attributes const& attributes, Tensor const& x, Tensor const& weight, Tensor const& bias);
 
 // The whole problem but its pointers; y follows from the rest. Returns why it is not valid, or null.
 char const* fill_params(Attributes const& attributes, Tensor const& x, Tensor const& weight, Tensor const& bias,
                         Adder2dParams* params);
 
-// What every layer asks TensorRT for. adder2d_fprop takes any workspace, so one number serves all shapes of a profile, whose
-// wants do not grow with their size. torch2trt allows 32 MiB by default.
+// What every layer asks TensorRT for. adder2d_fprop takes any workspace, so one number serves all shapes of a profile,
+// whose wants do not grow with their size. torch2trt allows 32 MiB by default.
 constexpr size_t kWorkspaceBytes = 31 << 20;
 
 constexpr int32_t kInvalidValue = 1;  // cudaErrorInvalidValue
 
 // Runs the layer; `y` is checked against what the inputs give, and pointers against null. Returns 0 for success.
-int32_t enqueue(Attributes const& attributes, Tensor const& x, Tensor const& weight, Tensor const& bias, Tensor const& y,
-                void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream);
+int32_t enqueue(Attributes const& attributes, Tensor const& x, Tensor const& weight, Tensor const& bias,
+                Tensor const& y, void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream);
 
 template <typename Desc>
-int32_t enqueue(Attributes const& attributes, Desc const* in, Desc const* out, void const* const* inputs, void* const* outputs,
-                void* workspace, cudaStream_t stream) {
+int32_t enqueue(Attributes const& attributes, Desc const* in, Desc const* out, void const* const* inputs,
+                void* const* outputs, void* workspace, cudaStream_t stream) {
   if (in == nullptr || out == nullptr) {
     report("enqueue needs descriptions of its inputs and outputs, got null");
     return kInvalidValue;
   }
-  return enqueue(attributes, make_tensor(in[0]), make_tensor(in[1]), make_tensor(in[2]), make_tensor(out[0]), inputs, outputs,
-                 workspace, stream);
+  return enqueue(attributes, make_tensor(in[0]), make_tensor(in[1]), make_tensor(in[2]), make_tensor(out[0]), inputs,
+                 outputs, workspace, stream);
 }
 
 // Whether tensor `pos` (x, weight, bias, y) may have this type and format.
@@ -150,7 +150,8 @@ bool output_shape(Attributes const& attributes, Exprs const* inputs, int32_t nbI
   Exprs const& weight = inputs[1];
   Exprs shape{4, {x.d[0], weight.d[0]}};
   for (int32_t axis = 0; axis < 2; ++axis) {
-    // P = (H + 2 * padding - dilation * (R - 1) - 1) / stride + 1, and the same for Q. `validate` keeps 2 * padding an int32.
+    // P = (H + 2 * padding - dilation * (R - 1) - 1) / stride + 1, and the same for Q. `validate` keeps 2 * padding an
+    // int32.
     Expr const* const padded = apply(Op::kSUM, x.d[2 + axis], constant(2 * attributes.padding[axis] - 1));
     Expr const* const taps = apply(Op::kSUB, weight.d[2 + axis], constant(1));
     Expr const* const reach = apply(Op::kPROD, constant(attributes.dilation[axis]), taps);

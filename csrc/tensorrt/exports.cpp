@@ -1,11 +1,11 @@
 // The ways by which TensorRT finds the plugin.
 //
-//   registry.load_library(path)   TensorRT opens this library and asks getCreators (10 and newer) or getPluginCreators (8.6)
-//   dlopen, LD_PRELOAD, ctypes    on load the creator registers itself with every TensorRT that the process holds
+//   registry.load_library(path)   TensorRT opens this library and asks getCreators (10 and newer) or getPluginCreators
+//   (8.6) dlopen, LD_PRELOAD, ctypes    on load the creator registers itself with every TensorRT that the process holds
 //   adder2d_register_plugin()     does the same on demand: for TensorRT 8.5, or where this library was opened first
 //
-// TensorRT is looked up at run time, in the process; this library is linked against none. A creator that registered itself
-// makes room when the same TensorRT asks for it through load_library, so both ways work in either order.
+// TensorRT is looked up at run time, in the process; this library is linked against none. A creator that registered
+// itself makes room when the same TensorRT asks for it through load_library, so both ways work in either order.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -112,7 +112,8 @@ void* pin_self() {
 bool register_with(Host const& host) {
   RegistrySlots slots;
   if (!registry_slots(host.version, &slots)) {
-    report("TensorRT's version number %d is not known to this library: use load_library of its plugin registry", host.version);
+    report("TensorRT's version number %d is not known to this library: use load_library of its plugin registry",
+           host.version);
     return false;
   }
   if (holds_creator(host, slots)) return true;
@@ -157,7 +158,8 @@ __attribute__((constructor)) void register_on_load() {
   }
 }
 
-// Creators of TensorRT 8 go to TensorRT 8 alone: TensorRT 10.0 may ask for them too, but would read them by another layout.
+// Creators of TensorRT 8 go to TensorRT 8 alone: TensorRT 10.0 may ask for them too, but would read them by another
+// layout.
 bool wants_v2(Host const& caller) {
   if (caller.version > 0) return is_trt8(caller.version);
   for (Host const& host : loaded_hosts())
@@ -180,7 +182,8 @@ ADDER2D_EXPORT int32_t adder2d_register_plugin() {
   try {
     int32_t count = 0;
     bool refused = false;
-    for (adder2d::Host const& host : adder2d::loaded_hosts()) adder2d::register_with(host) ? void(++count) : void(refused = true);
+    for (adder2d::Host const& host : adder2d::loaded_hosts())
+      adder2d::register_with(host) ? void(++count) : void(refused = true);
     return refused ? -1 : count;
   } catch (std::exception const& error) {
     adder2d::report("could not register the plugin: %s", error.what());

@@ -62,7 +62,8 @@ class Adder2dPluginV2 final : public IPluginV2DynamicExt {
     return static_cast<DataType>(mAttributes.output_type);
   }
 
-  DimsExprs getOutputDimensions(int32_t, DimsExprs const* inputs, int32_t nbInputs, IExprBuilder& exprBuilder) noexcept override {
+  DimsExprs getOutputDimensions(int32_t, DimsExprs const* inputs, int32_t nbInputs,
+                                IExprBuilder& exprBuilder) noexcept override {
     DimsExprs y{};
     return output_shape(mAttributes, inputs, nbInputs, exprBuilder, &y) ? y : DimsExprs{};
   }
@@ -71,15 +72,18 @@ class Adder2dPluginV2 final : public IPluginV2DynamicExt {
                                  int32_t nbOutputs) noexcept override {
     // This generation cannot fail in configurePlugin: shapes that do not fit end here, where nothing is supported.
     if (!check_counts(nbInputs, nbOutputs) || inOut == nullptr || pos < 0 || pos >= nbInputs + nbOutputs) return false;
-    if (char const* reason = check_known(mAttributes, make_tensor(inOut[0]), make_tensor(inOut[1]), make_tensor(inOut[2]))) {
+    if (char const* reason =
+            check_known(mAttributes, make_tensor(inOut[0]), make_tensor(inOut[1]), make_tensor(inOut[2]))) {
       // Once, not for each of the types and formats that TensorRT tries.
-      if (pos == 0 && inOut[0].type == DataType::kFLOAT && inOut[0].format == TensorFormat::kLINEAR) report("%s", reason);
+      if (pos == 0 && inOut[0].type == DataType::kFLOAT && inOut[0].format == TensorFormat::kLINEAR)
+        report("%s", reason);
       return false;
     }
     return supports_format(mAttributes, pos, inOut[pos].type, inOut[pos].format);
   }
 
-  void configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*, int32_t) noexcept override {}
+  void configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
+                       int32_t) noexcept override {}
 
   size_t getWorkspaceSize(PluginTensorDesc const*, int32_t, PluginTensorDesc const*, int32_t) const noexcept override {
     return kWorkspaceBytes;
@@ -118,7 +122,8 @@ class Adder2dPluginV2Creator final : public IPluginCreator {
     }
     std::memcpy(&serialized, serialData, sizeof(serialized));
     if (serialized.magic != expected.magic) {
-      report("the stored data are not an Adder2d layer: they begin with %#x, not %#x", serialized.magic, expected.magic);
+      report("the stored data are not an Adder2d layer: they begin with %#x, not %#x", serialized.magic,
+             expected.magic);
       return nullptr;
     }
     if (serialized.layout != expected.layout) {
@@ -154,7 +159,8 @@ class Adder2dPluginV2Creator final : public IPluginCreator {
 }  // namespace
 
 nvinfer1::IPluginCreator& plugin_v2_creator() {
-  static auto& creator = *new Adder2dPluginV2Creator;  // never destroyed: a registry may outlive this library's static objects
+  // Never destroyed: a registry may outlive this library's static objects.
+  static auto& creator = *new Adder2dPluginV2Creator;
   return creator;
 }
 

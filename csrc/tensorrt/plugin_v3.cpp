@@ -14,7 +14,10 @@ using namespace nvinfer1::trt10;
 constexpr int32_t kSuccess = 0;
 constexpr int32_t kFailure = -1;
 
-class Adder2dPluginV3 final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
+class Adder2dPluginV3 final : public IPluginV3,
+                              public IPluginV3OneCore,
+                              public IPluginV3OneBuild,
+                              public IPluginV3OneRuntime {
  public:
   explicit Adder2dPluginV3(Attributes const& attributes) : mAttributes(attributes) {}
 
@@ -49,7 +52,8 @@ class Adder2dPluginV3 final : public IPluginV3, public IPluginV3OneCore, public 
     return fits(smallest) && fits(largest) ? kSuccess : kFailure;
   }
 
-  int32_t getOutputDataTypes(DataType* outputTypes, int32_t nbOutputs, DataType const*, int32_t) const noexcept override {
+  int32_t getOutputDataTypes(DataType* outputTypes, int32_t nbOutputs, DataType const*,
+                             int32_t) const noexcept override {
     if (nbOutputs != kNbOutputs || outputTypes == nullptr) return kFailure;
     outputTypes[0] = static_cast<DataType>(mAttributes.output_type);
     return kSuccess;
@@ -91,7 +95,9 @@ class Adder2dPluginV3 final : public IPluginV3, public IPluginV3OneCore, public 
   PluginFieldCollection const* getFieldsToSerialize() noexcept override { return mFields.point_to(&mAttributes); }
 
  private:
-  static Tensor at(Dims const& dims, DynamicPluginTensorDesc const& tensor) { return make_tensor(dims, tensor.desc.type); }
+  static Tensor at(Dims const& dims, DynamicPluginTensorDesc const& tensor) {
+    return make_tensor(dims, tensor.desc.type);
+  }
 
   // Whether inputs of these shapes make a valid problem, as far as their extents are known.
   bool fits(Tensor const (&in)[kNbInputs]) const {
@@ -127,7 +133,8 @@ class Adder2dPluginV3Creator final : public IPluginCreatorV3One {
 }  // namespace
 
 nvinfer1::v_1_0::IPluginCreatorV3One& plugin_v3_creator() {
-  static auto& creator = *new Adder2dPluginV3Creator;  // never destroyed: a registry may outlive this library's static objects
+  // Never destroyed: a registry may outlive this library's static objects.
+  static auto& creator = *new Adder2dPluginV3Creator;
   return creator;
 }
 

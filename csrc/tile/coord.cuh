@@ -24,7 +24,7 @@ struct Pixel {
   int64_t offset;  // elements from x to the window's first tap, channel 0 of the group; may point before x
   int32_t h0, w0;
 };
-constexpr int32_t kOutside = INT32_MIN;  // h0 + kOutside is no row of the input, for every h0 (W likewise)
+constexpr int32_t kOutside = INT32_MIN;  // h0 + kOutside is never a row of the input, whatever h0 (W likewise)
 
 __device__ __forceinline__ Pixel make_pixel(FpropArgs const& a, int32_t group, int32_t m) {
   Pixel pixel{0, 0, kOutside};

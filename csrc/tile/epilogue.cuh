@@ -109,7 +109,7 @@ __device__ __forceinline__ void store4_at(float* y, Epilogue::Filter const (&fil
   }
 }
 
-// A tile's sums in shared memory, where they change hands so that a thread gets what lies side by side in y: rows of
+// A tile's sums in shared memory, transposed so that a thread gets what lies side by side in y: rows of
 // pixels that hold the filters (a.y_channels_last), or the other way round. Rows are padded for writers that have
 // kLanesPQ pixels side by side in a warp.
 template <int kTileK_, int kTilePQ_, int kLanesPQ>
@@ -136,7 +136,7 @@ struct SmemTranspose {
   }
 };
 
-// The place in the output of a tile of T whose sums change hands. An item is four floats of the tile as it lies in
+// The place in the output of a tile whose sums are transposed. An item is four floats of the tile as it lies in
 // shared memory.
 template <int kTileK, int kTilePQ, int kThreads_, int kLanesPQ>
 struct EpilogueTile : TileCoord {

@@ -28,7 +28,7 @@ __device__ __forceinline__ void add_terms(float const* w, float const* x, int32_
 #pragma unroll
     for (int u = 0; u < T::kUnroll; ++u) {
       // The fragments of the next term are on their way while this one is added. The slice's last term is read twice:
-      // what lies behind it is being filled.
+      // what follows it is being filled.
       load(u + 1 < T::kUnroll || c + T::kUnroll < terms ? u + 1 : u, (u + 1) % 2);
 #pragma unroll
       for (int i = 0; i < T::kThreadK; ++i)

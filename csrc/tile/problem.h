@@ -15,8 +15,8 @@ struct FpropArgs {
   int32_t CRS;     // reduction length: Cg * R * S
   int32_t NPQ;     // output pixels of the whole batch
   FastDiv div_PQ, div_Q, div_RS, div_S;
-  // Elements of x from a tap to the next one along s; then from behind the last s to the next r; then from behind the
-  // last r to the next channel.
+  // Elements of x from a tap to the next one along s; then from the end of a row of taps to the next r; then from the
+  // end of all taps to the next channel.
   int64_t step_s, step_r, step_c;
   // Filters lie side by side in y (channels_last); else pixels do. Four of them from a multiple of 4 on may be stored
   // at once.

@@ -44,7 +44,7 @@ __device__ __forceinline__ void add(float4* sum, float4 const& v) {
 
 // Counts the blocks of a tile that have come so far; true for the last one. Nobody clears the counts before a launch: a
 // count holds in its upper bits the number of the launch that it belongs to, and any other number there means that none
-// has come. The last block takes the number away, because a launch in a CUDA graph has the same one in each replay.
+// has come. The last block clears the number, because a launch in a CUDA graph has the same one in each replay.
 __device__ __forceinline__ bool arrive_is_last(unsigned long long* count, TileConfig const& config) {
   unsigned long long expected, seen = 0;
   int32_t arrived;
@@ -61,7 +61,7 @@ __device__ __forceinline__ bool arrive_is_last(unsigned long long* count, TileCo
 }
 
 // Leaves a split's sums, get(item), in the workspace. Where there are few splits, the block of a tile that comes last
-// adds up those of all, always in the same order, so that results repeat exactly, and takes them by put(item, sum):
+// adds up those of all, always in the same order, so that results repeat exactly, and receives them by put(item, sum):
 // true for this one.
 template <class Sums, class Get, class Put>
 __device__ __forceinline__ bool reduce_splits(FpropArgs const& a, TileConfig const& config, WorkTile const& work,

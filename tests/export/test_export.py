@@ -1,4 +1,4 @@
-"""export_onnx: the node, its body in ONNX Runtime, and the file's way into TensorRT's parser (test_engine.py)."""
+"""export_onnx: the node, its body in ONNX Runtime, and the file's way into TensorRT's parser (trt/test_onnx_engines.py)."""
 
 import concurrent.futures
 import importlib.util
@@ -20,8 +20,8 @@ onnx = pytest.importorskip("onnx", reason="needs onnx: pip install onnx onnxscri
 pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
 
 from conftest import CASES, Case, assert_forward
-from test_converter import adder2d as PublishedStyle
-from test_converter import calibrated
+from networks import SmallResNet, calibrated
+from networks import adder2d as PublishedStyle
 
 import torch2trt_adder
 from torch2trt_adder import Adder2d, adderize
@@ -207,7 +207,7 @@ def test_dynamic_image_and_several_inputs_and_outputs(tmp_path: pathlib.Path) ->
     got = run_onnxruntime(session, [x, z])
     y, others = model(x, [z])
     for a, b in zip(got, (y, others["first"], others["second"])):
-        torch.testing.assert_close(a, b.detach(), rtol=4e-6, atol=4e-6)  # as in test_engines.py
+        torch.testing.assert_close(a, b.detach(), rtol=4e-6, atol=4e-6)  # as in test_torch2trt_engines.py
 
 
 def test_half_model(tmp_path: pathlib.Path) -> None:
@@ -295,22 +295,6 @@ def test_opset(tmp_path: pathlib.Path) -> None:
         with pytest.raises(ValueError, match=rf"opset must be from 15 to \d+ \(.*\), got {opset}"):
             export_onnx(small(), x, tmp_path / "none.onnx", opset=opset)
     assert not (tmp_path / "none.onnx").exists()
-
-
-class SmallResNet(nn.Module):
-    """Residual blocks as torchvision's, for adderize: torchvision itself is not needed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
-        self.a, self.bna = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.b, self.bnb = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.fc = nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        x = F.relu(x + self.bnb(self.b(F.relu(self.bna(self.a(x))))))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 def against_schemas(model: Any) -> int:
@@ -694,7 +678,15 @@ class Scaling(nn.Module):
         return torch2trt_adder.adder2d(x, self.weight) * 1.01
 
 
-@pytest.mark.parametrize("layer", [Biased, Transposed, Scaling])
+def test_a_bias_that_is_part_of_the_layer(tmp_path: pathlib.Path) -> None:
+    x = torch.randn(2, 4, 8, 8)
+    proto = onnx.load(export_onnx(nn.Sequential(Biased()).eval(), x, tmp_path / "model.onnx", check=CHECK))
+    (node,) = adder_nodes(proto.graph)
+    (bias,) = (onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer if tensor.name == node.input[2])
+    assert (bias == 5).all()
+
+
+@pytest.mark.parametrize("layer", [Transposed, Scaling])
 def test_layers_that_compute_something_else(layer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """Whether `adopt` refuses them or not, no file comes of it, checked in ONNX Runtime or not."""
     monkeypatch.setitem(recognise.adder_classes, Scaling, lambda module: {"weight": module.weight})

@@ -1,4 +1,4 @@
-"""convert() without a GPU: its errors, and the bounds by which it judges an engine. Engines are in test_engines.py."""
+"""convert() without a GPU: its errors, and the bounds by which it judges an engine. Engines are in frontends/test_torch2trt_engines.py."""
 
 import contextlib
 import copy
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from networks import adder2d, calibrated
 from torch import Tensor, nn
 
 import torch2trt_adder
@@ -25,17 +26,6 @@ from torch2trt_adder.conversion import (
 from torch2trt_adder.models import addernet_mnist, resnet20
 from torch2trt_adder.nn import adopt
 from torch2trt_adder.numerics import comparison, rounding
-
-
-def calibrated(model: nn.Module, *shape: int) -> nn.Module:
-    """`model` in eval mode, with BatchNorm statistics of a random batch: with untrained ones ReLU cuts all off."""
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0
-    with torch.no_grad():
-        model.train()(torch.randn(shape))
-    return model.eval()
-
 
 # ---- errors: one sentence, before anything is converted
 
@@ -408,18 +398,6 @@ def test_bounds_leave_no_trace() -> None:
 
 
 # ---- foreign layers
-
-
-class adder2d(nn.Module):  # the published class's name and attributes
-    def __init__(self) -> None:
-        super().__init__()
-        self.stride, self.padding, self.bias = 1, 1, False
-        self.adder = nn.Parameter(torch.randn(4, 3, 3, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return -torch.cdist(self.adder.flatten(1), nn.functional.unfold(x, 3, 1, 1, 1).mT, p=1).view(
-            len(x), 4, *x.shape[2:]
-        )
 
 
 def test_adopted_copy_shares_parameters_and_leaves_the_model_alone() -> None:

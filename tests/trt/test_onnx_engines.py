@@ -1,5 +1,6 @@
 """From ONNX to engines without torch2trt: TensorRT-RTX's real parser and builder on a CPU, TensorRT on a GPU."""
 
+import importlib.util
 import os
 import pathlib
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-# As in test_engines.py: what is compared here would drown in TF32's rounding.
+# As in test_torch2trt_engines.py: what is compared here would drown in TF32's rounding.
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 import pytest
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 onnx = pytest.importorskip("onnx", reason="needs onnx: pip install onnx onnxscript onnxruntime")
 pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
 
-from test_converter import calibrated
-from test_onnx import CHECK, SmallResNet, needs_runtime
+from networks import SmallResNet, calibrated
+from processes import ROOT, run
 
 from torch2trt_adder import Adder2d, adderize, convert, library
 from torch2trt_adder.conversion import routes
@@ -37,14 +38,12 @@ from torch2trt_adder.trt.builder import build_engine
 from torch2trt_adder.trt.engine import Engine
 from torch2trt_adder.utils import progress
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+CHECK = importlib.util.find_spec("onnxruntime") is not None  # the rest is tested without it, too
+needs_runtime = pytest.mark.skipif(not CHECK, reason="needs onnxruntime: pip install onnxruntime")
 
 
-def run_python(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, library.ENVIRONMENT_VARIABLE: str(library.path())}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
+def run_python(script: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    return run(sys.executable, "-c", script, *arguments)
 
 
 # ---- the real parser, which works without a GPU
@@ -620,7 +619,7 @@ def test_layers_by_their_names(rtx: ModuleType) -> None:
     assert [layer["name"] for layer in found] == names and [layer["adder"] for layer in found] == [False, True, False]
 
 
-# ---- engines on a GPU: what test_engines.py does through torch2trt, through ONNX
+# ---- engines on a GPU: what test_torch2trt_engines.py does through torch2trt, through ONNX
 
 gpu = [pytest.mark.gpu, pytest.mark.tensorrt]
 
@@ -721,7 +720,7 @@ def test_dynamic_image_several_inputs_and_outputs(tmp_path: pathlib.Path) -> Non
         for strided in (x, x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT):
             for outputs in (runner(strided, z), runner(z=z, x=strided)):
                 for a, b in zip(outputs, model(x, z), strict=True):
-                    torch.testing.assert_close(a, b.detach(), rtol=4e-6, atol=4e-6)  # as in test_engines.py
+                    torch.testing.assert_close(a, b.detach(), rtol=4e-6, atol=4e-6)  # as in test_torch2trt_engines.py
     for call, message in (
         (lambda: runner(x), "the engine takes x, z, got input 0"),
         (lambda: runner(x, z, z), "got input 0, input 1, input 2"),

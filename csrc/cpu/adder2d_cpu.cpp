@@ -6,9 +6,9 @@
 // vectors along f, for several filters at once, straight over the ends of rows (the few results there are dropped).
 // Each term is one subtraction, one bit operation and one addition, and nothing else limits it.
 //
-// The input gradient is computed by the same tiles: dy takes the place of x, the channels of x that of the filters, and the
-// input pixels of one stride phase that of the output pixels (see class Dgrad). Its kernel has one operand more, the value
-// of x at each output: a term is dy * clamp(w - x, -1, 1).
+// The input gradient is computed by the same tiles: dy takes the place of x, the channels of x that of the filters, and
+// the input pixels of one stride phase that of the output pixels (see class Dgrad). Its kernel has one operand more,
+// the value of x at each output: a term is dy * clamp(w - x, -1, 1).
 //
 // Sections: kernel, instruction sets, tile, threads, operator.
 #include "adder2d.h"
@@ -70,8 +70,8 @@ inline __attribute__((always_inline)) void add_abs_diff(Float& acc, Float const&
 #endif
 }
 
-// d = clamp(d, -1, 1), which keeps NaN. Compilers make two operations of a comparison and a choice, as neither minimum nor
-// maximum has its NaN; that of x86 has, of its operands in this order.
+// d = clamp(d, -1, 1), which keeps NaN. Compilers make two operations of a comparison and a choice, as neither minimum
+// nor maximum has its NaN; that of x86 has, of its operands in this order.
 template <int kLanes, typename Float>
 inline __attribute__((always_inline)) void clamp_to_one(Float& d) {
   Float const one = Float{} + 1.f;
@@ -140,20 +140,26 @@ inline __attribute__((always_inline)) void accumulate(KernelArgs const& a) {
 struct Baseline {  // SSE2 on x86-64, NEON on Arm
   static constexpr int kLanes = 4, kVectors = 2, kDgradVectors = 1;
   template <bool kDgrad, int kK, int kF>
-  static void run(KernelArgs const& args) { accumulate<kLanes, kDgrad, kK, kF>(args); }
+  static void run(KernelArgs const& args) {
+    accumulate<kLanes, kDgrad, kK, kF>(args);
+  }
 };
 
 #if defined(__x86_64__)
 struct Avx2 {
   static constexpr int kLanes = 8, kVectors = 2, kDgradVectors = 1;
   template <bool kDgrad, int kK, int kF>
-  __attribute__((target("avx2,fma"))) static void run(KernelArgs const& args) { accumulate<kLanes, kDgrad, kK, kF>(args); }
+  __attribute__((target("avx2,fma"))) static void run(KernelArgs const& args) {
+    accumulate<kLanes, kDgrad, kK, kF>(args);
+  }
 };
 
 struct Avx512 {
   static constexpr int kLanes = 16, kVectors = 4, kDgradVectors = 2;
   template <bool kDgrad, int kK, int kF>
-  __attribute__((target("avx512f"))) static void run(KernelArgs const& args) { accumulate<kLanes, kDgrad, kK, kF>(args); }
+  __attribute__((target("avx512f"))) static void run(KernelArgs const& args) {
+    accumulate<kLanes, kDgrad, kK, kF>(args);
+  }
 };
 #endif
 
@@ -184,8 +190,8 @@ constexpr Isa make_isa() {
 
 constexpr char const* kIsaVariable = "TORCH2TRT_ADDER_CPU_ISA";
 
-// The widest one of this CPU, or the one that kIsaVariable names (for tests); reports and returns null where the CPU does not
-// have that one.
+// The widest one of this CPU, or the one that kIsaVariable names (for tests); reports and returns null where the CPU
+// does not have that one.
 Isa const* select_isa() {
   struct Choice {
     char const* name;
@@ -209,9 +215,10 @@ Isa const* select_isa() {
     if (any || strcmp(asked, choice.name) == 0) return choice.isa;
     names += (names.empty() ? "" : ", ") + std::string(choice.name);
   }
-  fprintf(stderr,
-          "torch2trt_adder: %s is \"%.32s\", but must be one of %s on this CPU: correct it, or unset it for the fastest\n",
-          kIsaVariable, asked, names.c_str());
+  fprintf(
+      stderr,
+      "torch2trt_adder: %s is \"%.32s\", but must be one of %s on this CPU: correct it, or unset it for the fastest\n",
+      kIsaVariable, asked, names.c_str());
   return nullptr;
 }
 
@@ -231,7 +238,8 @@ struct Axis {
   int64_t lines = 0, longest = 0;              // of all segments together, of the longest one
 
   Axis(int64_t taps, int64_t dilation, int64_t stride, int64_t outputs) {
-    // Taps of the same phase are `phases` apart. A tap can only join the last segment of its phase: it lies past the others.
+    // Taps of the same phase are `phases` apart. A tap can only join the last segment of its phase: it lies past the
+    // others.
     int64_t const phases = std::min(stride / std::gcd(stride, dilation), taps);
     for (int64_t t = 0; t < taps; ++t) {
       int64_t const position = t * dilation;
@@ -324,13 +332,14 @@ struct Tile {
 
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-// OpenMP's way to start a parallel region, of the OpenMP library that torch has brought into the process: its threads are
-// there and awake, while threads of our own would compete with them for the cores.
+// OpenMP's way to start a parallel region, of the OpenMP library that torch has brought into the process: its threads
+// are there and awake, while threads of our own would compete with them for the cores.
 std::atomic<Parallel> openmp{nullptr};
 std::atomic<bool> openmp_looked_up{false};
 
-// A forked process must not use it: it has none of its parent's threads, and OpenMP would wait for them for ever. A fork after
-// this library was loaded is seen by its handler, an earlier one by the kernel's mark on a process that was not executed since.
+// A forked process must not use it: it has none of its parent's threads, and OpenMP would wait for them for ever. A
+// fork after this library was loaded is seen by its handler, an earlier one by the kernel's mark on a process that was
+// not executed since.
 std::atomic<bool> forked{false};
 
 bool started_by_fork() {
@@ -342,7 +351,8 @@ bool started_by_fork() {
   fclose(file);
   char const* const name_end = size > 0 ? strrchr(stat, ')') : nullptr;  // the name may hold anything
   unsigned long flags = 0;
-  return name_end != nullptr && sscanf(name_end + 1, " %*c %*d %*d %*d %*d %*d %lu", &flags) == 1 && (flags & kForkNoExec) != 0;
+  return name_end != nullptr && sscanf(name_end + 1, " %*c %*d %*d %*d %*d %*d %lu", &flags) == 1 &&
+         (flags & kForkNoExec) != 0;
 }
 
 // On load, so that no fork after it goes unseen. Without the handler, threads of our own are always right.
@@ -366,8 +376,8 @@ int64_t const max_threads = 4 * std::max(int64_t{std::thread::hardware_concurren
 // As many threads as were asked for and are of use. OpenMP ends the process where the system grants it too few.
 int64_t usable_threads(int64_t threads) { return std::clamp<int64_t>(threads, 1, max_threads); }
 
-// Calls body(item, slot) once for each item below `items`, on at most `threads` threads, the caller's among them. No two
-// calls with the same slot, 0 <= slot < threads, run at once. `body` must not throw.
+// Calls body(item, slot) once for each item below `items`, on at most `threads` threads, the caller's among them. No
+// two calls with the same slot, 0 <= slot < threads, run at once. `body` must not throw.
 void run_on_threads(int64_t items, int64_t threads, std::function<void(int64_t item, int64_t slot)> const& body) {
   struct Job {
     std::function<void(int64_t, int64_t)> const& body;
@@ -403,7 +413,8 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Problem {
   Adder2dParams p;
   float const* w;  // [K][C / groups][R][S]
-  // The input gradient: x at the place of each output, and the whole of it with the phase, for what needs the rule itself.
+  // The input gradient: x at the place of each output, and the whole of it with the phase, for what needs the rule
+  // itself.
   float const* own = nullptr;
   int64_t own_stride[4] = {};
   Adder2dDgradParams const* dgrad = nullptr;
@@ -414,13 +425,15 @@ struct Problem {
 float dgrad_by_rule(Adder2dDgradParams const& params, int64_t n, int64_t c, int64_t h, int64_t w) {
   Adder2dParams const& p = params.layer;
   int64_t const channels = p.C / p.groups, filters = p.K / p.groups, group = c / channels;
-  float const x = static_cast<float const*>(p.x)[n * p.x_stride[0] + c * p.x_stride[1] + h * p.x_stride[2] + w * p.x_stride[3]];
+  float const x =
+      static_cast<float const*>(p.x)[n * p.x_stride[0] + c * p.x_stride[1] + h * p.x_stride[2] + w * p.x_stride[3]];
   float sum = 0.f;
   for (int64_t r = 0, top = h + p.pad_h; r < p.R && top >= 0; ++r, top -= p.dil_h)
     for (int64_t s = 0, left = w + p.pad_w; s < p.S && left >= 0; ++s, left -= p.dil_w) {
       int64_t const row = top / p.stride_h, column = left / p.stride_w;
       if (top % p.stride_h != 0 || left % p.stride_w != 0 || row >= p.P || column >= p.Q) continue;
-      float const* const dy = static_cast<float const*>(p.y) + n * p.y_stride[0] + row * p.y_stride[2] + column * p.y_stride[3];
+      float const* const dy =
+          static_cast<float const*>(p.y) + n * p.y_stride[0] + row * p.y_stride[2] + column * p.y_stride[3];
       for (int64_t k = group * filters; k < (group + 1) * filters; ++k) {
         float const d = static_cast<float const*>(p.w)[((k * channels + c % channels) * p.R + r) * p.S + s] - x;
         sum += dy[k * p.y_stride[1]] * (d < -1.f ? -1.f : d > 1.f ? 1.f : d);
@@ -446,14 +459,13 @@ class Pass {
   }
 
   void run() {
-    run_on_threads(items_, threads_, [this](int64_t item, int64_t slot) {
-      run_tile(item, workspace_.get() + slot * workspace_floats_);
-    });
+    run_on_threads(items_, threads_,
+                   [this](int64_t item, int64_t slot) { run_tile(item, workspace_.get() + slot * workspace_floats_); });
   }
 
  private:
-  // Pixels f to f_end of the tile at (p0, q0), less those beyond the end of a row, for the filters from k on. Their sums
-  // lie side by side, a filter's `stride` floats behind the one's before.
+  // Pixels f to f_end of the tile at (p0, q0), less those beyond the end of a row, for the filters from k on. Their
+  // sums lie side by side, a filter's `stride` floats behind the one's before.
   struct Block {
     int64_t n, k, count, p0, q0, f, f_end, width, stride;
   };
@@ -463,8 +475,7 @@ class Pass {
     int64_t const outputs = int64_t(p_.N) * p_.K * p_.P * p_.Q;
     threads = std::clamp<int64_t>(outputs / divide_up(kTermsPerThread, crs_), 1, threads);
     int64_t h = p_.P, w = p_.Q;
-    while (Tile(p_, h, w).floats > kTileFloats && h * w > lanes_)
-      (h > 1 ? h : w) = divide_up(h > 1 ? h : w, 2);
+    while (Tile(p_, h, w).floats > kTileFloats && h * w > lanes_) (h > 1 ? h : w) = divide_up(h > 1 ? h : w, 2);
     int64_t const wanted = threads > 1 ? 4 * threads : 1;
     auto const tiles = [&] { return int64_t(p_.N) * p_.groups * divide_up(p_.P, h) * divide_up(p_.Q, w); };
     int64_t const parts = std::min(divide_up(wanted, tiles()), divide_up(filters_, 2 * kBlockK));
@@ -481,7 +492,11 @@ class Pass {
   int64_t slack() const { return kMaxVectors * lanes_; }  // floats that the last vectors may read behind the tile
 
   void run_tile(int64_t item, float* workspace) const {
-    auto const take = [&item](int64_t count) { int64_t const i = item % count; item /= count; return i; };
+    auto const take = [&item](int64_t count) {
+      int64_t const i = item % count;
+      item /= count;
+      return i;
+    };
     int64_t const k_begin = take(parts_) * part_;
     int64_t const q0 = take(divide_up(p_.Q, tile_.outputs_w)) * tile_.outputs_w;
     int64_t const p0 = take(divide_up(p_.P, tile_.outputs_h)) * tile_.outputs_h;
@@ -505,7 +520,8 @@ class Pass {
       int64_t const vectors = all_vectors * (block + 1) / blocks - vector;
       int64_t const f = vector * lanes_, stride = vectors * lanes_;
       for (int64_t k = k_begin; k < k_end; k += kBlockK) {
-        Block const at{n, g * filters_ + k, std::min(kBlockK, k_end - k), p0, q0, f, std::min(f + stride, pixels), width, stride};
+        Block const at{
+            n, g * filters_ + k, std::min(kBlockK, k_end - k), p0, q0, f, std::min(f + stride, pixels), width, stride};
         if (problem_.dgrad != nullptr) load_own(at, own);
         sum_block(x_tile + f, at, vectors, own, sums);
         store_block(at, sums);
@@ -530,7 +546,8 @@ class Pass {
     }
   }
 
-  // Calls visit(element, its place among the sums, filter, p, q) for the block's elements of a tensor in the output's shape.
+  // Calls visit(element, its place among the sums, filter, p, q) for the block's elements of a tensor in the output's
+  // shape.
   template <typename Element, typename Visit>
   void visit_block(Block const& at, Element* tensor, int64_t const* stride, Visit const& visit) const {
     tensor += at.n * stride[0] + at.k * stride[1];
@@ -571,7 +588,8 @@ class Pass {
         dx = sums[place];
         if (dx != dx && !inside(i, j)) {  // a NaN may have met the zeros around dy, which the rule does not know
           Problem const& a = problem_;
-          dx = dgrad_by_rule(*a.dgrad, at.n, c, a.phase_h + i * a.dgrad->layer.stride_h, a.phase_w + j * a.dgrad->layer.stride_w);
+          dx = dgrad_by_rule(*a.dgrad, at.n, c, a.phase_h + i * a.dgrad->layer.stride_h,
+                             a.phase_w + j * a.dgrad->layer.stride_w);
         }
       });
     }
@@ -591,12 +609,12 @@ class Pass {
   Adder2dParams const& p_;
   int64_t lanes_;
   Kernels const& kernels_;
-  int64_t filters_, crs_;           // filters of a group, terms of a sum
-  int64_t part_, parts_;            // filters of an item, items a tile
+  int64_t filters_, crs_;  // filters of a group, terms of a sum
+  int64_t part_, parts_;   // filters of an item, items a tile
   int64_t items_, threads_;
   Tile tile_;
-  std::vector<int64_t> offsets_;    // [C / groups][R][S]
-  int64_t workspace_floats_;        // of one thread: tile buffer, sums, x of an input gradient
+  std::vector<int64_t> offsets_;  // [C / groups][R][S]
+  int64_t workspace_floats_;      // of one thread: tile buffer, sums, x of an input gradient
   std::unique_ptr<float, Free> workspace_;
 };
 
@@ -613,16 +631,17 @@ void take_batch_as_row(Problem& problem) {
   }
 }
 
-// One axis of an input gradient, written for the rows. Rows of x that are stride apart, a phase, are read by every step-th
-// tap, and through each of these by rows of dy side by side: i of the phase through tap first + m * step from
+// One axis of an input gradient, written for the rows. Rows of x that are stride apart, a phase, are read by every
+// step-th tap, and through each of these by rows of dy side by side: i of the phase through tap first + m * step from
 // start + i - m * lag. Backwards, these taps are those of a layer of stride 1 and dilation lag that reads dy.
 struct Phase {
-  int64_t phase, size;   // first row, number of rows
+  int64_t phase, size;  // first row, number of rows
   int64_t first, step, taps;
-  int32_t lag, pad;      // of the layer that reads dy
+  int32_t lag, pad;  // of the layer that reads dy
 
   // The phase that tap `first` reads, for first below min(taps, step).
-  Phase(int64_t first, int64_t rows, int64_t all_taps, int64_t stride, int64_t pad_before, int64_t dilation) : first(first) {
+  Phase(int64_t first, int64_t rows, int64_t all_taps, int64_t stride, int64_t pad_before, int64_t dilation)
+      : first(first) {
     int64_t const common = std::gcd(stride, dilation);
     step = stride / common;
     lag = int32_t(dilation / common);
@@ -645,7 +664,8 @@ class Dgrad {
     if (phases_h < p_.stride_h || phases_w < p_.stride_w) clear();  // no tap reads the other phases
     for (int32_t r = 0; r < phases_h; ++r)
       for (int32_t s = 0; s < phases_w; ++s)
-        run_phase(Phase(r, p_.H, p_.R, p_.stride_h, p_.pad_h, p_.dil_h), Phase(s, p_.W, p_.S, p_.stride_w, p_.pad_w, p_.dil_w));
+        run_phase(Phase(r, p_.H, p_.R, p_.stride_h, p_.pad_h, p_.dil_h),
+                  Phase(s, p_.W, p_.S, p_.stride_w, p_.pad_w, p_.dil_w));
   }
 
  private:

@@ -40,6 +40,11 @@ SPLIT = Case("split", 5, 96, 9, 28, 150, 3, 3, padding=(1, 1))
 PLANE = Case("plane", 5, 320, 14, 14, 150, 1, 1)
 POINTWISE = Case("pointwise", 7, 72, 14, 18, 100, 1, 1)
 DEPTHWISE = Case("depthwise", 3, 40, 16, 22, 40, 3, 3, padding=(1, 1), groups=40)
+DEPTHWISES = [
+    Case(f"depthwise_{size}_{step}", 3, 40, 16, 22, 40, size, size, (step, step), (size // 2, size // 2), groups=40)
+    for size in (3, 5)
+    for step in (1, 2)
+]
 SMALL = Case("small", 2, 21, 7, 6, 11, 3, 3, padding=(1, 1))
 STRIDED = Case("strided", 3, 70, 15, 14, 41, 3, 3, stride=(2, 2), padding=(1, 1))
 # A number of splits, and of tiles that are whole: few splits meet in the last block, more in a kernel of either kind.
@@ -113,8 +118,16 @@ def fprop(case: Case, x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, s
     return y, launch("fprop", params, params)
 
 
-def check_fprop(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, choice: str) -> None:
-    x, w, b = case.tensors(dtype, "cuda", memory_format)
+def check_fprop(
+    case: Case,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    choice: str,
+    weight_dtype: torch.dtype | None = None,
+) -> None:
+    """Weight and bias are of `weight_dtype`, as TensorRT hands float32 weights to a float16 layer; None for `dtype`."""
+    x = case.tensors(dtype, "cuda", memory_format)[0]
+    w, b = (t.to(weight_dtype or dtype) for t in case.tensors(torch.float32, "cuda")[1:])
     with forced("fprop", choice):
         for bias in (None, b):
             y, text = fprop(case, x, w, bias)
@@ -252,6 +265,7 @@ def test_half(case, tile, memory_format):
         pytest.skip("half pairs need compute capability 8.0")
     for split, dtype in itertools.product(SPLITS, (torch.float16, torch.bfloat16)):
         check_fprop(case, dtype, memory_format, f"half:{tile}:{split}")
+    check_fprop(case, torch.float16, memory_format, f"half:{tile}", torch.float32)
 
 
 @gpu
@@ -265,7 +279,8 @@ def test_pointwise(tile, memory_format):
 @formats
 @dtypes
 def test_depthwise(memory_format, dtype):
-    check_fprop(DEPTHWISE, dtype, memory_format, "depthwise:7x2")
+    for case, weight_dtype in itertools.product(DEPTHWISES, TYPES):
+        check_fprop(case, dtype, memory_format, "depthwise:7x2", weight_dtype)
 
 
 @gpu
@@ -275,8 +290,8 @@ def test_depthwise(memory_format, dtype):
 @formats
 @dtypes
 def test_direct(choice, memory_format, dtype):
-    for case in (SMALL, DEPTHWISE, STRIDED):
-        check_fprop(case, dtype, memory_format, choice)
+    for case, weight_dtype in itertools.product((SMALL, DEPTHWISE, STRIDED), TYPES):
+        check_fprop(case, dtype, memory_format, choice, weight_dtype)
 
 
 @gpu

@@ -1,17 +1,14 @@
 """torch2trt 0.5 on a TensorRT that has dropped what it needs: tensorrt-rtx, which has the API of TensorRT 11."""
 
 import importlib.util
-import os
 import pathlib
-import subprocess
 import sys
 
 import pytest
+from processes import run_python
 
-from torch2trt_adder import library
 from torch2trt_adder.frontends import torch2trt_compat
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install tensorrt-rtx")
 
 START = """
@@ -32,12 +29,7 @@ before = set(dir(trt)), trt.NetworkDefinitionCreationFlag, trt.BuilderFlag
 
 
 def run(script: str) -> str:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, library.ENVIRONMENT_VARIABLE: str(library.path())}
-    command = [sys.executable, "-c", START + script]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
+    return run_python(START + script)
 
 
 def test_needed() -> None:

@@ -635,7 +635,7 @@ class Layer {
     std::vector<char> bytes(size_t(mN) * p.K * P * Q * size_of(mYType));
     mYBuffer.download(bytes.data());
     double const eps32 = std::ldexp(1., -23), eps_y = mYType ? std::ldexp(1., -10) : eps32;
-    // float16 differences and sums, each rounded at most 7 times (csrc/fprop_half.cu). All data are exact in float16.
+    // float16 differences and sums, each rounded at most 7 times (csrc/fprop/fprop_half.cu). All data are exact in float16.
     double const halves = mXType ? 7 * std::ldexp(1., -11) : 0;
     double const rtol = eps_y + 2 * eps32 * std::sqrt(double(group_C) * p.R * p.S) + halves;
     size_t wrong = 0, i = 0;
