@@ -58,10 +58,17 @@ def output_size(
 
 
 def kernel_size(
-    caller: str, input: Sequence[int], weight: Sequence[int], bias: Sequence[int] | None, *geometry: Sequence[int] | int
+    caller: str,
+    input: Sequence[int],
+    weight: Sequence[int],
+    bias: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> tuple[int, int, int, int]:
-    """The same for the kernels, whose sizes are int32."""
-    size = output_size(input, weight, bias, *geometry)
+    """`output_size` for the kernels, whose sizes are int32."""
+    size = output_size(input, weight, bias, stride, padding, dilation, groups)
     for extent in (*input, *weight, *size):
         if extent >= 2**31:
             raise ValueError(f"{caller}: every axis must be below 2^31, got {extent}; split the call along that axis.")
@@ -126,8 +133,8 @@ def check_memory(name: str, tensor: Tensor | None) -> None:
         )
 
 
-def as_contiguous(name: str, tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or tensor.is_contiguous():
+def as_contiguous(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous():
         return tensor
     check_memory(name, tensor)
     return tensor.contiguous()
