@@ -97,6 +97,16 @@ class GpuTimer:
         return max(7, min(50, int(self.seconds / estimate)))
 
 
+def warm_up(step: Callable[[], object]) -> None:
+    """Runs `step` three times on a stream of its own, as torch requires before a capture in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 def cpu_time(function: Callable[[], object], seconds: float = 0.2) -> Spread:
     """Time of one call on the CPU: as many runs as fit `seconds`, at least three, after one that does not count."""
     function()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 onnx = pytest.importorskip("onnx", reason="needs onnx: pip install onnx onnxscript onnxruntime")
 pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
 
-from conftest import CASES, Case, assert_forward
+from conftest import CASES, Case
 from networks import SmallResNet, calibrated
 from networks import adder2d as PublishedStyle
 
@@ -33,6 +33,7 @@ from torch2trt_adder.export.format import adder_nodes
 from torch2trt_adder.export.runtime import onnxruntime_session, run_onnxruntime
 from torch2trt_adder.models import addernet_mnist, resnet20, resnet50
 from torch2trt_adder.nn import recognise
+from torch2trt_adder.numerics.definition import assert_forward
 from torch2trt_adder.numerics.rounding import rounding_bounds
 from torch2trt_adder.ops import export_hook
 
@@ -701,7 +702,7 @@ def test_layers_that_compute_something_else(layer: Any, monkeypatch: pytest.Monk
     "wrong, message",
     [
         (lambda layer: layer.b.data.add_(1), "output 0 differs between the network with Adder2d in place .* and the network as it is by"),
-        (lambda layer: setattr(layer, "stride", (2, 2)), r"output 0 is .* \[2, 5, 4, 4\] in the network with Adder2d in place"),
+        (lambda layer: setattr(layer, "stride", (2, 2)), r"output 0 is \[2, 5, 4, 4\] in the network with Adder2d in place"),
         (lambda layer: setattr(layer, "groups", 2), "the network fails on args once its adder layers are replaced"),
     ],
 )

@@ -2,7 +2,7 @@
 
 Tolerance. An engine is compared with the same network in float64. What rounding may do to the output depends on the
 network: BatchNorm subtracts the large mean of an adder layer's sums and divides by their small spread, which magnifies
-the relative error of the sums, 2 * eps * sqrt(CRS) at most (conftest.py), by mean / spread; and the errors of all
+the relative error of the sums, 2 * eps * sqrt(CRS) at most (tolerance.sum_error), by mean / spread; and the errors of all
 layers add up. numerics.rounding_bounds carries the bounds of the single operations through the very network;
 conversion/test_convert.py shows that its result holds float32 (float16) arithmetic and still catches one wrong tap. Here the
 engine must stay within it, and it must be small itself.

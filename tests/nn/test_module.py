@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import Case, assert_forward, assert_grad_input, assert_grad_weight
+from conftest import Case
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
@@ -22,6 +22,7 @@ from torch2trt_adder import (
 )
 from torch2trt_adder.nn import adopt as adoption
 from torch2trt_adder.nn import proof, recognise
+from torch2trt_adder.numerics.definition import assert_forward, assert_grad_input, assert_grad_weight
 
 
 class adder2d(nn.Module):

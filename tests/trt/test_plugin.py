@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, Case, assert_forward
+from conftest import CASES, Case
 from processes import ROOT, run, run_python
 from torch import Tensor
 
 from torch2trt_adder import library
+from torch2trt_adder.numerics.definition import assert_forward
 from torch2trt_adder.trt import plugin
 
 CPP = ROOT / "tests" / "csrc"
