@@ -366,6 +366,12 @@ class StandIn:
     _dtypes = {"a": torch.float32, "b": torch.float32}
     _profile = {"a": [(n, 3) for n in (1, 2, 4)], "b": [(n, 2) for n in (1, 2, 4)]}
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
+    def profile_shapes(self, name: str) -> list[tuple[int, ...]]:
+        return self._profile[name]
+
     def __init__(self, wrong: Callable = lambda a, y: y) -> None:
         self.wrong, self.batches = wrong, []
 
@@ -390,7 +396,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable:
     draw = commands.random_inputs
 
     def use(runner: StandIn) -> StandIn:
-        usual, dtypes = [runner._profile[name][1] for name in runner.input_names], [torch.float32] * 2
+        usual, dtypes = [runner.profile_shapes(name)[1] for name in runner.input_names], [torch.float32] * 2
         monkeypatch.setattr(commands, "_load", lambda plan, shapes, host_code: (runner, shapes or usual, dtypes))
         monkeypatch.setattr(
             commands, "random_inputs", lambda shapes, dtypes, device, seed: draw(shapes, dtypes, "cpu", seed)

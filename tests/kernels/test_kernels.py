@@ -228,7 +228,7 @@ def limit_workspace(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType, n
 def test_any_workspace(case, dtype, memory_format, monkeypatch):
     """With less of it weights and images are packed in pieces or not at all, and fewer tiles are split."""
     x, w, b = case.tensors(dtype, "cuda", memory_format)
-    limit = limit_workspace(monkeypatch, launch, "_plan")
+    limit = limit_workspace(monkeypatch, launch, "_launch_args")
     for limit.fraction in (1, 0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0):
         assert_forward(adder2d(x, w, b, *case.geometry), x, w, b, case.geometry)
     assert len(limit.wanted) == 9 and limit.wanted[0] > 0
@@ -518,7 +518,7 @@ def test_input_gradient_with_any_workspace(case, monkeypatch):
     """The launcher makes do with what it gets; it wants more for splits than for packed weights."""
     x, w, _ = case.tensors(device="cuda")
     dy = grad_output(case, torch.float32)
-    limit = limit_workspace(monkeypatch, launch_gradients, "_grad_input_plan")
+    limit = limit_workspace(monkeypatch, launch_gradients, "_grad_input_args")
     for limit.fraction in (1, 0.99, 0.5, 0):
         assert_grad_input(grad_input(dy, x, w, case.geometry), dy, x, w, case.geometry)
     assert len(limit.wanted) == 4 and limit.wanted[0] > 0

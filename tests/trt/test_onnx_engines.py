@@ -34,7 +34,7 @@ from torch2trt_adder.export.format import adder_nodes
 from torch2trt_adder.export.runtime import onnxruntime_session, run_onnxruntime
 from torch2trt_adder.models import addernet_mnist, resnet20
 from torch2trt_adder.numerics.rounding import rounding_bounds
-from torch2trt_adder.trt import builder, engine, inspection, monitor, plans, typed
+from torch2trt_adder.trt import builder, engine, inspection, monitor, plans, profiles, typed
 from torch2trt_adder.trt.builder import build_engine
 from torch2trt_adder.trt.engine import Engine
 from torch2trt_adder.utils import progress
@@ -145,15 +145,15 @@ def test_build(plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType) -> 
 
 def test_profile(plain: pathlib.Path, rtx: ModuleType) -> None:
     proto = builder.load_onnx(plain)
-    assert builder.dynamic_axes(proto) == [("x", 0, "batch")]
+    assert profiles.dynamic_axes(proto) == [("x", 0, "batch")]
     rtx_builder, network, _parser = builder._parse(rtx, proto, plain)
     config = rtx_builder.create_builder_config()
-    builder._add_profile(rtx_builder, network, config, proto, {"batch": (1, 4, 8)})
+    profiles.add_profile(rtx_builder, network, config, proto, {"batch": (1, 4, 8)})
     assert config.num_optimization_profiles == 1
     static = builder.load_onnx(plain)
     static.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
     config = rtx_builder.create_builder_config()
-    builder._add_profile(rtx_builder, network, config, static, {})
+    profiles.add_profile(rtx_builder, network, config, static, {})
     assert config.num_optimization_profiles == 0
 
 
@@ -195,9 +195,7 @@ def test_range_beyond_what_the_file_holds(given: tuple, tmp_path: pathlib.Path, 
     if given[2] <= 4:
         assert build_engine(path, tmp_path / "x.plan", {"batch": given}, trt=rtx).is_file()
         return
-    message = (
-        r"axis 0 of input 'x' \(batch\) may be 0 to 4, got the range .*: the network's code does something else beyond"
-    )
+    message = r"axis 0 of input 'x' \(batch\) may be 0 to 4, got the range .*: beyond these extents"
     with pytest.raises(ValueError, match=message):
         build_engine(path, tmp_path / "x.plan", {"batch": given}, trt=rtx)
     assert not (tmp_path / "x.plan").exists()
@@ -357,7 +355,7 @@ def test_files_that_are_none(tmp_path: pathlib.Path, rtx: ModuleType) -> None:
         build_engine(tmp_path / "none.onnx", tmp_path / "x.plan", trt=rtx)
     for content in (b"", b"hello, this is no protobuf"):
         (tmp_path / "text.onnx").write_bytes(content)
-        with pytest.raises(RuntimeError, match=r"text\.onnx is no ONNX file"):
+        with pytest.raises(RuntimeError, match=r"text\.onnx is not an ONNX file"):
             build_engine(tmp_path / "text.onnx", tmp_path / "x.plan", trt=rtx)
 
 
@@ -405,7 +403,7 @@ def test_reasons_of_a_failed_build(
             monitor.logger(rtx).errors.extend(errors)
 
     monkeypatch.setattr(rtx, "Builder", Builder)
-    with pytest.raises(RuntimeError, match=f"builds no engine of .*plain.onnx: .*{message}"):
+    with pytest.raises(RuntimeError, match=f"could not build an engine of .*plain.onnx: .*{message}"):
         build_engine(plain, tmp_path / "x.plan", {"batch": (1, 2, 3)}, embed_plugin=True, trt=rtx)
     assert not list(tmp_path.iterdir())
 
