@@ -382,9 +382,9 @@ def test_reasons_of_a_failed_parse(tmp_path: pathlib.Path, rtx: ModuleType) -> N
     [
         (
             ["Unable to load library: libnvinfer_lean.so.8.6.0: no such file"],
-            r"so\.8\.6\.0: no such file\. A plan that carries",
+            r"so\.8\.6\.0: no such file\. A plan with an embedded",
         ),
-        ([], r"its log gives no reason\. A plan that carries"),
+        ([], r"its log gives no reason\. A plan with an embedded"),
         (["out of memory."], r"out of memory\.$"),
     ],
 )
@@ -500,7 +500,7 @@ def test_plan_of_another_version(plan: bytes, tmp_path: pathlib.Path, rtx: Modul
     (tmp_path / "old.plan").write_bytes(other)
     with pytest.raises(
         RuntimeError,
-        match=r"old\.plan was built by TensorRT 8\.6\.1, here is 1\..*the version that built it alone; build it again",
+        match=r"old\.plan was built by TensorRT 8\.6\.1, here is 1\..*the TensorRT version that built it; build it again",
     ):
         Engine(tmp_path / "old.plan", trt=rtx)
 

@@ -125,9 +125,13 @@ def has_batch_flag(trt: ModuleType) -> bool:
 
 def slice_modes(trt: ModuleType) -> Any:
     """The enumeration of ISliceLayer.mode: SampleMode, which was SliceMode before 8.5."""
-    return getattr(trt, "SampleMode", None) or trt.SliceMode
+    return _first(trt, "SampleMode", "SliceMode")
 
 
 def resize_modes(trt: ModuleType) -> Any:
     """The enumeration of IResizeLayer.resize_mode: InterpolationMode, which was ResizeMode before 8.5."""
-    return getattr(trt, "InterpolationMode", None) or trt.ResizeMode
+    return _first(trt, "InterpolationMode", "ResizeMode")
+
+
+def _first(trt: ModuleType, *names: str) -> Any:
+    return next(getattr(trt, name) for name in names if hasattr(trt, name))
