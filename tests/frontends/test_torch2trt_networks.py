@@ -127,7 +127,8 @@ assert [network.get_output(i).name for i in range(4)] == ["output_0", "output_1"
 assert network.get_input(0).name == "input_0"
 
 # A layer that gives no number where the one that it looks like gives one.
-from torch2trt_adder import Adder2d, tracing
+from torch2trt_adder import Adder2d
+from torch2trt_adder.frontends import tracing
 y = torch.randn(1, 4, 5, 5)
 layer, lost = Adder2d(3, 4, 3), y.clone()
 lost[0, 0, 0, 0] = torch.nan
