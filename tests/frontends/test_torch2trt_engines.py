@@ -448,7 +448,10 @@ class Direct(nn.Module):
             r"0 \(NoAdder\) looks like an adder layer .*, but does not compute adder2d",
         ),
         *(
-            (lambda cls=cls: nn.Sequential(cls(), nn.ReLU()), rf"0 \({cls.__name__}\) looks like an adder layer .*, but does not")
+            (
+                lambda cls=cls: nn.Sequential(cls(), nn.ReLU()),
+                rf"0 \({cls.__name__}\) looks like an adder layer .*, but does not",
+            )
             for cls in (Halved, OtherBias, Turned, NotANumber)
         ),
         (Direct, r"no converter for the result of the model \(Direct\)"),
@@ -482,7 +485,9 @@ class Registered(nn.Module):
 def test_a_registered_class_whose_fields_do_not_tell_all(convert: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(recognise.adder_classes, Registered, lambda layer: {"weight": layer.filters})
     network, x = nn.Sequential(Registered(), nn.ReLU()).cuda().eval(), torch.randn(1, 3, 8, 8, device="cuda")
-    with pytest.raises(RuntimeError, match=r"0 \(Registered\) looks like an adder layer .*, but does not compute adder2d"):
+    with pytest.raises(
+        RuntimeError, match=r"0 \(Registered\) looks like an adder layer .*, but does not compute adder2d"
+    ):
         convert(network, [x])
     network[0].factor = 1
     assert adder_layers(convert(network, [x])) == 1

@@ -20,8 +20,7 @@ from torch2trt_adder import (
     scale_gradients,
     set_eta,
 )
-from torch2trt_adder.nn import adopt as adoption
-from torch2trt_adder.nn import proof, recognise
+from torch2trt_adder.nn import adopt as adoption, proof, recognise
 from torch2trt_adder.numerics.definition import assert_forward, assert_grad_input, assert_grad_weight
 
 

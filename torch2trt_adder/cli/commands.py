@@ -1,4 +1,4 @@
-"""What the verbs of the command line do with models and engines. Each prints for people and returns the same as a dict."""
+"""What the subcommands do with models and engines. Each prints for people and returns the same as a dict."""
 
 import importlib.util
 import pathlib
@@ -30,7 +30,7 @@ from .loading import (
 )
 from .sources import check_source
 
-# ---- verbs
+# ---- subcommands
 
 
 def export(

@@ -145,7 +145,7 @@ def _distribution(name: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the first line of every verb says."""
+    """What the first line of every subcommand says."""
     return {
         "torch2trt-adder": __version__,
         "Python": platform.python_version(),

@@ -128,10 +128,14 @@ def note_extents(proto: Any, program: torch.export.ExportedProgram) -> None:
             within = program.range_constraints.get(extent.node.expr) if isinstance(extent, torch.SymInt) else None
             if within is None:
                 continue
-            least, most = (int(v) if v.is_Integer and v < 2**31 else None for v in (within.lower, within.upper))
-            least = least if least is not None and least > 2 else 0  # torch.export says 2 where it knows nothing
-            if least or most is not None:
-                limits[dim.dim_param] = (least, most)
+            min_extent, max_extent = (
+                int(v) if v.is_Integer and v < 2**31 else None for v in (within.lower, within.upper)
+            )
+            min_extent = (
+                min_extent if min_extent is not None and min_extent > 2 else 0
+            )  # torch.export says 2 where it knows nothing
+            if min_extent or max_extent is not None:
+                limits[dim.dim_param] = (min_extent, max_extent)
     if limits:
         entry = proto.metadata_props.add()
         entry.key, entry.value = EXTENTS, json.dumps(limits)

@@ -32,9 +32,9 @@ def output_size(
     if len(weight) != 4:
         raise ValueError(f"adder2d: weight must be [K, C / groups, R, S], got {list(weight)}; reshape it to four axes.")
     (N, C, *image), (K, per_group, *kernel) = input, weight
-    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if len(values) != 2 or values[0] < least or values[1] < least:
-            raise ValueError(f"adder2d: {name} must be an int or a pair, each >= {least}, got {list(values)}.")
+    for name, values, minimum in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(values) != 2 or values[0] < minimum or values[1] < minimum:
+            raise ValueError(f"adder2d: {name} must be an int or a pair, each >= {minimum}, got {list(values)}.")
         if values[0] >= 2**31 or values[1] >= 2**31:
             raise ValueError(f"adder2d: {name} must be below 2^31, got {list(values)}.")
     if groups < 1 or C % groups != 0 or K % groups != 0:

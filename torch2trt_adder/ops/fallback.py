@@ -139,7 +139,7 @@ def convolved_gradient(
     """The weight gradient of a convolution, in float32 at least; N is not 0."""
     dtype = sum_dtype(weight.dtype)
     N, size = len(input), list(weight.shape)
-    # cuDNN has a Winograd kernel (13x13 tiles) for this size alone, which torch does not exclude with TF32 and which is
+    # cuDNN has a Winograd kernel (13x13 tiles) only for this size, which torch does not exclude with TF32 and which is
     # as inaccurate. One more column, of zeros and dropped again, keeps it out.
     widen = int(input.is_cuda and size[2:] == [5, 5] and tuple(stride) == tuple(dilation) == (1, 1))
     samples = N
@@ -153,7 +153,7 @@ def convolved_gradient(
         x, dy = x.to(dtype), dy.to(dtype)
         if widen:
             x = F.pad(x, (0, widen))
-        # Read for its size and layout alone.
+        # Only its size and layout are read.
         filters = weight
         if widen or weight.dtype is not dtype or not weight.is_contiguous():
             filters = x.new_empty(1).expand(*size[:3], size[3] + widen)

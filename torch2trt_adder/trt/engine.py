@@ -18,7 +18,7 @@ from .plans import SIGNATURE, deserialize, read_plan
 
 
 class Engine(nn.Module):
-    """A TensorRT engine as a PyTorch module, called like torch2trt's TRTModule; it needs TensorRT alone.
+    """A TensorRT engine as a PyTorch module, called like torch2trt's TRTModule; it needs only TensorRT.
 
     ``engine(x)`` takes CUDA tensors in the order of `input_names` (or by name), of any batch and size within the first
     profile, contiguous or not, and returns new tensors: one, or a tuple in the order of `output_names`. It runs on
@@ -33,7 +33,7 @@ class Engine(nn.Module):
         trt: the TensorRT module; ``tensorrt`` where None.
 
     Raises:
-        RuntimeError: no GPU or TensorRT; a plan of another TensorRT version or GPU, or none at all.
+        RuntimeError: no GPU or TensorRT; a plan of another TensorRT version or GPU; data that is not a plan.
         FileNotFoundError: the file is not there.
         OSError: the file cannot be read.
     """
@@ -146,10 +146,10 @@ class Engine(nn.Module):
                 raise TypeError(f"input {name!r} of the engine is {self._dtypes[name]}, got {kind}; convert it.")
             if tensor.device != self._device:
                 raise ValueError(f"input {name!r} is on {tensor.device}, the engine on {self._device}; move it there.")
-            least, _, most = self._profile[name]
-            fits = tensor.dim() == len(least) and all(a <= b <= c for a, b, c in zip(least, tensor.shape, most))
+            low, _, high = self._profile[name]
+            fits = tensor.dim() == len(low) and all(a <= b <= c for a, b, c in zip(low, tensor.shape, high))
             if not fits:
-                allowed = list(least) if least == most else f"{list(least)} to {list(most)}"
+                allowed = list(low) if low == high else f"{list(low)} to {list(high)}"
                 raise ValueError(
                     f"input {name!r} is {list(tensor.shape)}, but the engine was built for {allowed}; build it with other "
                     "ranges."
@@ -202,7 +202,7 @@ class Engine(nn.Module):
         return torch.empty(256, dtype=torch.uint8, device=self._device)
 
     def _replay(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        # TensorRT: a graph holds for the shapes and the state of its context alone; executing it after either has changed
+        # TensorRT: a graph is valid only for the shapes and the state of its context; executing it after either has changed
         # is undefined. With one context that leaves one graph, which any other use of the context ends. The first call
         # of new shapes runs without a graph: it is the run outside a recording that TensorRT wants after a change, and
         # shapes that alternate cost no recording.

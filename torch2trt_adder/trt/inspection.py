@@ -18,7 +18,7 @@ from .engine import Engine
 def layers(engine: Engine) -> list[dict[str, Any]]:
     """The layers of an engine: ``name``, ``type``, ``adder`` (whether it is an adder layer), ``precision`` of its outputs.
 
-    Engines of `build_engine` tell everything, others perhaps names alone.
+    Engines of `build_engine` have all of these, others perhaps only names.
     """
     trt = engine.trt
     text = engine.engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
@@ -33,7 +33,7 @@ def layers(engine: Engine) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "type": kind,
-                # Layers that convert an adder layer's input end with its name, too.
+                # Layers that convert an adder layer's input also end with its name.
                 "adder": ours and ("plugin" in kind.lower() if kind else not name.startswith("Reformat")),
                 "precision": ", ".join(dict.fromkeys(outputs)),
             }

@@ -35,7 +35,7 @@ def plan_version(plan: bytes) -> tuple[int, int, int] | None:
     None where the header is of a kind that trtexec does not know either.
 
     Raises:
-        ValueError: this is no plan.
+        ValueError: this is not a plan.
     """
     if len(plan) < 28 or plan[:4] not in _PLAN_TAGS:
         raise ValueError("no TensorRT engine")
