@@ -164,7 +164,7 @@ error = attempt(layer_cases.Call(lambda x: F.logsigmoid(x)), [(2, 8, 12, 10)])
 assert error and "gives a result of shape [1920], PyTorch one of shape [2, 8, 12, 10]" in error, error
 
 # One that was registered before stays, one that is registered later replaces ours.
-from torch2trt_adder import torch2trt_layers
+from torch2trt_adder.frontends import torch2trt_layers
 before = package.CONVERTERS["torch.nn.functional.logsigmoid"]["converter"]
 torch2trt_layers.converts("torch.nn.functional.logsigmoid")(lambda ctx, x: None)
 assert package.CONVERTERS["torch.nn.functional.logsigmoid"]["converter"] is before is flat
