@@ -150,7 +150,7 @@ def measure_conv2d(layer: Layer, timer: GpuTimer) -> Row:
 
 
 def peers_shown(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Pairs of dtype and peer. torch.cdist takes no half types."""
+    """Pairs of dtype and peer. torch.cdist does not support half types."""
     dtypes = [dtype for dtype in ("float32", "float16") if dtype in args.dtypes]
     return [(dtype, peer) for dtype in dtypes for peer in args.peers if (dtype, peer) != ("float16", "cdist")]
 

@@ -1,12 +1,12 @@
 """Times training: layers forward and backward, and whole steps, against convolutions and against the published rule.
 
     python3 benchmarks/bench_training.py --json training.json       # on the GPU, and the CPU row
-    python3 benchmarks/bench_training.py --cpu                      # the CPU row alone
+    python3 benchmarks/bench_training.py --cpu                      # only the CPU row
 
 Layers: forward and backward to input and weight of one layer with a cold second-level cache, between CUDA events;
-dgrad is the gradient of the input alone, in 10^12 accumulated terms a second (T/s) and as a fraction of what
+dgrad is only the gradient of the input, in 10^12 accumulated terms a second (T/s) and as a fraction of what
 ceiling.cu reaches in the same run. Steps: forward, loss, backward and SGD with momentum; the first time is the median
-from one step to the next, host time included, the second the GPU's alone for a step that the host has enqueued
+from one step to the next, host time included, the second only the GPU's, for a step that the host has enqueued
 beforehand, the third that from one step to the next in a replayed CUDA graph, and the memory is the most allocated during
 a step, weights and optimizer included. conv is the same
 network with convolutions, in float32 without TF32 and in float16 under autocast; published is the rule of AdderNet's

@@ -83,7 +83,7 @@ class GpuTimer:
         return Spread.of(times)
 
     def _warm_up(self, function: Callable[[], object]) -> tuple[float, float]:
-        """Seconds that a call takes on the host alone, and with the GPU."""
+        """Seconds of a call on the host only, and with the GPU."""
         function()
         function()
         torch.cuda.synchronize()

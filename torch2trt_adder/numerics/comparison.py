@@ -80,7 +80,7 @@ def compare(
     "same"     actual is NaN         actual is the same infinity      actual is finite           tests, benchmarks
     "saturate" actual is NaN         actual is it, or the dtype's     actual is finite           exported files: a
                                      largest number within `limit`                               runtime may saturate
-    "ignore"   actual is anything    actual is anything               actual is finite           engines, foreign layers
+    "ignore"   actual is anything    actual is anything               actual is finite           engines, layers
     ========== ===================== ================================ ========================== ======================
 
     Args:
