@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -1084,3 +1085,41 @@ def test_the_check_sees_a_wrong_body(wrong: str, monkeypatch: pytest.MonkeyPatch
         export_onnx(small()[0], torch.randn(1, 4, 8, 8), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
     export_onnx(small()[0], torch.randn(1, 4, 8, 8), tmp_path / "model.onnx", check=False)
+
+
+# ---- shape arithmetic that TensorRT 8.6 reads
+
+
+class Shaped(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = torch2trt_adder.Adder2d(3, 8, 3, 1, 1), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    "function, shape_nodes",
+    [
+        (lambda x: x.flatten(1), 0),
+        (lambda x: x.view(x.shape[0], -1), 0),
+        (lambda x: x.view(x.shape[0] * 2, 4, 8, 8), 0),
+        (lambda x: x.view(x.shape[0], 2, 4, x.shape[2], 8).transpose(1, 2).reshape(x.shape[0], 8, x.shape[2], 8), 2),
+    ],
+    ids=["flatten", "view", "doubled", "shuffle of a dynamic height"],
+)
+def test_shape_arithmetic(function: Callable, shape_nodes: int, tmp_path: pathlib.Path) -> None:
+    """One extent that is only known at run time is -1 in a constant; Shape has no start and end."""
+    x = torch.randn(2, 3, 8, 8)
+    path = export_onnx(
+        Shaped(function).eval(),
+        x,
+        tmp_path / "model.onnx",
+        {0: "batch", 2: "height"} if shape_nodes else {0: "batch"},
+        check=CHECK,
+    )
+    graph = onnx.load(path).graph
+    found = [node for node in graph.node if node.op_type == "Shape"]
+    assert len(found) <= shape_nodes and bool(found) == bool(shape_nodes)
+    assert not any(attribute.name in ("start", "end") for node in found for attribute in node.attribute)

@@ -136,23 +136,23 @@ def simplify_shapes(proto: Any) -> None:
     graph = proto.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
-    inferred = onnx.shape_inference.infer_shapes(proto).graph.value_info
+    inferred = [*onnx.shape_inference.infer_shapes(proto).graph.value_info, *graph.output]
     taken = {name for _, node in format.nodes(graph) for name in (*node.input, *node.output)}
     sizes = {entry.name: [dim.dim_value for dim in entry.type.tensor_type.shape.dim] for entry in inferred}
     for node in graph.node:
         if node.op_type != "Reshape" or node.input[1] not in producers:
             continue
-        target: list[int] | None = []
+        target: list[int] = []
         concat = producers[node.input[1]]
         for name in concat.input if concat.op_type == "Concat" else [node.input[1]]:
             if name in constants:
                 target += onnx.numpy_helper.to_array(constants[name]).tolist()
-            elif sizes.get(name) == [1]:
-                target.append(-1)
             else:
-                target = None
-                break
-        if target is None or target.count(-1) != 1 or min(target) < -1 or 0 in target:
+                target.append(-1 if sizes.get(name) == [1] else 0)
+        known = sizes.get(node.output[0], [])
+        if len(known) == len(target):  # the -1 of the network's own code may be a number
+            target = [extent or asked for extent, asked in zip(known, target, strict=True)]
+        if target.count(-1) != 1 or min(target) < -1 or 0 in target:  # 0: several extents, or unknown how many
             continue
         node.input[1] = _unused(taken, f"{node.output[0]}.shape")
         graph.initializer.append(onnx.helper.make_tensor(node.input[1], 7, [len(target)], target))
@@ -185,25 +185,11 @@ def _unused(taken: set[str], name: str) -> str:
     return name
 
 
-_WITHOUT_EFFECT = (
-    "Cast",
-    "Concat",
-    "Constant",
-    "Gather",
-    "Identity",
-    "Reshape",
-    "Shape",
-    "Slice",
-    "Squeeze",
-    "Unsqueeze",
-)
-
-
 def drop_unused(graph: Any) -> None:
-    """Removes constants, casts and shape arithmetic that nothing reads any more."""
+    """Removes the nodes and constants that nothing reads any more."""
     while True:
         used = _read_names(graph) | {output.name for output in graph.output}
-        idle = [n for n in graph.node if n.op_type in _WITHOUT_EFFECT and not used & set(n.output)]
+        idle = [node for node in graph.node if not used & set(node.output)]
         for node in idle:
             graph.node.remove(node)
         for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
