@@ -1,5 +1,5 @@
 // Entry points of the forward pass: validation, choice of kernel, batches beyond 2^31 output pixels.
-#include "fprop/fprop.h"
+#include "fprop/fprop_converted.h"
 
 #include <math.h>
 
@@ -28,6 +28,8 @@ void set_epilogue(Adder2dEpilogue const& epilogue, FpropArgs* args) {
   args->residual_as_y = std::equal(p.y_stride, p.y_stride + 4, e.residual_stride) &&
                         reinterpret_cast<uintptr_t>(e.residual) % (4 * type_size(e.residual_type)) == 0;
 }
+
+}  // namespace
 
 FpropArgs make_fprop_args(Adder2dParams const& p) {
   FpropArgs args{};
@@ -59,21 +61,24 @@ FpropArgs make_fprop_args(Adder2dParams const& p) {
   return args;
 }
 
+namespace {
+
 constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, and a tile may overhang the end
 
 // Images of one launch: all of them, or as many as keep N * P * Q and N * K an int32, and as find room.
 int32_t images_per_launch(Adder2dParams const& p) {
   int64_t const images = kMaxPixels / std::max<int64_t>(int64_t{p.P} * p.Q, p.K);
-  return images_of_fprop_half(p, static_cast<int32_t>(std::clamp<int64_t>(images, 1, std::max(p.N, 1))));
+  return images_of_fprop_converted(
+      p, images_of_fprop_half(p, static_cast<int32_t>(std::clamp<int64_t>(images, 1, std::max(p.N, 1)))));
 }
 
 // In the order of preference; those without is_preferred are compared by their predictions, and the first of equal ones
 // is taken.
 constexpr FpropFamily const* kFamilies[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,   &kFpropHalf,
-                                            &kFpropSimt,   &kFpropWindow,    &kFpropPointwise};
+                                            &kFpropSimt,   &kFpropWindow,    &kFpropPointwise, &kFpropConverted};
 constexpr int32_t kFamilyCount = sizeof(kFamilies) / sizeof(kFamilies[0]);
 constexpr FamilyNames const* kNames[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,   &kFpropHalf,
-                                         &kFpropSimt,   &kFpropWindow,    &kFpropPointwise};
+                                         &kFpropSimt,   &kFpropWindow,    &kFpropPointwise, &kFpropConverted};
 
 ForcedChoice forced_choice;
 
