@@ -8,14 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import (
-    HALF_ROUNDINGS,
-    HALF_UNIT,
-    Case,
-    assert_within,
-    doubles,
-    sum_eps,
-)
+from conftest import HALF_ROUNDINGS, HALF_UNIT, Case, assert_within, doubles, sum_eps
 from test_forced_kernels import (
     DEPTHWISE,
     DEPTHWISES,
@@ -65,12 +58,8 @@ PARTS = [
 ALL = PARTS[-1]
 WITHOUT_LIMITS = Parts("no limits", scale=True, shift=True, residual=True)
 
-formats = pytest.mark.parametrize(
-    "memory_format", FORMATS, ids=["contiguous", "channels_last"]
-)
-dtypes = pytest.mark.parametrize(
-    "dtype", TYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
-)
+formats = pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+dtypes = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 @dataclasses.dataclass
@@ -95,9 +84,7 @@ class Epilogue:
         )
 
 
-def make_epilogue(
-    case: Case, parts: Parts, y: Tensor, residual_dtype: torch.dtype | None = None
-) -> Epilogue:
+def make_epilogue(case: Case, parts: Parts, y: Tensor, residual_dtype: torch.dtype | None = None) -> Epilogue:
     """Values that bring outputs near the limits: sums have a mean of about 1.13 a term and a deviation of its root."""
     generator = torch.Generator().manual_seed(7)
     terms = case.C // case.groups * case.R * case.S
@@ -110,9 +97,7 @@ def make_epilogue(
     mean = 1.13 * terms * (scale if parts.scale else torch.ones_like(scale))
     shift = mean + draw(case.K)
     layout = torch.contiguous_format if y.is_contiguous() else torch.channels_last
-    residual = (
-        draw(*y.shape).to(residual_dtype or y.dtype).contiguous(memory_format=layout)
-    )
+    residual = draw(*y.shape).to(residual_dtype or y.dtype).contiguous(memory_format=layout)
     return Epilogue(
         scale if parts.scale else None,
         shift if parts.shift else None,
@@ -127,13 +112,7 @@ def exact_distances(case: Case, x: Tensor, w: Tensor) -> Tensor:
 
 
 def assert_fused(
-    y: Tensor,
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    e: Epilogue,
-    case: Case,
-    distances: Tensor | None = None,
+    y: Tensor, x: Tensor, w: Tensor, b: Tensor | None, e: Epilogue, case: Case, distances: Tensor | None = None
 ) -> None:
     """y within the bound: |scale| times that of the sum (conftest), and the roundings of what follows in float32.
 
@@ -144,16 +123,10 @@ def assert_fused(
     halves, rounded_weight = x.dtype in HALVES, w.dtype is torch.float32
     x, w, b, scale, shift, residual = doubles(x, w, b, e.scale, e.shift, e.residual)
     of_filter: Callable[[Tensor | None, float], Tensor] = lambda t, missing: (
-        torch.full((case.K, 1, 1), missing, dtype=torch.float64, device=y.device)
-        if t is None
-        else t[:, None, None]
+        torch.full((case.K, 1, 1), missing, dtype=torch.float64, device=y.device) if t is None else t[:, None, None]
     )
     scale, shift, bias = of_filter(scale, 1.0), of_filter(shift, 0.0), of_filter(b, 0.0)
-    residual = (
-        torch.zeros((), dtype=torch.float64, device=y.device)
-        if residual is None
-        else residual
-    )
+    residual = torch.zeros((), dtype=torch.float64, device=y.device) if residual is None else residual
     distances = exact_distances(case, x, w) if distances is None else distances
     v = distances + bias
     expected = (scale * v + shift + residual).clamp(e.lower, e.upper)
@@ -165,18 +138,11 @@ def assert_fused(
     parts = (scale * v).abs() + shift.abs() + residual.abs()
     kind = torch.finfo(y.dtype)
     limit = scale.abs() * of_sum + 1.5 * sum_eps(torch.float32) * parts
-    assert_within(
-        y, expected, (1 + kind.eps) * limit + kind.eps * (expected.abs() + kind.tiny)
-    )
+    assert_within(y, expected, (1 + kind.eps) * limit + kind.eps * (expected.abs() + kind.tiny))
 
 
 def fused_params(
-    case: Case,
-    x: Tensor,
-    w: Tensor,
-    y: Tensor,
-    b: Tensor | None,
-    struct: library.Adder2dEpilogue,
+    case: Case, x: Tensor, w: Tensor, y: Tensor, b: Tensor | None, struct: library.Adder2dEpilogue
 ) -> library.Adder2dParams:
     params = layer_params(case, x, w, y, b)
     params.epilogue = ctypes.addressof(struct)
@@ -191,40 +157,18 @@ def test_struct_matches_header():
     packed = library.EPILOGUE.pack(1, 2, 3, 4, 5, 6, 7, 8, 9, 10.0, 11.0)
     assert len(packed) == ctypes.sizeof(library.Adder2dEpilogue)
     struct = library.Adder2dEpilogue.from_buffer_copy(packed)
-    assert (
-        struct.scale,
-        struct.shift,
-        struct.residual,
-        *struct.residual_stride,
-    ) == tuple(range(1, 8))
-    assert (struct.residual_type, struct.reserved, struct.lower, struct.upper) == (
-        8,
-        9,
-        10.0,
-        11.0,
-    )
+    assert (struct.scale, struct.shift, struct.residual, *struct.residual_stride) == tuple(range(1, 8))
+    assert (struct.residual_type, struct.reserved, struct.lower, struct.upper) == (8, 9, 10.0, 11.0)
 
 
 @pytest.mark.parametrize(
     "change, reason",
     [
         ({"reserved": 1}, "the epilogue's reserved must be 0, got 1"),
-        (
-            {"residual_type": 3},
-            "residual_type must be float32 (0), float16 (1) or bfloat16 (2), got 3",
-        ),
-        (
-            {"lower": 2.0, "upper": 1.0},
-            "limits must be numbers with lower <= upper, got lower 2 and upper 1",
-        ),
-        (
-            {"lower": math.nan},
-            "limits must be numbers with lower <= upper, got lower nan and upper inf",
-        ),
-        (
-            {"upper": math.nan},
-            "limits must be numbers with lower <= upper, got lower -inf and upper nan",
-        ),
+        ({"residual_type": 3}, "residual_type must be float32 (0), float16 (1) or bfloat16 (2), got 3"),
+        ({"lower": 2.0, "upper": 1.0}, "limits must be numbers with lower <= upper, got lower 2 and upper 1"),
+        ({"lower": math.nan}, "limits must be numbers with lower <= upper, got lower nan and upper inf"),
+        ({"upper": math.nan}, "limits must be numbers with lower <= upper, got lower -inf and upper nan"),
         (
             {"residual": 16, "residual_stride": (0, 2**62, 0, 0)},
             "the strides of the residual must reach fewer than 2^58",
@@ -245,35 +189,22 @@ def test_check(change, reason):
 
 
 @pytest.mark.parametrize(
-    "pass_name, type_",
-    [("dgrad", library.Adder2dDgradParams), ("wgrad", library.Adder2dWgradParams)],
+    "pass_name, type_", [("dgrad", library.Adder2dDgradParams), ("wgrad", library.Adder2dWgradParams)]
 )
 def test_gradients_refuse_one(pass_name, type_):
     x, w, b = SMALL.tensors()
     struct = Epilogue(None, None, None, -INFINITY, INFINITY).struct()
     gradient = type_(layer=fused_params(SMALL, x, w, output(SMALL, x, w), b, struct))
-    reason = getattr(library.load(), f"adder2d_{pass_name}_check")(
-        ctypes.byref(gradient)
-    )
+    reason = getattr(library.load(), f"adder2d_{pass_name}_check")(ctypes.byref(gradient))
     assert reason == b"epilogue must be null: the gradients do not support one"
     gradient.layer.epilogue = None
-    assert (
-        getattr(library.load(), f"adder2d_{pass_name}_check")(ctypes.byref(gradient))
-        is None
-    )
+    assert getattr(library.load(), f"adder2d_{pass_name}_check")(ctypes.byref(gradient)) is None
 
 
 # ---- CPU
 
 
-def cpu(
-    case: Case,
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    e: Epilogue,
-    y: Tensor | None = None,
-) -> Tensor:
+def cpu(case: Case, x: Tensor, w: Tensor, b: Tensor | None, e: Epilogue, y: Tensor | None = None) -> Tensor:
     y = output(case, x, w) if y is None else y
     struct = e.struct()
     params = fused_params(case, x, w, y, b, struct)
@@ -292,39 +223,24 @@ def test_cpu(case):
 
 def other_layouts(residual: Tensor) -> dict[str, Tensor]:
     """The same or other values as the layouts that callers may have."""
-    shifted = torch.empty(
-        residual.numel() + 1, dtype=residual.dtype, device=residual.device
-    )[1:]
+    shifted = torch.empty(residual.numel() + 1, dtype=residual.dtype, device=residual.device)[1:]
     shifted = shifted.as_strided(residual.shape, residual.stride())
     shifted.copy_(residual)
-    turned = (
-        torch.channels_last if residual.is_contiguous() else torch.contiguous_format
-    )
+    turned = torch.channels_last if residual.is_contiguous() else torch.contiguous_format
     return {
         "misaligned": shifted,
         "other format": residual.contiguous(memory_format=turned),
         "one value a filter": residual[:1, :, :1, :1].expand_as(residual),
         "reversed axes": residual.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
-        "of a wider tensor": torch.cat([residual, residual], 3)[
-            ..., : residual.shape[3]
-        ],
+        "of a wider tensor": torch.cat([residual, residual], 3)[..., : residual.shape[3]],
     }
 
 
 @formats
 @pytest.mark.parametrize(
-    "layout",
-    [
-        "misaligned",
-        "other format",
-        "one value a filter",
-        "reversed axes",
-        "of a wider tensor",
-    ],
+    "layout", ["misaligned", "other format", "one value a filter", "reversed axes", "of a wider tensor"]
 )
-@pytest.mark.parametrize(
-    "case", [SMALL, Case("linear", 37, 20, 1, 1, 9, 1, 1)], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [SMALL, Case("linear", 37, 20, 1, 1, 9, 1, 1)], ids=lambda case: case.name)
 def test_cpu_residual_of_any_strides(case, layout, memory_format):
     x, w, b = case.tensors(memory_format=memory_format)
     e = make_epilogue(case, ALL, output(case, x, w))
@@ -333,9 +249,7 @@ def test_cpu_residual_of_any_strides(case, layout, memory_format):
 
 
 @formats
-@pytest.mark.parametrize(
-    "case", [SMALL, DEPTHWISE, STRIDED], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [SMALL, DEPTHWISE, STRIDED], ids=lambda case: case.name)
 def test_cpu_residual_is_output(case, memory_format):
     x, w, b = case.tensors(memory_format=memory_format)
     e = make_epilogue(case, ALL, output(case, x, w))
@@ -362,9 +276,7 @@ def special_residual(e: Epilogue) -> None:
     e.residual[-1, 0] = -INFINITY
 
 
-@pytest.mark.parametrize(
-    "parts", [ALL, PARTS[4], PARTS[5], WITHOUT_LIMITS], ids=lambda parts: parts.name
-)
+@pytest.mark.parametrize("parts", [ALL, PARTS[4], PARTS[5], WITHOUT_LIMITS], ids=lambda parts: parts.name)
 def test_cpu_keeps_nan(parts):
     x, w, b = special_tensors(SMALL)
     e = make_epilogue(SMALL, parts, output(SMALL, x, w))
@@ -393,16 +305,8 @@ WINDOWS = {4: Case("r4", 5, 16, 9, 12, 72, 3, 3, padding=(1, 1)), 7: Case("r7", 
 
 def forced_cases() -> list[tuple[str, Case, torch.dtype]]:
     """Every family and tile, with problems of odd sizes that it supports, and types of x."""
-    found = [
-        (f"shared:{tile}", SMALL, dtype)
-        for tile in TILES["fprop"]["shared"]
-        for dtype in TYPES
-    ]
-    found += [
-        (f"direct:{tile}", SMALL, dtype)
-        for tile in TILES["fprop"]["direct"]
-        for dtype in TYPES
-    ]
+    found = [(f"shared:{tile}", SMALL, dtype) for tile in TILES["fprop"]["shared"] for dtype in TYPES]
+    found += [(f"direct:{tile}", SMALL, dtype) for tile in TILES["fprop"]["direct"] for dtype in TYPES]
     found += [("depthwise:7x2", case, dtype) for case in DEPTHWISES for dtype in TYPES]
     found += [
         (f"half:{tile}", case, dtype)
@@ -416,31 +320,15 @@ def forced_cases() -> list[tuple[str, Case, torch.dtype]]:
         for case in (STRIDED, POINTWISE)
         for dtype in TYPES
     ]
-    found += [
-        (f"window:{tile}", WINDOWS[int(tile.split("r")[1])], torch.float32)
-        for tile in TILES["fprop"]["window"]
-    ]
-    found += [
-        (f"pointwise:{tile}", POINTWISE, torch.float32)
-        for tile in TILES["fprop"]["pointwise"]
-    ]
-    for family, case in (
-        ("simt-64x128", STRIDED),
-        ("window-32x64r4", WINDOWS[4]),
-        ("pointwise-64x128", POINTWISE),
-    ):
+    found += [(f"window:{tile}", WINDOWS[int(tile.split("r")[1])], torch.float32) for tile in TILES["fprop"]["window"]]
+    found += [(f"pointwise:{tile}", POINTWISE, torch.float32) for tile in TILES["fprop"]["pointwise"]]
+    for family, case in (("simt-64x128", STRIDED), ("window-32x64r4", WINDOWS[4]), ("pointwise-64x128", POINTWISE)):
         found += [(f"converted:{family}", case, dtype) for dtype in HALVES]
     return found
 
 
 def gpu(
-    case: Case,
-    choice: str,
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    e: Epilogue,
-    y: Tensor | None = None,
+    case: Case, choice: str, x: Tensor, w: Tensor, b: Tensor | None, e: Epilogue, y: Tensor | None = None
 ) -> Tensor:
     """The output of the kernel that is forced ("": of the one that is chosen)."""
     y = output(case, x, w) if y is None else y
@@ -453,9 +341,7 @@ def gpu(
 
 
 every_kernel = pytest.mark.parametrize(
-    "choice, case, dtype",
-    forced_cases(),
-    ids=lambda v: getattr(v, "name", str(v).removeprefix("torch.")),
+    "choice, case, dtype", forced_cases(), ids=lambda v: getattr(v, "name", str(v).removeprefix("torch."))
 )
 
 
@@ -468,9 +354,7 @@ def test_kernel(choice, case, dtype, memory_format):
     for parts in PARTS:
         e = make_epilogue(case, parts, output(case, x, w))
         for bias in (None, b):
-            assert_fused(
-                gpu(case, choice, x, w, bias, e), x, w, bias, e, case, distances
-            )
+            assert_fused(gpu(case, choice, x, w, bias, e), x, w, bias, e, case, distances)
 
 
 @pytest.mark.gpu
@@ -481,23 +365,10 @@ def test_residual_is_output(choice, case, dtype, memory_format):
     e = make_epilogue(case, ALL, output(case, x, w))
     y = e.residual
     e.residual = y.clone(memory_format=torch.preserve_format)
-    assert_fused(
-        gpu(case, choice, x, w, b, dataclasses.replace(e, residual=y), y),
-        x,
-        w,
-        b,
-        e,
-        case,
-    )
+    assert_fused(gpu(case, choice, x, w, b, dataclasses.replace(e, residual=y), y), x, w, b, e, case)
 
 
-FAMILIES = [
-    ("shared", SMALL),
-    ("direct", SMALL),
-    ("half", ODD_PLANE),
-    ("simt", POINTWISE),
-    ("window", WINDOWS[4]),
-]
+FAMILIES = [("shared", SMALL), ("direct", SMALL), ("half", ODD_PLANE), ("simt", POINTWISE), ("window", WINDOWS[4])]
 ANY_KERNEL = [
     *FAMILIES,
     ("", DEPTHWISE),
@@ -506,19 +377,10 @@ ANY_KERNEL = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "choice, case", ANY_KERNEL, ids=lambda v: getattr(v, "name", v)
-)
+@pytest.mark.parametrize("choice, case", ANY_KERNEL, ids=lambda v: getattr(v, "name", v))
 @formats
 @pytest.mark.parametrize(
-    "layout",
-    [
-        "misaligned",
-        "other format",
-        "one value a filter",
-        "reversed axes",
-        "of a wider tensor",
-    ],
+    "layout", ["misaligned", "other format", "one value a filter", "reversed axes", "of a wider tensor"]
 )
 def test_residual_of_any_strides(choice, case, memory_format, layout):
     dtype = torch.float16 if choice in ("half", "direct") else torch.float32
@@ -535,9 +397,7 @@ def test_residual_of_any_strides(choice, case, memory_format, layout):
 @pytest.mark.parametrize("y_dtype", TYPES, ids=str)
 def test_types(choice, case, memory_format, y_dtype, residual_dtype):
     """Types of output and residual are free of the input's (of the input's and each other's where a family allows it)."""
-    dtype = {"half": torch.bfloat16, "direct": torch.float16, "depthwise": y_dtype}.get(
-        choice, torch.float32
-    )
+    dtype = {"half": torch.bfloat16, "direct": torch.float16, "depthwise": y_dtype}.get(choice, torch.float32)
     x, w, b = case.tensors(dtype, "cuda", memory_format)
     y = output(case, x, w).to(y_dtype)
     e = make_epilogue(case, ALL, y, residual_dtype)
@@ -561,14 +421,8 @@ def test_split_reduction(choice, splits, memory_format):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "choice, case",
-    [*FAMILIES, ("pointwise", POINTWISE)],
-    ids=lambda v: getattr(v, "name", v),
-)
-@pytest.mark.parametrize(
-    "parts", [ALL, PARTS[4], PARTS[5], WITHOUT_LIMITS], ids=lambda parts: parts.name
-)
+@pytest.mark.parametrize("choice, case", [*FAMILIES, ("pointwise", POINTWISE)], ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize("parts", [ALL, PARTS[4], PARTS[5], WITHOUT_LIMITS], ids=lambda parts: parts.name)
 def test_keeps_nan(choice, case, parts):
     dtype = torch.float16 if choice == "half" else torch.float32
     x, w, b = special_tensors(case, "cuda", dtype)
@@ -588,13 +442,7 @@ def test_overflows_to_infinity_only_at_the_end(choice):
     x = x * 2000
     y = output(SMALL, x, w)
     terms = w[0].numel()
-    small = Epilogue(
-        torch.full((SMALL.K,), 1 / terms, device="cuda"),
-        None,
-        None,
-        -INFINITY,
-        INFINITY,
-    )
+    small = Epilogue(torch.full((SMALL.K,), 1 / terms, device="cuda"), None, None, -INFINITY, INFINITY)
     got = gpu(SMALL, choice, x, w, None, small, y)
     assert got.isfinite().all()
     assert_fused(got, x, w, None, small, SMALL)

@@ -5,18 +5,7 @@ import ctypes
 import pytest
 import torch
 from conftest import Case, assert_forward
-from test_forced_kernels import (
-    FORMATS,
-    SPLIT,
-    TILES,
-    TYPES,
-    check_fprop,
-    entry,
-    forced,
-    launch,
-    layer_params,
-    output,
-)
+from test_forced_kernels import FORMATS, SPLIT, TILES, TYPES, check_fprop, entry, forced, launch, layer_params, output
 from torch import Tensor
 
 from torch2trt_adder import library
@@ -29,28 +18,16 @@ STEM = Case("stem", 4, 3, 57, 51, 64, 7, 7, stride=(2, 2), padding=(3, 3))
 LAYERS = [ODD, VECTORS, PLANE, STEM]
 
 layers = pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
-formats = pytest.mark.parametrize(
-    "memory_format", FORMATS, ids=["contiguous", "channels_last"]
-)
-weight_dtypes = pytest.mark.parametrize(
-    "weight_dtype", TYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
-)
+formats = pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+weight_dtypes = pytest.mark.parametrize("weight_dtype", TYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def packed_by_hand(w: Tensor, groups: int) -> Tensor:
     """[groups][slices][filters, up to 64s][32] halves: vectors of 8 channels of a tap, then those of the next tap."""
     K, Cg, R, S = w.shape
-    terms = torch.nn.functional.pad(
-        w.half().permute(0, 2, 3, 1).reshape(K, R * S, Cg), (0, -Cg % 8)
-    ).reshape(K, -1)
-    terms = torch.nn.functional.pad(terms, (0, -terms.shape[1] % 32)).reshape(
-        groups, K // groups, -1, 32
-    )
-    return (
-        torch.nn.functional.pad(terms, (0, 0, 0, 0, 0, -(K // groups) % 64))
-        .transpose(1, 2)
-        .contiguous()
-    )
+    terms = torch.nn.functional.pad(w.half().permute(0, 2, 3, 1).reshape(K, R * S, Cg), (0, -Cg % 8)).reshape(K, -1)
+    terms = torch.nn.functional.pad(terms, (0, -terms.shape[1] % 32)).reshape(groups, K // groups, -1, 32)
+    return torch.nn.functional.pad(terms, (0, 0, 0, 0, 0, -(K // groups) % 64)).transpose(1, 2).contiguous()
 
 
 def pack(params: library.Adder2dParams) -> Tensor:
@@ -72,18 +49,13 @@ def test_layout(case, weight_dtype):
     expected = packed_by_hand(w, case.groups)
     got = pack(params)
     assert got.numel() == expected.numel()
-    assert torch.equal(got.nan_to_num(7), expected.flatten().nan_to_num(7)) and bool(
-        got.isinf().any()
-    )
+    assert torch.equal(got.nan_to_num(7), expected.flatten().nan_to_num(7)) and bool(got.isinf().any())
     assert torch.equal(got.isnan(), expected.flatten().isnan())
 
 
 def test_nothing_to_pack():
     """Layers that the half kernels do not support, and pointers that are missing."""
-    for case, dtype in (
-        (PLANE, torch.float32),
-        (Case("two channels", 1, 2, 8, 8, 16, 3, 3), torch.float16),
-    ):
+    for case, dtype in ((PLANE, torch.float32), (Case("two channels", 1, 2, 8, 8, 16, 3, 3), torch.float16)):
         x, w, _ = case.tensors(dtype)
         params = layer_params(case, x, w, output(case, x, w))
         assert entry("packed_weight_bytes")(ctypes.byref(params)) == 0
@@ -142,9 +114,7 @@ def test_splits(memory_format, splits):
     require_half_kernels()
     x, w, b = SPLIT.tensors(torch.float16, "cuda", memory_format)
     with forced("fprop", f"half:32x64:{splits}"):
-        assert torch.equal(
-            run(SPLIT, x, w, b, packed_on_gpu(SPLIT, x, w)), run(SPLIT, x, w, b, None)
-        )
+        assert torch.equal(run(SPLIT, x, w, b, packed_on_gpu(SPLIT, x, w)), run(SPLIT, x, w, b, None))
 
 
 @pytest.mark.gpu
@@ -158,16 +128,10 @@ def test_one_kernel():
         for weights in (packed, None):
             run(VECTORS, x, w, b, weights)
             torch.cuda.synchronize()
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CUDA]
-            ) as profile:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 run(VECTORS, x, w, b, weights)
                 torch.cuda.synchronize()
-            counts.append(
-                sorted(
-                    event.name for event in profile.events() if "adder2d" in event.name
-                )
-            )
+            counts.append(sorted(event.name for event in profile.events() if "adder2d" in event.name))
     assert [len(names) for names in counts] == [1, 2], counts
 
 
@@ -187,11 +151,7 @@ def test_sums_beyond_float16():
     assert_forward(y, x, w, b, VECTORS.geometry)
 
 
-CONVERTED = [
-    name
-    for name in TILES["fprop"]["converted"]
-    if "r7" not in name and "r2" not in name
-]
+CONVERTED = [name for name in TILES["fprop"]["converted"] if "r7" not in name and "r2" not in name]
 
 
 @pytest.mark.gpu
@@ -200,11 +160,7 @@ CONVERTED = [
 def test_converted(tile, memory_format):
     """float16 and bfloat16 on a float32 copy, with weights of either type."""
     family = tile.split("-")[0]
-    case = {
-        "simt": STEM,
-        "window": SPLIT,
-        "pointwise": Case("pointwise", 7, 72, 14, 18, 100, 1, 1),
-    }[family]
+    case = {"simt": STEM, "window": SPLIT, "pointwise": Case("pointwise", 7, 72, 14, 18, 100, 1, 1)}[family]
     for dtype in (torch.float16, torch.bfloat16):
         for weight_dtype in (dtype, torch.float32):
             check_fprop(case, dtype, memory_format, f"converted:{tile}", weight_dtype)
@@ -216,9 +172,7 @@ def test_converted_input_of_any_strides():
     layouts = [
         torch.cat([x, x], 3)[..., : x.shape[3]],  # rows with gaps
         x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
-        torch.cat([x.flatten()[:1], x.flatten()])[1:].reshape(
-            x.shape
-        ),  # contiguous, not at a multiple of 16 bytes
+        torch.cat([x.flatten()[:1], x.flatten()])[1:].reshape(x.shape),  # contiguous, not at a multiple of 16 bytes
         x[:1, :, :1].expand_as(x),
     ]
     for strided in layouts:
@@ -246,41 +200,16 @@ def test_converted_batch_in_parts():
 @pytest.mark.parametrize(
     "case, family",
     [
-        (
-            Case(
-                "stem of ResNet-50",
-                32,
-                3,
-                224,
-                224,
-                64,
-                7,
-                7,
-                stride=(2, 2),
-                padding=(3, 3),
-            ),
-            "converted",
-        ),
+        (Case("stem of ResNet-50", 32, 3, 224, 224, 64, 7, 7, stride=(2, 2), padding=(3, 3)), "converted"),
         (Case("3x3 of ResNet-50", 32, 64, 56, 56, 64, 3, 3, padding=(1, 1)), "half"),
-        (
-            Case("last 3x3 of ResNet-50", 32, 512, 7, 7, 512, 3, 3, padding=(1, 1)),
-            "half",
-        ),
+        (Case("last 3x3 of ResNet-50", 32, 512, 7, 7, 512, 3, 3, padding=(1, 1)), "half"),
     ],
     ids=lambda v: getattr(v, "name", v),
 )
 @formats
 def test_choice_for_float16(case, family, memory_format):
     require_half_kernels()
-    x = torch.empty(
-        case.N,
-        case.C,
-        case.H,
-        case.W,
-        dtype=torch.float16,
-        device="cuda",
-        memory_format=memory_format,
-    )
+    x = torch.empty(case.N, case.C, case.H, case.W, dtype=torch.float16, device="cuda", memory_format=memory_format)
     w = torch.empty(case.K, case.C, case.R, case.S, dtype=torch.float16, device="cuda")
     params = layer_params(case, x, w, output(case, x, w))
     params.workspace_bytes = entry("fprop_workspace")(ctypes.byref(params))
