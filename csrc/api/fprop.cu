@@ -74,10 +74,10 @@ int32_t images_per_launch(Adder2dParams const& p) {
 
 // In the order of preference; those without is_preferred are compared by their predictions, and the first of equal ones
 // is taken.
-constexpr FpropFamily const* kFamilies[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,   &kFpropHalf,
+constexpr FpropFamily const* kFamilies[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,    &kFpropHalf,
                                             &kFpropSimt,   &kFpropWindow,    &kFpropPointwise, &kFpropConverted};
 constexpr int32_t kFamilyCount = sizeof(kFamilies) / sizeof(kFamilies[0]);
-constexpr FamilyNames const* kNames[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,   &kFpropHalf,
+constexpr FamilyNames const* kNames[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,    &kFpropHalf,
                                          &kFpropSimt,   &kFpropWindow,    &kFpropPointwise, &kFpropConverted};
 
 ForcedChoice forced_choice;

@@ -128,11 +128,11 @@ cudaError_t launch_conversion(FpropArgs const& args, FpropArgs const& copy, cuda
 
 // Families that have the problem then; TileConfig::tile counts the tiles of all of them.
 constexpr FpropFamily const* kFamilies[] = {&kFpropSimt, &kFpropWindow, &kFpropPointwise};
-constexpr char const* kTileNames[] = {
-    "simt-64x128",    "simt-128x64",     "simt-32x256",     "simt-16x256",    "simt-32x64",
-    "window-64x128r4", "window-32x128r4", "window-32x64r4",  "window-16x512r4", "window-64x112r7",
-    "window-32x112r7", "window-32x56r7",  "window-16x448r7", "window-64x128r2", "window-32x128r2",
-    "window-32x64r2",  "window-16x512r2", "pointwise-64x128", "pointwise-32x256"};
+constexpr char const* kTileNames[] = {"simt-64x128",     "simt-128x64",      "simt-32x256",     "simt-16x256",
+                                      "simt-32x64",      "window-64x128r4",  "window-32x128r4", "window-32x64r4",
+                                      "window-16x512r4", "window-64x112r7",  "window-32x112r7", "window-32x56r7",
+                                      "window-16x448r7", "window-64x128r2",  "window-32x128r2", "window-32x64r2",
+                                      "window-16x512r2", "pointwise-64x128", "pointwise-32x256"};
 constexpr int32_t kTileCount = sizeof(kTileNames) / sizeof(kTileNames[0]);
 
 bool can_implement(FpropArgs const& args, size_t workspace_bytes) {
@@ -162,8 +162,8 @@ bool plan(FpropArgs const& args, size_t workspace_bytes, TileForce const& force,
   if (!found) return false;
   config->workspace_bytes += bytes;
   double const moved = 6.0 * (input_elements(args.p) + weight_elements(args.p));  // bytes
-  *cycles = *cycles * kArch.convert_margin + kArch.convert_start +
-            moved / (multiprocessor_count() * kArch.convert_bytes);
+  *cycles =
+      *cycles * kArch.convert_margin + kArch.convert_start + moved / (multiprocessor_count() * kArch.convert_bytes);
   return true;
 }
 

@@ -108,8 +108,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   WorkTile const work(config);
   using Coord = OutputCoord<T, kIsTransposed<kFill>>;
   Coord const coord(a, config, work.tile, threadIdx.x);
-  if (!kIsTransposed<kFill> && a.stores_vectors)
-    prefetch_residual<T>(a, coord.first_k, coord.end_k, coord.first_pixel);
+  if (!kIsTransposed<kFill> && a.stores_vectors) prefetch_residual<T>(a, coord.first_k, coord.end_k, coord.first_pixel);
   float acc[T::kThreadK][T::kThreadPQ] = {};
   accumulate(a, config, coord, work.first, work.last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), acc);
   if constexpr (kIsTransposed<kFill>) {
