@@ -299,7 +299,7 @@ def test_cpu_refuses_residual_of_another_type():
 # ---- GPU
 
 ODD_PLANE = Case("odd plane", 3, 40, 13, 11, 70, 1, 1)
-WINDOWS = {4: Case("r4", 5, 16, 9, 12, 72, 3, 3, padding=(1, 1)), 7: Case("r7", 5, 16, 9, 21, 70, 3, 3, padding=(1, 1)),
+WINDOWS = {4: Case("r4", 5, 16, 9, 28, 72, 3, 3, padding=(1, 1)), 7: Case("r7", 5, 16, 9, 21, 70, 3, 3, padding=(1, 1)),
            2: Case("r2", 5, 16, 10, 14, 37, 3, 3, padding=(1, 1))}  # fmt: skip
 
 

@@ -181,14 +181,17 @@ cudaError_t launch_plan(FpropArgs const& args, TileConfig const& config, cudaStr
 
 }  // namespace
 
-// Only layers of few channels, which it is for, are cut for its sake. The number does not depend on the workspace: that
-// which adder2d_fprop_workspace asks for is for launches of as many images.
+bool is_for_conversion(Adder2dParams const& p) {
+  constexpr int32_t kFewChannels = 8;  // a vector of fprop_half.cu
+  return is_16_bit(p.x_type) && p.groups == 1 && p.C < kFewChannels;
+}
+
 int32_t images_of_fprop_converted(Adder2dParams const& p, int32_t images) {
-  constexpr int32_t kFewChannels = 8;
-  if (!is_16_bit(p.x_type) || p.groups > 1 || p.C >= kFewChannels) return images;
+  constexpr int64_t kPackedPixel = 16;  // bytes of a pixel that fprop_half.cu packs, so that it may be forced
   int64_t const limit = kMaxWorkspaceBytes - kMaxWorkspaceBytes / 8;  // the rest is for split sums and packed weights
   int64_t const weights = copy_bytes(weight_elements(p)) + copy_bytes(p.K) + 256;
-  int64_t const room = (limit - weights) / (static_cast<int64_t>(sizeof(float)) * p.C * p.H * p.W);
+  int64_t const pixel = std::max<int64_t>(sizeof(float) * p.C, kPackedPixel);
+  int64_t const room = (limit - weights) / (pixel * p.H * p.W);
   if (room < 1 || room >= images) return images;
   return static_cast<int32_t>(ceil_div<int64_t>(images, ceil_div<int64_t>(images, room)));  // of about equal size
 }
