@@ -215,3 +215,18 @@ def test_choice_for_float16(case, family, memory_format):
     params.workspace_bytes = entry("fprop_workspace")(ctypes.byref(params))
     text = entry("fprop_describe")(ctypes.byref(params)).decode()
     assert text.split(":")[0] == family, text
+
+
+@pytest.mark.parametrize("images", [1, 32, 90, 300])
+def test_parts_do_not_depend_on_the_workspace(images):
+    """With what adder2d_fprop_workspace asks for, a batch is cut into the same parts as with the largest workspace."""
+    case = Case("stem", images, 3, 224, 224, 64, 7, 7, stride=(2, 2), padding=(3, 3))
+    x = torch.empty(images, 3, 224, 224, dtype=torch.float16, device="meta")
+    w = torch.empty(64, 3, 7, 7, dtype=torch.float16, device="meta")
+    params = layer_params(case, x, w, torch.empty(images, 64, 112, 112, dtype=torch.float16, device="meta"))
+    with forced("fprop", "converted:simt-64x128"):
+        texts = set()
+        for size in (entry("fprop_workspace")(ctypes.byref(params)), 64 << 20):
+            params.workspace_bytes = size
+            texts.add(entry("fprop_describe")(ctypes.byref(params)))
+    assert len(texts) == 1 and None not in texts

@@ -188,12 +188,20 @@ bool is_for_conversion(Adder2dParams const& p) {
 
 int32_t images_of_fprop_converted(Adder2dParams const& p, int32_t images) {
   constexpr int64_t kPackedPixel = 16;  // bytes of a pixel that fprop_half.cu packs, so that it may be forced
-  int64_t const limit = kMaxWorkspaceBytes - kMaxWorkspaceBytes / 8;  // the rest is for split sums and packed weights
-  int64_t const weights = copy_bytes(weight_elements(p)) + copy_bytes(p.K) + 256;
-  int64_t const pixel = std::max<int64_t>(sizeof(float) * p.C, kPackedPixel);
-  int64_t const room = (limit - weights) / (pixel * p.H * p.W);
-  if (room < 1 || room >= images) return images;
-  return static_cast<int32_t>(ceil_div<int64_t>(images, ceil_div<int64_t>(images, room)));  // of about equal size
+  int64_t const weights = copy_bytes(weight_elements(p)) + copy_bytes(p.K);
+  int64_t const pixels = int64_t{p.H} * p.W, copy = sizeof(float) * p.C;
+  auto const parts_for = [&](size_t bytes) {  // an eighth is left for split sums and packed weights
+    int64_t const room = (static_cast<int64_t>(bytes - bytes / 8) - weights) / (std::max(copy, kPackedPixel) * pixels);
+    // Of about equal size.
+    return room < 1 || room >= images
+               ? images
+               : static_cast<int32_t>(ceil_div<int64_t>(images, ceil_div<int64_t>(images, room)));
+  };
+  int32_t const most = parts_for(kMaxWorkspaceBytes);
+  // adder2d_fprop_workspace asks for so much: a caller who gives it gets the same parts.
+  Adder2dParams part = p;
+  part.N = most;
+  return copies_bytes(part) <= p.workspace_bytes ? most : parts_for(p.workspace_bytes);
 }
 
 FpropFamily const kFpropConverted{{"converted", kTileNames, kTileCount}, can_implement, nullptr, plan, launch_plan};
