@@ -20,7 +20,7 @@ from . import programs
 from .sources import check_exportable, check_source
 
 Shape = tuple[int, ...]
-_PACKAGE = os.path.dirname(__file__)
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
 _INSTALLED = tuple({os.path.dirname(os.path.dirname(torch.__file__)), os.path.dirname(os.__file__)})
 
 
@@ -111,7 +111,7 @@ def adder_layers(model: nn.Module | torch.export.ExportedProgram, args: Sequence
         return layers
     calls = 0
 
-    class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class Counter(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal calls
             calls += func is operator

@@ -9,7 +9,6 @@ TensorRT is imported by the first call that needs it, never by importing this mo
 """
 
 import ctypes
-import importlib
 import weakref
 from collections.abc import Sequence
 from types import ModuleType
@@ -21,6 +20,7 @@ import torch
 from .. import library
 from ..ops import checks
 from ..utils import arguments
+from . import api
 
 NAME = "Adder2d"
 VERSION = "1"
@@ -35,7 +35,7 @@ def register(trt: ModuleType | None = None) -> None:
     Raises:
         RuntimeError: TensorRT is not installed, the library is missing, or the registry rejects it.
     """
-    trt = import_tensorrt(trt)
+    trt = api.import_tensorrt(trt)
     registry = trt.get_plugin_registry()
     if _find_creator(registry) is not None:
         return
@@ -44,14 +44,14 @@ def register(trt: ModuleType | None = None) -> None:
     # ask it: through load_library, or in TensorRT 8.5, which has none, through the library's own function.
     handle = library.load()
     if _find_creator(registry) is None:
-        if hasattr(registry, "load_library"):
+        if api.can_load_libraries(registry):
             registry.load_library(str(path))  # its return value says the same for failed and already loaded
         else:
             handle.adder2d_register_plugin.restype = ctypes.c_int32
             handle.adder2d_register_plugin()
     if _find_creator(registry) is None:
         raise RuntimeError(
-            f"The plugin registry of {_describe(trt)} rejects {path}: TensorRT's log says why; "
+            f"The plugin registry of {api.describe(trt)} rejects {path}: TensorRT's log says why; "
             "the library serves TensorRT 8.5 to 11."
         )
 
@@ -78,7 +78,7 @@ def create(
         ValueError: an attribute that is not an int, or out of range.
         RuntimeError: as `register`.
     """
-    trt = import_tensorrt(trt)
+    trt = api.import_tensorrt(trt)
     values = {
         "stride": arguments.pair_of("adder2d", "stride", stride, 1),
         "padding": arguments.pair_of("adder2d", "padding", padding, 0),
@@ -92,8 +92,7 @@ def create(
     fields = trt.PluginFieldCollection(
         [trt.PluginField(field, value, trt.PluginFieldType.INT32) for field, value in data.items()]
     )
-    phase = [trt.TensorRTPhase.BUILD] if hasattr(trt, "TensorRTPhase") else []
-    plugin = creator.create_plugin(name, fields, *phase)
+    plugin = api.create_plugin(trt, creator, name, fields)
     if plugin is None:
         raise RuntimeError(f"TensorRT could not create the plugin {name!r} with {values}: the reason is on stderr.")
     return plugin
@@ -130,7 +129,7 @@ def add_adder2d(
         ValueError: shapes, types or attributes that do not fit each other, named.
         RuntimeError: as `register`, or TensorRT refuses the layer.
     """
-    trt = import_tensorrt(trt)
+    trt = api.import_tensorrt(trt)
     weight = _float32_array(weight)
     bias = np.zeros(weight.shape[:1], np.float32) if bias is None else _float32_array(bias)
     stride, padding, dilation = (
@@ -142,9 +141,8 @@ def add_adder2d(
     _check_shapes(tuple(itensor.shape), weight.shape, bias.shape, stride, padding, dilation, groups)
     if itensor.dtype not in (trt.float32, trt.float16):
         raise ValueError(f"adder2d: x must be float32 or float16, got {itensor.dtype}; add a cast before the layer.")
-    version = next((v for v in (3, 2) if hasattr(network, f"add_plugin_v{v}")), None)
-    if version is None:
-        raise RuntimeError(f"Networks of {_describe(trt)} offer no plugin layers: use TensorRT 8.5 to 11.")
+    if not api.can_add_plugins(network):
+        raise RuntimeError(f"Networks of {api.describe(trt)} offer no plugin layers: use TensorRT 8.5 to 11.")
 
     plugin = create(name or NAME, stride, padding, dilation, groups, output_type, trt)
     inputs = [itensor]
@@ -159,7 +157,7 @@ def add_adder2d(
         if name:
             constant.name = f"{name}.{role}"
         inputs.append(constant.get_output(0))
-    layer = network.add_plugin_v3(inputs, [], plugin) if version == 3 else network.add_plugin_v2(inputs, plugin)
+    layer = api.add_plugin(network, inputs, plugin)
     if layer is None:
         raise RuntimeError(f"TensorRT rejects the plugin layer {name or NAME}: its log and stderr say why.")
     if name:
@@ -167,26 +165,8 @@ def add_adder2d(
     return layer
 
 
-def import_tensorrt(trt: ModuleType | None) -> ModuleType:
-    if trt is not None:
-        return trt
-    try:
-        return importlib.import_module("tensorrt")
-    except ImportError as error:
-        raise RuntimeError(
-            f"TensorRT's Python module is missing or cannot be imported ({error}): install it with `pip install tensorrt`, "
-            "or pass another module as `trt`."
-        ) from error
-
-
-def _describe(trt: ModuleType) -> str:
-    return f"{trt.__name__} {getattr(trt, '__version__', '(unknown version)')}"
-
-
 def _find_creator(registry: Any) -> Any:
-    # get_plugin_creator is gone since 11, get_creator is there since 10.
-    find = registry.get_creator if hasattr(registry, "get_creator") else registry.get_plugin_creator
-    return find(NAME, VERSION, NAMESPACE)
+    return api.find_creator(registry, NAME, VERSION, NAMESPACE)
 
 
 def _output_type(value: Any, trt: ModuleType) -> int:

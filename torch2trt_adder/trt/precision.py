@@ -8,20 +8,21 @@ from typing import Any
 import torch
 
 from ..export.format import adder_nodes
+from . import api
 
 # ---- precision, TensorRT 8 to 10
 
 
 def set_precision(trt: ModuleType, network: Any, config: Any, proto: Any, fp16: bool) -> None:
-    if not hasattr(trt.BuilderFlag, "FP16"):
+    """Sets the flags for float16 in a weakly typed network, and holds the layers after adder layers in float32."""
+    if api.is_strongly_typed(trt):
         return
     half = 10  # TensorProto.FLOAT16
     in_half = any(tensor.data_type == half for tensor in proto.graph.initializer) or any(
         entry.type.tensor_type.elem_type == half for entry in (*proto.graph.input, *proto.graph.output)
     )
     if fp16 or in_half:
-        # A file in float16 needs it, too: without, a plugin is offered no float16 input or output.
-        config.set_flag(trt.BuilderFlag.FP16)
+        api.allow_float16(trt, config)  # a file in float16 needs it as well
     names = [node.name for node in adder_nodes(proto.graph)]
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     plugins = [layer for layer in layers if "PLUGIN" in layer.type.name]
@@ -49,8 +50,7 @@ def hold_float32(
     Returns:
         Whether any layer is held, so that BuilderFlag.OBEY_PRECISION_CONSTRAINTS is needed.
     """
-    names = ("SCALE", "NORMALIZATION", "SOFTMAX")  # the second is newer than 8.5
-    scaling = [getattr(trt.LayerType, name) for name in names if hasattr(trt.LayerType, name)]
+    scaling = api.scaling_layers(trt)
     adders = {layer.name for layer in adder_layers}
     consumers = defaultdict(list)
     for i in range(network.num_layers):

@@ -47,11 +47,11 @@ def as_pair(value: Any) -> tuple[int, int] | None:
     return None if height is None or width is None else (height, width)
 
 
-def pair_of(caller: str, name: str, value: Any, least: int) -> tuple[int, int]:
+def pair_of(caller: str, name: str, value: Any, minimum: int) -> tuple[int, int]:
     """(h, w) of a layer's attribute, or a ValueError."""
     pair = as_pair(value)
-    if pair is None or min(pair) < least:
-        raise ValueError(f"{caller}: {name} must be an int or a pair of ints, each >= {least}, got {value!r}.")
+    if pair is None or min(pair) < minimum:
+        raise ValueError(f"{caller}: {name} must be an int or a pair of ints, each >= {minimum}, got {value!r}.")
     if max(pair) >= 2**31:
         raise ValueError(f"{caller}: {name} must be below 2^31, got {value!r}.")
     return pair
@@ -92,9 +92,13 @@ def schema_pair(name: str, value: Any) -> Any:
 def check_are_tensors(input: Any, weight: Any, bias: Any) -> None:
     # A class of its own, such as a tracer's proxy, has __torch_function__.
     for name, value in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(value, Tensor) and not hasattr(type(value), "__torch_function__"):
-            if name != "bias" or value is not None:
-                wanted = "a torch.Tensor or None" if name == "bias" else "a torch.Tensor"
-                raise TypeError(
-                    f"adder2d: {name} must be {wanted}, got a {type(value).__name__}; convert it with torch.as_tensor."
-                )
+        if (
+            isinstance(value, Tensor)
+            or hasattr(type(value), "__torch_function__")
+            or (name == "bias" and value is None)
+        ):
+            continue
+        wanted = "a torch.Tensor or None" if name == "bias" else "a torch.Tensor"
+        raise TypeError(
+            f"adder2d: {name} must be {wanted}, got a {type(value).__name__}; convert it with torch.as_tensor."
+        )
