@@ -19,7 +19,7 @@ from torch import Tensor, nn
 onnx = pytest.importorskip("onnx", reason="needs onnx: pip install onnx onnxscript onnxruntime")
 pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
 
-from conftest import CASES, Case, assert_forward
+from conftest import CASES, Case
 from networks import SmallResNet, adder2d as PublishedStyle, calibrated
 
 import torch2trt_adder
@@ -31,6 +31,7 @@ from torch2trt_adder.export.format import adder_nodes
 from torch2trt_adder.export.runtime import onnxruntime_session, run_onnxruntime
 from torch2trt_adder.models import addernet_mnist, resnet20, resnet50
 from torch2trt_adder.nn import recognise
+from torch2trt_adder.numerics.definition import assert_forward
 from torch2trt_adder.numerics.rounding import rounding_bounds
 from torch2trt_adder.ops import export_hook
 

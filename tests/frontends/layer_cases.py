@@ -157,15 +157,17 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "crop_and_join": _crop_and_join,
     "batch_norm_plain": lambda x: F.batch_norm(x, x.new_full((8,), 0.5), x.new_full((8,), 2.0)),
     "batch_norm_1d": lambda x, w: (
-        F.batch_norm(x.flatten(2), w, w.abs() + 0.1, w, -w)
-        + F.batch_norm(x[:, :, 0, 0], w, w.abs() + 1, bias=w)[..., None]
+        F.batch_norm(x.flatten(2), w.detach(), w.detach().abs() + 0.1, w, -w)
+        + F.batch_norm(x[:, :, 0, 0], w.detach(), w.detach().abs() + 1, bias=w)[..., None]
     ),
     "group_norm": lambda x, w: F.group_norm(x, 4, w, bias=-w) + F.group_norm(x.flatten(2), 2).view(x.shape),
     "instance_norm": lambda x, w: F.instance_norm(x, weight=w, bias=-w),
     "instance_norm_1d": lambda x, w: (
         nn.InstanceNorm1d(8)(x.flatten(2)) * F.instance_norm(x.flatten(2), None, None, w, -w)
     ),
-    "instance_norm_tracked": lambda x, w: F.instance_norm(x, w, w.abs() + 0.1, w, -w, use_input_stats=False),
+    "instance_norm_tracked": lambda x, w: F.instance_norm(
+        x, w.detach(), w.detach().abs() + 0.1, w, -w, use_input_stats=False
+    ),
     "conv_transpose": lambda x, w: F.conv_transpose2d(x, w, None, 2),
     "conv_transpose_output_padding": lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, 1),
     "conv_transpose_beyond": lambda x, w: F.conv_transpose2d(x, w, stride=3, output_padding=(2, 1)),

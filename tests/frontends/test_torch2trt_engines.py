@@ -504,7 +504,7 @@ def test_convert_notices_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None
     model, x, _ = network("addernet_mnist", 4)
     add = plugin.add_adder2d
     monkeypatch.setattr(plugin, "add_adder2d", wrong)
-    with pytest.raises(RuntimeError, match="output 0 of the engine differs from PyTorch's by up to .* beyond the"):
+    with pytest.raises(RuntimeError, match="output 0 differs between the engine and PyTorch by up to .* beyond the"):
         through_torch2trt(model, [x])
 
 

@@ -457,7 +457,7 @@ def test_engine_in_a_new_process(tmp_path: pathlib.Path) -> None:
 import pathlib, sys
 import torch
 folder = pathlib.Path(sys.argv[1])
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 from test_plugin import Engine
 x, expected = torch.load(folder / "tensors.pt")
 engine = Engine((folder / "engine.plan").read_bytes())
@@ -466,7 +466,9 @@ y = engine.run(x.cuda(), stream)
 stream.synchronize()
 print(torch.equal(y.cpu(), expected))
 """
-    assert run_python(script, tmp_path, pathlib.Path(__file__).parent).strip().splitlines()[-1] == "True"
+    assert (
+        run_python(script, tmp_path, *pathlib.Path(__file__).resolve().parents[:2]).strip().splitlines()[-1] == "True"
+    )
 
 
 @pytest.mark.gpu

@@ -162,6 +162,7 @@ def _export(
     graph.finish(program.model, input_names, output_names, max(wanted, _EXPORTER_OPSET))
     proto: Any = program.model_proto
     graph.lift_constants(proto.graph)
+    graph.simplify_shapes(proto)
     tensors, inputs = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(args)), len(proto.graph.input)
     if inputs != tensors:
         raise RuntimeError(

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from . import format
+
 
 def finish(model: Any, input_names: Sequence[str] | None, output_names: Sequence[str] | None, opset: int) -> None:
     """Names inputs and outputs, makes all names different, folds constants and converts to `opset`; in place.
@@ -122,16 +124,86 @@ def lift_constants(graph: Any) -> None:
         graph.node.extend(rest)
 
 
+def simplify_shapes(proto: Any) -> None:
+    """Shape arithmetic of an onnx.ModelProto as TensorRT 8.6 understands it; in place.
+
+    * A Reshape whose target has one extent that is only known at run time gets a constant target with -1 in its place. The
+      others are extents of a valid network, so it is the same number, and engines compute no shape there.
+    * Shape reads all axes, and Slice takes some: TensorRT 8.6 ignores the attributes start and end, which are newer.
+    """
+    import onnx
+
+    graph = proto.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    inferred = onnx.shape_inference.infer_shapes(proto).graph.value_info
+    taken = {name for _, node in format.nodes(graph) for name in (*node.input, *node.output)}
+    sizes = {entry.name: [dim.dim_value for dim in entry.type.tensor_type.shape.dim] for entry in inferred}
+    for node in graph.node:
+        if node.op_type != "Reshape" or node.input[1] not in producers:
+            continue
+        target: list[int] | None = []
+        concat = producers[node.input[1]]
+        for name in concat.input if concat.op_type == "Concat" else [node.input[1]]:
+            if name in constants:
+                target += onnx.numpy_helper.to_array(constants[name]).tolist()
+            elif sizes.get(name) == [1]:
+                target.append(-1)
+            else:
+                target = None
+                break
+        if target is None or target.count(-1) != 1 or min(target) < -1 or 0 in target:
+            continue
+        node.input[1] = _unused(taken, f"{node.output[0]}.shape")
+        graph.initializer.append(onnx.helper.make_tensor(node.input[1], 7, [len(target)], target))
+        del node.attribute[:]  # allowzero, which is about zeros
+    for owner, node in list(format.nodes(graph)):
+        limits = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type != "Shape" or not limits:
+            continue
+        name = node.output[0]
+        node.output[0] = _unused(taken, f"{name}.all")
+        del node.attribute[:]
+        given = {"starts": limits.get("start", 0), "ends": limits.get("end", 2**31 - 1), "axes": 0}
+        inputs = [_unused(taken, f"{name}.{what}") for what in given]
+        for own, value in zip(inputs, given.values(), strict=True):
+            owner.initializer.append(onnx.helper.make_tensor(own, 7, [1], [value]))
+        after = onnx.helper.make_node("Slice", [node.output[0], *inputs], [name])
+        owner.node.insert(next(i for i, other in enumerate(owner.node) if other == node) + 1, after)
+    drop_unused(graph)
+
+
 def opset_entry(proto: Any) -> Any:
     """The entry of ONNX's standard operators."""
     return next(entry for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
 
 
+def _unused(taken: set[str], name: str) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+_WITHOUT_EFFECT = (
+    "Cast",
+    "Concat",
+    "Constant",
+    "Gather",
+    "Identity",
+    "Reshape",
+    "Shape",
+    "Slice",
+    "Squeeze",
+    "Unsqueeze",
+)
+
+
 def drop_unused(graph: Any) -> None:
-    """Removes the constants and casts that nothing reads any more."""
+    """Removes constants, casts and shape arithmetic that nothing reads any more."""
     while True:
         used = _read_names(graph) | {output.name for output in graph.output}
-        idle = [n for n in graph.node if n.op_type in ("Cast", "Constant", "Identity") and not used & set(n.output)]
+        idle = [n for n in graph.node if n.op_type in _WITHOUT_EFFECT and not used & set(n.output)]
         for node in idle:
             graph.node.remove(node)
         for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:

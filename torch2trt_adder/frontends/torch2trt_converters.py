@@ -357,3 +357,14 @@ def convert_conv_transpose(
     layer.post_padding = tuple(p - m + z * s for p, m, z, s in zip(pad, more, zeros, step, strict=True))
     y = layer.get_output(0)
     return drop_last(ctx, y) if n == 1 else y
+
+
+# ---- constants
+
+
+@converts("torch.tensor")
+def _tensor(ctx: Context, data: Any, *args: Any, **kwargs: Any) -> None:
+    """A new tensor stays a constant of PyTorch until an operation uses it: torch2trt adds it at once, which fails for int64."""
+    raise NotImplementedError(
+        f"{ctx.method_str} of a tensor or extent of the network; use torch.stack or plain numbers."
+    )
