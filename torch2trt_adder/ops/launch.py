@@ -71,7 +71,7 @@ def _launch_args(
         *input_size, K, *weight_size[2:], P, Q, *stride, *padding, *dilation, groups, kind, kind, kind, 0,
         *input_stride, *output_stride,
     )  # fmt: skip
-    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0)
+    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0, 0, 0)
     loaded = library.load()
     reason = loaded.adder2d_check(params)
     if reason:
@@ -130,6 +130,8 @@ def adder2d_cuda(
         output.data_ptr(),
         0 if workspace is None else workspace.data_ptr(),
         args.workspace_bytes,
+        0,
+        0,
     )
     loaded = library.load()
     error = loaded.adder2d_fprop(params, torch._C._cuda_getCurrentRawStream(device))
@@ -168,7 +170,7 @@ def adder2d_cpu(
     bias = None if bias is None else as_contiguous("bias", bias)
     _check_forward_memory(args, input, weight, bias)
     params = args.problem + library.POINTERS.pack(
-        input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr(), 0, 0
+        input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr(), 0, 0, 0, 0
     )
     error = library.load().adder2d_fprop_cpu(params, torch.get_num_threads())
     if error:

@@ -55,7 +55,7 @@ def _grad_input_args(
         *input_size, size[1], *weight_size[2:], *size[2:], *stride, *padding, *dilation, groups,
         kind, kind, KERNEL_TYPES[grad_dtype], 0, *input_stride, *grad_stride,
     )  # fmt: skip
-    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0) + library.DGRAD.pack(kind, 0, *output_stride, 0)
+    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0, 0, 0) + library.DGRAD.pack(kind, 0, *output_stride, 0)
     loaded = library.load()
     reason = loaded.adder2d_dgrad_check(params)
     if reason:
@@ -96,6 +96,8 @@ def _grad_input_kernel(
             grad_output.data_ptr(),
             0 if workspace is None else workspace.data_ptr(),
             args.workspace_bytes,
+            0,
+            0,
         )
         + library.DGRAD.pack(args.kind, 0, *args.stride, grad_input.data_ptr())
     )
@@ -188,7 +190,7 @@ def _grad_weight_args(
         *input_size, K, R, S, *size[2:], *stride, *padding, *dilation, groups, kind, kind, KERNEL_TYPES[grad_dtype], 0,
         *input_stride, *grad_stride,
     )  # fmt: skip
-    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0)
+    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0, 0, 0)
     params += library.WGRAD.pack(channels_last, 0, 0, 0, 0, 0, eta, 0, 0)
     loaded = library.load()
     reason = loaded.adder2d_wgrad_check(params)
@@ -239,11 +241,10 @@ def grad_weight_cuda(
     if dw is None:
         dw = weight.new_empty_strided(weight.shape, args.stride, dtype=torch.float32)
     workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device=input.device)
+    tensors = input.data_ptr(), weight.data_ptr(), 0, grad_output.data_ptr()
     params = (
         args.problem
-        + library.POINTERS.pack(
-            input.data_ptr(), weight.data_ptr(), 0, grad_output.data_ptr(), workspace.data_ptr(), args.workspace_bytes
-        )
+        + library.POINTERS.pack(*tensors, workspace.data_ptr(), args.workspace_bytes, 0, 0)
         + library.WGRAD.pack(
             channels_last,
             0,
