@@ -180,7 +180,7 @@ def add_adder2d(
 
     epilogue = {"scale": "scale" in constants, "residual": residual is not None, "lower": lower, "upper": upper}
     plugin = create(name or NAME, stride, padding, dilation, groups, output_type, trt, **epilogue)
-    inputs = [itensor, *(_add_constant(network, role, array, name, trt) for role, array in constants.items())]
+    inputs = [itensor, *(add_constant(network, role, array, name, trt) for role, array in constants.items())]
     inputs += [] if residual is None else [residual]
     return add_layer(network, inputs, plugin, name, trt)
 
@@ -205,7 +205,7 @@ def _refuse_without_plugin_layers(network: Any, trt: ModuleType) -> None:
         raise RuntimeError(f"Networks of {_describe(trt)} offer no plugin layers: use TensorRT 8.5 to 11.")
 
 
-def _add_constant(network: Any, role: str, array: np.ndarray, name: str | None, trt: ModuleType) -> Any:
+def add_constant(network: Any, role: str, array: np.ndarray, name: str | None, trt: ModuleType) -> Any:
     """A constant of the network, whose array lives as long as the network."""
     # trt.Weights points into the array, which the network reads when the engine is built.
     constant = network.add_constant(tuple(array.shape), trt.Weights(array))
