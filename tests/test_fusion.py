@@ -125,7 +125,7 @@ def test_batch_norm_residual_and_relu_of_one_block() -> None:
     net.output(net.activation(net.binary(y, x, "SUM")))
     report = net.fuse()
     assert kinds(report) == [("adder_0", "sl"), ("adder_1", "srl")]
-    assert str(report) == "2 of 2 fused (2 BatchNorm, 1 residual, 2 ReLU or limits)"
+    assert str(report) == "2 of 2 fused: 2 BatchNorm, 1 residual, 2 ReLU or limits"
     assert not report.exposed or [layer.name for layer in report.exposed] == []
     live = net.live()
     assert not [name for name in live if "unfused" in name], live

@@ -12,7 +12,7 @@ from ..numerics.comparison import tensor_leaves
 from .shapes import SHAPE_OPTIONS, shapes_of
 from .torch2trt_route import Converted
 
-ONNX_OPTIONS = (*SHAPE_OPTIONS, "fp16_mode", "max_batch_size", "input_names", "output_names", "max_workspace_size")
+ONNX_OPTIONS = (*SHAPE_OPTIONS, "fp16_mode", "max_batch_size", "input_names", "output_names", "max_workspace_size", "fuse")
 
 
 def not_for_onnx(inputs: Any, options: dict[str, Any]) -> str | None:
@@ -54,6 +54,7 @@ def through_onnx(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any
             path.with_suffix(".plan"),
             ranges,
             fp16=bool(options.get("fp16_mode")),
+            fuse=bool(options.get("fuse", True)),
             workspace=options.get("max_workspace_size"),
         )
         runner = engine.Engine(plan)

@@ -49,7 +49,7 @@ class Report:
             "float16 output": sum(each.float16 for each in self.fused),
         }
         parts = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        return f"{len(self.fused)} of {self.adders} fused" + (f" ({parts})" if parts else "")
+        return f"{len(self.fused)} of {self.adders} fused" + (f": {parts}" if parts else "")
 
 
 Replace = Callable[[Any, Any, Chain, Sequence[Any], bool], Any]
