@@ -11,6 +11,7 @@ Environment variables:
     CXX                    the host compiler. Default: g++.
     MAX_JOBS               compiler processes at a time. Default: the number of CPU cores.
 """
+
 import ctypes
 import hashlib
 import importlib.util
@@ -32,9 +33,7 @@ ROOT = Path(__file__).resolve().parent
 LIBRARY = "torch2trt_adder.libtorch2trt_adder"  # as a module path: torch2trt_adder/libtorch2trt_adder.so
 
 # One release throughout: left free, pip pairs an nvcc with newer headers that it cannot read.
-NVCC_WHEELS = [
-    f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-runtime", "nvvm", "cuda-crt", "cuda-cccl")
-]
+NVCC_WHEELS = [f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-runtime", "nvvm", "cuda-crt", "cuda-cccl")]
 
 # One per generation: machine code also runs on later minor versions (80 serves 86 and 89), except on Jetson, which has
 # its own numbers. The newest one is stored as PTX too, for GPUs to come.
@@ -52,8 +51,10 @@ def find_nvcc() -> Path | None:
     if home:
         nvcc = Path(home, "bin", "nvcc")
         if not nvcc.is_file():
-            sys.exit(f"CUDA_HOME is {home}, but {nvcc} does not exist: point CUDA_HOME at a CUDA toolkit (11.8 or "
-                     "newer), or unset it to use nvcc from PATH, from /usr/local/cuda or from pip's wheels.")
+            sys.exit(
+                f"CUDA_HOME is {home}, but {nvcc} does not exist: point CUDA_HOME at a CUDA toolkit (11.8 or "
+                "newer), or unset it to use nvcc from PATH, from /usr/local/cuda or from pip's wheels."
+            )
         return nvcc
     found = shutil.which("nvcc")
     if found:
@@ -67,8 +68,10 @@ def find_nvcc() -> Path | None:
 def find_cxx() -> str:
     cxx = os.environ.get("CXX", "g++")
     if not shutil.which(shlex.split(cxx)[0]):
-        sys.exit(f"The C++ compiler {cxx} was not found: install it (Debian, Ubuntu: apt install g++; Fedora: dnf "
-                 "install gcc-c++), or name another one in CXX.")
+        sys.exit(
+            f"The C++ compiler {cxx} was not found: install it (Debian, Ubuntu: apt install g++; Fedora: dnf "
+            "install gcc-c++), or name another one in CXX."
+        )
     return cxx
 
 
@@ -76,8 +79,10 @@ def run(command: list[str]) -> str:
     """Runs a compiler and returns what it printed; ends the build with that text where it fails."""
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
-        sys.exit(f"{shlex.join(command)}\n{result.stdout}\n{command[0]} failed with exit code {result.returncode}, see "
-                 "above.")
+        sys.exit(
+            f"{shlex.join(command)}\n{result.stdout}\n{command[0]} failed with exit code {result.returncode}, see "
+            "above."
+        )
     return result.stdout
 
 
@@ -88,8 +93,11 @@ def gencode_flags(nvcc: Path) -> list[str]:
     if not asked:
         archs = visible_archs()
         if archs and set(archs) <= set(known):
-            print(f"Building for the GPUs of this machine ({', '.join(archs)}); TORCH2TRT_ADDER_ARCHS=all builds for "
-                  "every generation.", flush=True)
+            print(
+                f"Building for the GPUs of this machine ({', '.join(archs)}); TORCH2TRT_ADDER_ARCHS=all builds for "
+                "every generation.",
+                flush=True,
+            )
         else:
             asked = "all"
     if asked == "all":
@@ -99,14 +107,18 @@ def gencode_flags(nvcc: Path) -> list[str]:
     elif asked == "native":
         archs = visible_archs()
         if not archs:
-            sys.exit("TORCH2TRT_ADDER_ARCHS is native, but the driver shows no GPU here: name the architecture, "
-                     "e.g. TORCH2TRT_ADDER_ARCHS=90.")
+            sys.exit(
+                "TORCH2TRT_ADDER_ARCHS is native, but the driver shows no GPU here: name the architecture, "
+                "e.g. TORCH2TRT_ADDER_ARCHS=90."
+            )
     elif asked:
         archs = [arch.replace(".", "") for arch in re.split(r"[;,\s]+", asked) if arch]
     for arch in archs:
         if re.sub(r"[a-z]$", "", arch) not in known:
-            sys.exit(f"TORCH2TRT_ADDER_ARCHS names {arch!r}, which {nvcc} does not know: choose from "
-                     f"{', '.join(known)} (e.g. TORCH2TRT_ADDER_ARCHS='80;90'), or use a CUDA toolkit that knows it.")
+            sys.exit(
+                f"TORCH2TRT_ADDER_ARCHS names {arch!r}, which {nvcc} does not know: choose from "
+                f"{', '.join(known)} (e.g. TORCH2TRT_ADDER_ARCHS='80;90'), or use a CUDA toolkit that knows it."
+            )
     archs = sorted(set(archs), key=lambda arch: int(re.sub(r"\D", "", arch)))
     targets = {arch: f"sm_{arch}" for arch in archs}
     targets[archs[-1]] = f"[sm_{archs[-1]},compute_{archs[-1]}]"
@@ -143,8 +155,10 @@ def build_library(library: Path) -> None:
     """Compiles csrc/ into the shared library `library`. Objects stay in build/objects, named by what went into them."""
     nvcc = find_nvcc()
     if nvcc is None:
-        sys.exit("nvcc was not found: install a CUDA toolkit (11.8 or newer) and set CUDA_HOME or PATH, or install the "
-                 f"nvcc wheels: pip install {shlex.join(NVCC_WHEELS)}. `pip install .` does the latter by itself.")
+        sys.exit(
+            "nvcc was not found: install a CUDA toolkit (11.8 or newer) and set CUDA_HOME or PATH, or install the "
+            f"nvcc wheels: pip install {shlex.join(NVCC_WHEELS)}. `pip install .` does the latter by itself."
+        )
     cxx = find_cxx()
     jobs = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
     common_flags = ["-c", "-std=c++17", f"-I{ROOT / 'csrc'}"]
@@ -181,9 +195,22 @@ def build_library(library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     partial = library.with_suffix(f".{os.getpid()}.so")
     # The wheels keep the CUDA runtime in lib, while nvcc looks into lib64.
-    print(run([*cu[0], "-shared", "-cudart=static", f"-L{nvcc.parent.parent / 'lib'}", "-Xcompiler=-pthread",
-               f"-Xlinker=--version-script={ROOT / 'csrc' / 'exports.map'},--no-undefined",
-               *map(str, compiled), "-o", str(partial)]), end="")
+    print(
+        run(
+            [
+                *cu[0],
+                "-shared",
+                "-cudart=static",
+                f"-L{nvcc.parent.parent / 'lib'}",
+                "-Xcompiler=-pthread",
+                f"-Xlinker=--version-script={ROOT / 'csrc' / 'exports.map'},--no-undefined",
+                *map(str, compiled),
+                "-o",
+                str(partial),
+            ]
+        ),
+        end="",
+    )
     partial.replace(library)
 
 
@@ -212,8 +239,10 @@ class BuildWheel(bdist_wheel):
 
 
 if platform.system() != "Linux" or platform.machine() not in ALL_ARCHS:
-    sys.exit(f"torch2trt_adder builds on Linux on {' and '.join(ALL_ARCHS)}; this is {platform.system()} on "
-             f"{platform.machine()}.")
+    sys.exit(
+        f"torch2trt_adder builds on Linux on {' and '.join(ALL_ARCHS)}; this is {platform.system()} on "
+        f"{platform.machine()}."
+    )
 
 setup(
     ext_modules=[Extension(LIBRARY, sources=[])],

@@ -18,6 +18,7 @@ result was wrong or a call failed.
 import argparse
 import functools
 import gc
+import itertools
 import json
 import math
 import pathlib
@@ -198,7 +199,7 @@ def back_to_back(step: Callable[[], None], seconds: float = 2.0) -> Spread:
         step()
         event.record()
     torch.cuda.synchronize()
-    return Spread.of([a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)])
+    return Spread.of([a.elapsed_time(b) for a, b in itertools.pairwise(events)])
 
 
 def in_a_graph(step: Callable[[], None]) -> Callable[[], None]:

@@ -124,8 +124,8 @@ def prepared(name: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor, float]]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    routes = [route for route in routes.ROUTES if route != "auto"]
-    parser.add_argument("--route", nargs="+", choices=routes, default=routes, help="default: every route")
+    names = [route for route in routes.ROUTES if route != "auto"]
+    parser.add_argument("--route", nargs="+", choices=names, default=names, help="default: every route")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"torch {torch.__version__} finds no NVIDIA GPU here, which TensorRT needs", file=sys.stderr)
@@ -134,7 +134,9 @@ def main() -> int:
 
     print(f"TensorRT {tensorrt.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}")
     failures, start = [], time.perf_counter()
-    heading = f"{'route':<11}{'network':<21}{'TensorRT':<10}{'relative difference':>20}{'allowed':>9}{'predictions':>14}"
+    heading = (
+        f"{'route':<11}{'network':<21}{'TensorRT':<10}{'relative difference':>20}{'allowed':>9}{'predictions':>14}"
+    )
     print(heading, "ties  convert", flush=True)
     for name in NETWORKS:
         try:

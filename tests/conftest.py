@@ -1,15 +1,21 @@
-"""What all tests share: markers, named problems, and the one rule by which results are compared."""
+"""What all tests share: markers and named problems. Results are compared by torch2trt_adder.numerics."""
 
 import dataclasses
 import importlib.util
-import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from torch2trt_adder import reference
+from torch2trt_adder.numerics.comparison import assert_within  # noqa: F401
+from torch2trt_adder.numerics.definition import (  # noqa: F401
+    assert_forward,
+    assert_grad_bias,
+    assert_grad_input,
+    assert_grad_weight,
+)
+from torch2trt_adder.numerics.tolerance import bound  # noqa: F401
 
 # ---- markers
 
@@ -114,88 +120,3 @@ CASES = [
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
-
-
-# ---- the tolerance rule
-# A sum of L terms in the precision e errs by at most 2 * e * sqrt(L) times the sum of |terms| (measured on normal
-# draws: 0.46 * e * sqrt(L)), and rounding the result to its type by at most eps(type) relatively. All bounds are made
-# of these two, and of one more where the input is float16 or bfloat16: its differences may be taken and added in
-# float16, in which case none is rounded more than HALF_ROUNDINGS times (csrc/fprop/fprop_half.cu) by at most 2^-11 of itself, and a float32 weight once before that.
-HALF_ROUNDINGS = 7
-HALF_UNIT = 2.0**-11
-
-
-def sum_eps(dtype: torch.dtype) -> float:
-    """The precision of the sums: float32 whatever the type, except float64."""
-    return torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
-
-
-def bound(expected: Tensor, terms: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """The largest error of a `dtype` result whose exact value sums `length` terms; `terms` is the sum of |terms|."""
-    kind = torch.finfo(dtype)
-    return kind.eps * (expected.abs() + kind.tiny) + 2 * sum_eps(dtype) * math.sqrt(length) * terms
-
-
-def assert_within(actual: Tensor, expected: Tensor, limit: Tensor) -> None:
-    """|actual - expected| <= limit everywhere; NaN and inf must be in the same places."""
-    assert actual.shape == expected.shape
-    actual, expected = actual.detach().double(), expected.detach().double()
-    assert torch.equal(actual.isnan(), expected.isnan()), "NaN in other places"
-    infinite = expected.isinf()
-    assert torch.equal(actual[infinite], expected[infinite]), "inf in other places"
-    excess = (actual - expected).abs() - limit
-    excess[~expected.isfinite()] = -1
-    if excess.numel() > 0 and excess.max() > 0:
-        at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
-        raise AssertionError(
-            f"{int((excess > 0).sum())} of {excess.numel()} values beyond the bound; at {at} {actual[at]:.9g} instead "
-            f"of {expected[at]:.9g}, allowed {limit[at]:.3g}"
-        )
-
-
-def doubles(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.detach().double() for t in tensors]
-
-
-def assert_forward(y: Tensor, x: Tensor, w: Tensor, b: Tensor | None, geometry: tuple) -> None:
-    """y = adder2d(x, w) + b within the bound of its dtype."""
-    halves, rounded_weight = x.dtype in (torch.float16, torch.bfloat16), w.dtype is torch.float32
-    x, w, b = doubles(x, w, b)
-    distances = reference.adder2d(x, w, None, *geometry)
-    expected, terms = distances, distances.abs()
-    in_half = HALF_UNIT * (HALF_ROUNDINGS * terms + rounded_weight * w.abs().sum((1, 2, 3))[:, None, None]) * halves
-    if b is not None:
-        expected, terms = expected + b[:, None, None], terms + b[:, None, None].abs()
-    assert_within(y, expected, bound(expected, terms, w[0].numel(), y.dtype) + in_half)
-
-
-def assert_grad_input(dx: Tensor, dy: Tensor, x: Tensor, w: Tensor, geometry: tuple) -> None:
-    """dx by the rule; its terms are dy times something of at most 1."""
-    dy, x, w = doubles(dy, x, w)
-    stride, padding, dilation, groups = geometry
-    expected = reference.grad_input(dy, x, w, *geometry)
-    terms = torch.nn.grad.conv2d_input(x.shape, torch.ones_like(w), dy.abs(), stride, padding, dilation, groups)
-    assert_within(dx, expected, bound(expected, terms, w.numel() // groups, dx.dtype))
-
-
-def assert_grad_weight(dw: Tensor, dy: Tensor, x: Tensor, w: Tensor, geometry: tuple, eta: float | None = 0.2) -> None:
-    """dw by the rule, with the adaptive scaling unless `eta` is None; its terms are dy * x and dy * w."""
-    dy, x, w = doubles(dy, x, w)
-    stride, padding, dilation, groups = geometry
-    exact = reference.grad_weight(dy, x, w, *geometry)
-    terms = torch.nn.grad.conv2d_weight(x.abs(), w.shape, dy.abs(), stride, padding, dilation, groups)
-    terms += w.abs() * dy.abs().sum((0, 2, 3))[:, None, None, None]
-    length = dy.numel() // max(dy.shape[1], 1)
-    if eta is None:
-        return assert_within(dw, exact, bound(exact, terms, length, dw.dtype))
-    expected = reference.adaptive_scaling(exact, eta)
-    scale = eta * math.sqrt(exact.numel()) / exact.norm().clamp(min=1e-12)
-    error = 2 * sum_eps(dw.dtype) * math.sqrt(length) * terms  # of the raw gradient; its norm moves the scale
-    moved = expected.abs() * error.norm() / exact.norm().clamp(min=1e-12)
-    assert_within(dw, expected, bound(expected, expected.abs(), exact.numel(), dw.dtype) + scale * error + moved)
-
-
-def assert_grad_bias(db: Tensor, dy: Tensor) -> None:
-    (dy,) = doubles(dy)
-    expected = dy.sum((0, 2, 3))
-    assert_within(db, expected, bound(expected, dy.abs().sum((0, 2, 3)), dy.numel() // dy.shape[1], db.dtype))

@@ -52,7 +52,8 @@ def grad_input(
         grad_columns[:, k // per_group] += grad_maps[:, k, None] * (w[:, None] - columns[:, k // per_group]).clamp(
             -1, 1
         )
-    return F.fold(grad_columns.flatten(1, 2), input.shape[2:], weight.shape[2:], dilation, padding, stride)
+    sizes = _pair(dilation), _pair(padding), _pair(stride)
+    return F.fold(grad_columns.flatten(1, 2), input.shape[2:], weight.shape[2:], *sizes)
 
 
 def grad_weight(
@@ -77,7 +78,8 @@ def grad_weight(
 
 def adaptive_scaling(grad_weight: Tensor, eta: float = 0.2) -> Tensor:
     """eta * sqrt(number of elements) * dw / |dw|_2: the local learning rate of the paper (equation 12), per layer."""
-    return grad_weight * (eta * math.sqrt(grad_weight.numel()) / grad_weight.norm().clamp(min=1e-12))
+    norm: Tensor = grad_weight.norm().clamp(min=1e-12)
+    return grad_weight * (eta * math.sqrt(grad_weight.numel()) / norm)
 
 
 def _columns(
@@ -89,7 +91,12 @@ def _columns(
     groups: int,
 ) -> Tensor:
     """What every output pixel reads: [N, groups, CRS, PQ]."""
-    return F.unfold(input, weight.shape[2:], dilation, padding, stride).unflatten(1, (groups, -1))
+    columns = F.unfold(input, weight.shape[2:], _pair(dilation), _pair(padding), _pair(stride))
+    return columns.view(len(columns), groups, columns.shape[1] // groups, columns.shape[2])
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def _output_shape(

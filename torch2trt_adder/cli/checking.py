@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..numerics import comparison
+
 
 class Comparison:
     """Differences over all batches; `add` one batch after the other, then read `report`."""
@@ -33,28 +35,25 @@ class Comparison:
         if len(expected) != len(outputs):
             raise RuntimeError(f"{self._source} has {len(expected)} outputs, {self._plan} {len(outputs)}.")
         for i, (y, y0) in enumerate(zip(outputs, expected)):
-            if y.shape != y0.shape:
-                raise RuntimeError(
-                    f"output {i} is {list(y0.shape)} in {self._source} and {list(y.shape)} in {self._plan}."
-                )
-            self._add_output(i, y.double().cpu(), y0.double().cpu(), rtol, None if limits is None else limits[i])
+            y, y0 = y.double().cpu(), y0.double().cpu()
+            mismatch = comparison.compare_form(y, y0)
+            if mismatch is not None:
+                raise RuntimeError(f"{mismatch.text(f'output {i}', self._plan, self._source)}.")
+            self._add_output(i, y, y0, rtol, None if limits is None else limits[i])
 
     def _add_output(self, i: int, y: Tensor, y0: Tensor, rtol: float, limit: float | None) -> None:
         if y0.dim() > 0 and y0.numel() > 0:
             start = self._first.setdefault(i, y0[:1])
             if start.shape[1:] != y0.shape[1:] or not (start == y0).all():
                 self._changes.add(i)
-        finite = y0.isfinite()
-        both = finite & y.isfinite()
-        self._compared += int(finite.sum())
-        self._lost += int((finite & ~y.isfinite()).sum())
-        largest = y0[finite].abs().max().item() if finite.any() else 0.0
-        difference = (y - y0)[both].abs().max().item() if both.any() else 0.0
-        limit = rtol * largest if limit is None else limit
-        excess = difference / limit if limit else float("inf") if difference else 0.0
+        limit = rtol * comparison.largest(y0) if limit is None else limit
+        found = comparison.measure(y, y0, limit, nonfinite="ignore")
+        self._compared += found.compared + found.lost
+        self._lost += found.lost
+        excess = found.difference / limit if limit else float("inf") if found.difference else 0.0
         if excess > self._excess:
-            scale = max(largest, 1e-30)
-            self._difference, self._allowed, self._excess = difference / scale, limit / scale, excess
+            scale = max(found.largest, 1e-30)
+            self._difference, self._allowed, self._excess = found.difference / scale, limit / scale, excess
         if i == 0 and y.dim() > 1 and y.shape[1] > 1:
             self._agree += int((y.argmax(1) == y0.argmax(1)).sum())
             self._predictions += y.argmax(1).numel()

@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import math
 import os
 import pathlib
 import shlex
@@ -21,6 +20,7 @@ from ..conversion import converter, routes
 from ..models import addernet_mnist
 from ..nn import training
 from ..nn.adder2d import Adder2d
+from ..numerics import tolerance
 from ..utils import files
 from ..utils.progress import elapsed
 
@@ -89,7 +89,7 @@ def run(epochs: int, checkpoint: pathlib.Path, seed: int = 0) -> dict[str, Any]:
 def _next_commands(checkpoint: pathlib.Path, engine: bool) -> list[str]:
     """What to type next in the same shell and folder; with `engine` where this machine can build TensorRT engines."""
     program = _program()
-    network = f"{__package__}.models:addernet_mnist"
+    network = "torch2trt_adder.models:addernet_mnist"
     weights = f"--checkpoint {shlex.quote(str(checkpoint))}"
     stem = checkpoint if checkpoint.suffix in (".onnx", ".plan") else checkpoint.with_suffix("")  # never the same file
     onnx, plan = (shlex.quote(f"{stem}{suffix}") for suffix in (".onnx", ".plan"))
@@ -111,7 +111,7 @@ def _program() -> str:
     if typed.name == "torch2trt-adder":
         found = shutil.which(typed.name)
         return typed.name if found is not None and os.path.samefile(found, typed) else shlex.quote(str(typed))
-    return f"{shlex.quote(sys.executable)} -m {__package__}"
+    return f"{shlex.quote(sys.executable)} -m torch2trt_adder"
 
 
 def _digits() -> tuple[Tensor, Tensor]:
@@ -178,7 +178,7 @@ def _layer_errors(model: nn.Module, images: Tensor) -> list[tuple[str, float, fl
     """For each adder layer: name, largest relative error against float64, and the largest that rounding explains."""
     errors = []
 
-    def compare(name: str) -> Callable:
+    def compare(name: str) -> Callable[[Adder2d, tuple[Tensor], Tensor], None]:
         def hook(layer: Adder2d, inputs: tuple[Tensor], output: Tensor) -> None:
             exact = reference.adder2d(
                 inputs[0].double(),
@@ -189,9 +189,7 @@ def _layer_errors(model: nn.Module, images: Tensor) -> list[tuple[str, float, fl
                 layer.dilation,
                 layer.groups,
             )
-            eps = torch.finfo(output.dtype).eps
-            # All terms have one sign: the error of a sequential sum stays within this factor of the sum.
-            bound = eps + 2 * eps * math.sqrt(layer.adder[0].numel())
+            bound = tolerance.relative_error(layer.adder[0].numel(), output.dtype)  # all terms have one sign
             errors.append((name, ((output - exact) / exact).abs().max().item(), bound))
 
         return hook
@@ -225,7 +223,7 @@ def _compare_with_engine(model: nn.Module, images: Tensor, labels: Tensor) -> di
 @torch.no_grad()
 def _latency(network: nn.Module, images: Tensor) -> float:
     """Milliseconds on the GPU, median of 100 runs after 20 others."""
-    times = []
+    times: list[float] = []
     for i in range(120):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -129,7 +129,7 @@ def _paths(options: argparse.Namespace, names: Mapping[str, str]) -> dict[str, p
     return {
         what: pathlib.Path(value)
         for what, value in values.items()
-        if isinstance(value, pathlib.Path) or isinstance(value, str) and value.endswith((".pt2", ".onnx"))
+        if isinstance(value, pathlib.Path) or (isinstance(value, str) and value.endswith((".pt2", ".onnx")))
     }
 
 

@@ -136,7 +136,7 @@ def _check_json(value: Any, key: str = "") -> None:
             _check_operator(value)
         elif value.startswith("["):
             _check_tree(json.loads(value))
-        elif not _NAME.fullmatch(value) or "__" in value and not value.isidentifier():
+        elif not _NAME.fullmatch(value) or ("__" in value and not value.isidentifier()):
             raise UnsafeProgram(f"it holds the text {value[:60]!r}")
 
 
@@ -144,7 +144,7 @@ def _is_text(value: Any) -> bool:
     """A text, or texts by keys that torch chooses; a tensor may have any name, that of a key of _TEXT_ONLY too."""
     if isinstance(value, dict):
         return "expr_str" not in value and all(isinstance(entry, str) for entry in value.values())
-    return isinstance(value, str) or isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(entry, str) for entry in value))
 
 
 def _check_tree(value: Any) -> None:

@@ -24,7 +24,7 @@ def open_all() -> None:
             if descriptor != number:
                 os.dup2(descriptor, number)
                 os.close(descriptor)
-            setattr(sys, name, open(number, mode, closefd=False))
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  (it stays open)
     if closed:
         raise StdoutError(errno.EBADF, os.strerror(errno.EBADF))
 

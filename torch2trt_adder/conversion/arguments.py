@@ -13,7 +13,13 @@ _DTYPES = (torch.float32, torch.float16)
 
 
 def check_arguments(model: nn.Module, inputs: Any) -> Sequence[Any]:
-    """The model's positional arguments, once they are known to be sound apart from their device."""
+    """The model's positional arguments, from a list, a tuple, or one of torch2trt's data sets; devices aside, checked.
+
+    Raises:
+        TypeError: `inputs` is something else or holds no tensor, or a dtype is neither float32 nor float16 (inputs may
+            be bool).
+        ValueError: see `check_model`.
+    """
     if not isinstance(inputs, (list, tuple)):
         if type(inputs).__module__.partition(".")[0] == "torch2trt" and len(inputs) > 0:  # one of torch2trt's datasets
             return check_arguments(model, inputs[0])
@@ -29,7 +35,7 @@ def check_arguments(model: nn.Module, inputs: Any) -> Sequence[Any]:
     for name, tensor in named:
         if tensor.dtype not in _DTYPES and not (tensor.dtype is torch.bool and name.startswith("input")):
             raise TypeError(
-                f"convert: {name} is {tensor.dtype}; an engine here takes torch.float32 and torch.float16, so convert "
+                f"convert: {name} is {tensor.dtype}; an engine here supports torch.float32 and torch.float16, so convert "
                 "model and inputs with .float() or .half()."
             )
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
@@ -38,6 +44,7 @@ def check_arguments(model: nn.Module, inputs: Any) -> Sequence[Any]:
 
 
 def check_devices(model: nn.Module, example: Sequence[Any]) -> None:
+    """Raises ValueError unless inputs, parameters and buffers are on one GPU."""
     named = [
         *((f"input {i}", t) for i, t in enumerate(tree_leaves(example)) if isinstance(t, Tensor)),
         *((f"parameter {name!r}", t) for name, t in model.named_parameters()),

@@ -7,21 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from .. import frontends
-from ..frontends.options import did_you_mean, torch2trt_options
+from ..frontends.options import did_you_mean
 from ..nn.adopt import adopted_copy
-from ..numerics.comparison import compare_outputs, resized, tensor_leaves
+from ..numerics.comparison import compare, resized, tensor_leaves
 from ..numerics.rounding import rounding_bounds
 from ..trt.plans import fused_layers
-from .arguments import check_arguments, check_devices
-from .onnx_route import ONNX_OPTIONS, not_for_onnx, through_onnx
-from .routes import ROUTES, missing
+from . import arguments, routes
 from .shapes import shapes_of
-from .torch2trt_route import through_torch2trt
-
-# ---- convert
 
 
 def convert(
@@ -29,56 +22,60 @@ def convert(
 ) -> nn.Module:
     """Converts `model` to a TensorRT engine and checks it against PyTorch.
 
-    Foreign adder layers (see `adopt`) are converted too; `model` stays as it is. The engine's outputs on `inputs`, and on
-    the same values cut or repeated to the smallest and largest shapes, must agree with PyTorch's as far as rounding in this
-    network can explain (see `rounding_bounds`), and be finite where PyTorch's are.
+    Third-party adder layers (see `adopt`) are converted as well; `model` stays as it is. The engine's outputs on
+    `inputs`, and on the same values cut or repeated to the smallest and largest shapes, must agree with PyTorch's as far
+    as rounding in this network can explain (see `rounding_bounds`), and be finite where PyTorch's are.
 
     Args:
         model: a network on a GPU; float32 or float16; in eval mode where that makes a difference.
         inputs: its positional arguments as a list or tuple, or one tensor; the example that is traced.
-        route: "torch2trt"; "onnx" (`export_onnx`, `build_engine`), which needs no torch2trt and knows more operators;
-            "auto" takes torch2trt where it can convert this network, else ONNX, and says on stderr which and why.
+        route: "torch2trt"; "onnx" (`export_onnx`, `build_engine`), which does not need torch2trt and supports more
+            operators; "auto" uses torch2trt where it can convert this network, else ONNX, and reports on stderr which
+            and why.
         torch2trt_kwargs: fp16_mode, max_batch_size, min_shapes, opt_shapes, max_shapes, input_names, output_names and
             max_workspace_size on both routes, and fuse (True, the default: adder layers compute the BatchNorm, residual sum
             and ReLU or limits that follow them); through torch2trt also its other options, and allow_constants.
 
     Returns:
-        A module called like `model`; its attribute ``route`` tells the way. From torch2trt a TRTModule, saved with
+        A module called like `model`; its attribute ``route`` names the route. From torch2trt a TRTModule, saved with
         state_dict(); through ONNX an `Engine`, wrapped where the model's inputs or outputs are nested.
 
     Raises:
         RuntimeError: no GPU, no TensorRT, or neither torch2trt nor onnx; no engine; an engine that differs from PyTorch.
-        TypeError: `inputs` is no list, a dtype that TensorRT does not take here, or an option that the route does not know.
-        ValueError: a layer in training mode that computes something else there (dropout, BatchNorm), or model and inputs are not on one GPU; no such route.
+        TypeError: `inputs` is not a list, a dtype that TensorRT does not support here, or an option that the route does
+            not know.
+        ValueError: a layer in training mode that computes something else there (dropout, BatchNorm), or model and inputs
+            are not on one GPU; an unknown route.
     """
-    if route not in ROUTES:
-        raise ValueError(f"convert: route must be one of {', '.join(ROUTES)}, got {route!r}.")
+    if route not in routes.ROUTES:
+        raise ValueError(f"convert: route must be one of {', '.join(routes.ROUTES)}, got {route!r}.")
     _check_options(route, torch2trt_kwargs)
     if isinstance(inputs, Tensor):
         inputs = [inputs]
-    example = check_arguments(model, inputs)
-    reason = missing(route)
+    example = arguments.check_arguments(model, inputs)
+    reason = routes.missing(route)
     if reason is not None:
         raise RuntimeError(f"convert: {reason}")
-    check_devices(model, example)
+    arguments.check_devices(model, example)
     with torch.no_grad():
         expected = model(*example)  # if this fails, no route is to blame
     convert_through = functools.partial(_convert_through, model, inputs, example, expected, torch2trt_kwargs)
     if route != "auto":
         return convert_through(route)
-    obstacle = missing("torch2trt")
+    first, second = routes.TABLE
+    obstacle = routes.missing(first)
     if obstacle is None:
-        _say("route torch2trt")
+        _say(f"route {first}")
         try:
-            return convert_through("torch2trt")
+            return convert_through(first)
         except Exception as error:  # torch2trt's own are of any class
-            barred = missing("onnx") or not_for_onnx(inputs, torch2trt_kwargs)
+            barred = routes.missing(second) or routes.TABLE[second].refuses(inputs, torch2trt_kwargs)
             if barred is not None:
-                _say(f"torch2trt fails, and route onnx cannot help: {barred}")
+                _say(f"{first} fails, and route {second} cannot help: {barred}")
                 raise
-            obstacle = f"torch2trt fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    _say(f"route onnx, since {obstacle}")
-    return convert_through("onnx")
+            obstacle = f"{first} fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    _say(f"route {second}, since {obstacle}")
+    return convert_through(second)
 
 
 def _say(text: str) -> None:
@@ -91,20 +88,19 @@ def _convert_through(
     """One route's engine, compared with PyTorch on the example and at the smallest and largest shapes."""
     fp16 = bool(options.get("fp16_mode", False))
     with torch.no_grad(), torch.cuda.device(tensor_leaves(example)[0].device):
-        through = through_torch2trt if route == "torch2trt" else through_onnx
-        model_trt, flatten = through(model, inputs, options)
+        model_trt, flatten = routes.TABLE[route].convert(model, inputs, options)
         network = adopted_copy(model)
         bounds = flatten(rounding_bounds(network, example, fp16))
         compare_outputs(flatten(model_trt(*example)), flatten(expected), bounds, fp16)
         for args in _at_the_ends(inputs, example, options):
             try:
                 expected, others = model(*args), flatten(rounding_bounds(network, args, fp16))
-            except RuntimeError:  # the network takes no such shape, or PyTorch has no memory for it
+            except RuntimeError:  # the network does not support this shape, or PyTorch has no memory for it
                 continue
             limits = [torch.maximum(a, b) for a, b in zip(bounds, others, strict=True)]
             where = f" for inputs of {', '.join(str(list(t.shape)) for t in tensor_leaves(args))}"
             compare_outputs(flatten(model_trt(*args)), flatten(expected), limits, fp16, where)
-    model_trt.route = route
+    model_trt.route = route  # type: ignore[assignment]  # an attribute of the caller's module
     runner = model_trt.engine if isinstance(model_trt.engine, nn.Module) else model_trt  # nested outputs are wrapped
     fused = fused_layers(runner.engine.name)
     if fused:
@@ -122,20 +118,46 @@ def _at_the_ends(inputs: Any, example: Sequence[Any], options: dict[str, Any]) -
     ends = []
     for shapes in (least, most):
         if shapes != [tuple(tensor.shape) for tensor in tensors] and all(map(all, shapes)):
-            others = iter([resized(tensor, shape) for tensor, shape in zip(tensors, shapes)])
-            ends.append(tree_map(lambda leaf: next(others) if isinstance(leaf, Tensor) else leaf, example))
+            ends.append(resized(example, shapes))
     return ends
 
 
-def _check_options(route: str, options: dict[str, Any]) -> None:
-    """Raises for an option that no engine of this route can have: torch2trt itself ignores those that it does not know."""
-    known = list(ONNX_OPTIONS)
-    if route != "onnx":
-        if not frontends.is_enabled("torch2trt"):  # what it would take is not known here
-            return
-        import torch2trt
+def compare_outputs(
+    outputs: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    bounds: Sequence[Tensor],
+    fp16: bool,
+    where: str = "",
+) -> None:
+    """Compares an engine's outputs with PyTorch's; where PyTorch's are not finite, anything is right.
 
-        known += [name for name in torch2trt_options(torch2trt.torch2trt) if name not in known]
+    Args:
+        outputs: of the engine.
+        expected: PyTorch's, of the same number.
+        bounds: of each output, the largest difference that rounding explains, 0-d.
+        fp16: the engine computes in float16, which the error then names as the remedy.
+        where: words about the inputs for the error; they begin with a space.
+
+    Raises:
+        RuntimeError: an output has another shape, is further from PyTorch's than its bound, or is infinite or NaN where
+            PyTorch's is finite.
+    """
+    remedy = "try fp16_mode=False" if fp16 else "please report this network"
+    for i, (y, y0, bound) in enumerate(zip(outputs, expected, bounds, strict=True)):
+        mismatch = compare(y, y0, bound, nonfinite="ignore")
+        if mismatch is not None:
+            raise RuntimeError(f"convert: {mismatch.text(f'output {i}', 'the engine', 'PyTorch', where)}; {remedy}.")
+
+
+def _check_options(route: str, options: dict[str, Any]) -> None:
+    """Raises for an option that no engine of this route can have: torch2trt ignores those that it does not know."""
+    names = routes.TABLE if route == "auto" else (route,)
+    known: list[str] = []
+    for name in names:
+        supported = routes.TABLE[name].options()
+        if supported is None:
+            return
+        known += [option for option in supported if option not in known]
     for name in options:
         if name not in known:
             hint = did_you_mean(name, known) or f"; its options are {', '.join(known)}."

@@ -1,4 +1,4 @@
-"""torch2trt's shape options."""
+"""torch2trt's shape options, and the options that every route accepts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,10 +6,19 @@ from typing import Any
 from torch import Tensor
 
 SHAPE_OPTIONS = ("min_shapes", "opt_shapes", "max_shapes")
+COMMON_OPTIONS = (*SHAPE_OPTIONS, "fp16_mode", "max_batch_size", "input_names", "output_names", "max_workspace_size", "fuse")
 
 
 def shapes_of(tensors: Sequence[Tensor], options: dict[str, Any]) -> list[list[tuple[int, ...]]]:
-    """The smallest, most frequent and largest shape of each tensor, by torch2trt's shape options."""
+    """The smallest, most frequent and largest shape of each tensor, by torch2trt's shape options.
+
+    Args:
+        tensors: the example inputs; where an option is not given, their shapes hold.
+        options: min_shapes, opt_shapes and max_shapes (nested like the inputs), and max_batch_size.
+
+    Raises:
+        ValueError: an option does not hold one shape of the right number of axes for each input.
+    """
     shapes = [tuple(tensor.shape) for tensor in tensors]
     least, usual, most = (
         shapes if options.get(key) is None else [tuple(shape) for shape in _shape_leaves(options[key])]

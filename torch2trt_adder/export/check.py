@@ -18,11 +18,11 @@ def call_model(model: Callable[..., Any], *args: Any) -> Any:
         return model(*tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, args))
 
 
-def _run(model: nn.Module, args: tuple) -> list[Tensor]:
+def _run(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
     return [leaf.cpu() for leaf in tree_leaves(call_model(model, *args)) if isinstance(leaf, Tensor)]
 
 
-def _bounds(model: nn.Module, args: tuple) -> list[Tensor]:
+def _bounds(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
     try:
         bounds = rounding.rounding_bounds(functools.partial(call_model, model), args)
     except NotImplementedError as error:  # of a dispatch mode, for torch.cond and the like
@@ -33,7 +33,7 @@ def _bounds(model: nn.Module, args: tuple) -> list[Tensor]:
     return [leaf.cpu() for leaf in tree_leaves(bounds) if isinstance(leaf, Tensor)]
 
 
-def compare_with_adopted(own: nn.Module, adopted: nn.Module, args: tuple) -> None:
+def compare_with_adopted(own: nn.Module, adopted: nn.Module, args: tuple[Any, ...]) -> None:
     """Raises unless the network that was given computes what it does with its adder layers adopted, which is exported."""
     try:
         expected = _run(own, args)
@@ -60,7 +60,7 @@ _NOT_AN_ADDER = (
 
 
 def compare_with_onnxruntime(
-    data: bytes, own: nn.Module, module: nn.Module, args: tuple, limits: Mapping[str, tuple[int, int | None]]
+    data: bytes, own: nn.Module, module: nn.Module, args: tuple[Any, ...], limits: Mapping[str, tuple[int, int | None]]
 ) -> None:
     """Raises unless the file computes what `own` does; `module` is the same network with `Adder2d`, of known rounding."""
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
@@ -68,7 +68,7 @@ def compare_with_onnxruntime(
     inputs = session.get_inputs()
 
     def compare(
-        args: tuple, expected: list[Tensor], where: str = "", remedy: str = "please report this network"
+        args: tuple[Any, ...], expected: list[Tensor], where: str = "", remedy: str = "please report this network"
     ) -> None:
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         try:
@@ -86,13 +86,13 @@ def compare_with_onnxruntime(
     extent_of = {dim: n for names, t in zip(dims, tensors) for dim, n in zip(names, t.shape) if dim is not None}
     for change in (_another, _double) if extent_of else ():  # the first that the network takes
         other_of = {dim: change(extent, *limits.get(dim, (0, None))) for dim, extent in extent_of.items()}
-        resized = iter(
+        other = comparison.resized(
+            args,
             [
-                comparison.resized(t, [other_of.get(dim, extent) for dim, extent in zip(names, t.shape)])
+                [extent if dim is None else other_of[dim] for dim, extent in zip(names, t.shape)]
                 for names, t in zip(dims, tensors)
-            ]
+            ],
         )
-        other = tree_map(lambda leaf: next(resized) if isinstance(leaf, Tensor) else leaf, args)
         try:
             expected = _run(own, other)
         except Exception:  # in its own code: nothing to compare with
@@ -121,20 +121,7 @@ def _compare(
             f"export_onnx: there are {len(got)} outputs in {first} and {len(expected)} in {second}{where}; {remedy}."
         )
     for i, (y, y0, bound) in enumerate(zip(got, expected, bounds, strict=True)):
-        if y.shape != y0.shape or y.dtype is not y0.dtype:
-            raise RuntimeError(
-                f"export_onnx: output {i} is {y.dtype} {list(y.shape)} in {first} and {y0.dtype} {list(y0.shape)} in "
-                f"{second}{where}; {remedy}."
-            )
-        most = torch.finfo(y0.dtype).max if y0.is_floating_point() else torch.inf
-        y, y0 = y.double(), y0.double()
         # Where the second is infinite, a number that is nearly too large is as good.
-        y = torch.where(y0.isinf(), y.clamp(-most, most), y)
-        y0 = y0.clamp(-most, most)
-        numbers = ~y0.isnan()
-        difference = (y - y0)[numbers].abs().max().item() if numbers.any() else 0.0
-        if not difference <= bound.item() or not bool((y.isnan() == y0.isnan()).all()):
-            raise RuntimeError(
-                f"export_onnx: output {i} differs between {first} and {second} by up to {difference:.3g}{where}, beyond the "
-                f"{bound.item():.3g} that rounding explains; {remedy}."
-            )
+        mismatch = comparison.compare(y, y0, bound, nonfinite="saturate", same_dtype=True)
+        if mismatch is not None:
+            raise RuntimeError(f"export_onnx: {mismatch.text(f'output {i}', first, second, where)}; {remedy}.")

@@ -11,7 +11,7 @@ with half inputs instead of ``fp16_mode=True``, which TensorRT 11 no longer has.
 import importlib
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 _CALIBRATOR = "torch2trt.dataset_calibrator"
 
@@ -83,7 +83,7 @@ class _TensorRT:
 class _Names:
     """An enumeration with further members, and a sentence for those that TensorRT 11 has dropped."""
 
-    _DROPPED = {"FP16": "fp16_mode", "INT8": "int8_mode", "STRICT_TYPES": "strict_type_constraints"}
+    _DROPPED: ClassVar = {"FP16": "fp16_mode", "INT8": "int8_mode", "STRICT_TYPES": "strict_type_constraints"}
 
     def __init__(self, enumeration: Any, more: dict[str, Any], trt: ModuleType) -> None:
         self._enumeration, self._more, self._trt = enumeration, more, trt

@@ -7,7 +7,6 @@ PyTorch function; what it cannot follow raises NotImplementedError. Shapes are n
 extent that may change at run time is read from the network's tensor.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -17,7 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch2trt import tensorrt_converter
 
-host = sys.modules["torch2trt.torch2trt"]  # the attribute torch2trt.torch2trt is the function
+from .host import host
+
 ITensor: TypeAlias = Any  # trt.ITensor
 Extent: TypeAlias = int  # a plain int, or torch2trt's IntWrapper where it is known at run time only
 Context: TypeAlias = Any  # tracing.ConversionContext
@@ -227,15 +227,15 @@ def drop_last(ctx: Context, itensor: ITensor) -> ITensor:
 # ---- arithmetic with extents
 
 
-def _exact_extents() -> None:
+def make_extents_exact() -> None:
     """torch2trt's ints of shapes would cut a float operand to an int, so that height * 1.5 is height."""
     for name in ("add", "sub", "mul", "floordiv"):
         for method in (f"__{name}__", f"__r{name}__"):
-
-            def ours(self: Any, other: Any, theirs: Any = getattr(host.IntWrapper, method)) -> Any:
-                return theirs(self, other) if isinstance(other, int) else NotImplemented
-
-            setattr(host.IntWrapper, method, ours)
+            setattr(host.IntWrapper, method, _with_ints_only(getattr(host.IntWrapper, method)))
 
 
-_exact_extents()
+def _with_ints_only(theirs: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def ours(self: Any, other: Any) -> Any:
+        return theirs(self, other) if isinstance(other, int) else NotImplemented
+
+    return ours

@@ -13,11 +13,10 @@ of its habits would silently make wrong engines, so its ConversionContext is rep
 * The tensors of a finished conversion stay attached to inputs and parameters, where the next conversion trips over
   them. Here they are removed.
 
-Foreign adder layers (see module.py) are traced as ours.
+Third-party adder layers (nn/adopt.py) are traced as ours.
 """
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,11 +30,13 @@ from torch.utils._pytree import tree_leaves
 from torch2trt import get_arg, tensorrt_converter
 
 from ..nn.adder2d import Adder2d
+from ..nn.proof import difference
 from ..nn.recognise import layer_fields, make_layer
 from ..trt import fusion, plugin
 from ..trt.plans import network_name
 from ..trt.precision import hold_float32
-from .flow import Flow, Origin, detach_trt, host, tensor_size
+from .dependencies import DependencyTracker, Origin
+from .host import detach_trt, host, tensor_size
 from .options import did_you_mean, nearest, torch2trt_options
 
 # ---- the converter
@@ -49,7 +50,7 @@ def convert_adder2d(ctx: "ConversionContext") -> None:
     input, weight, bias, *geometry = (get_arg(ctx, names[i], i, defaults[i]) for i in range(len(names)))
     output = ctx.method_return
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and ctx.flow.origin(tensor):
+        if tensor is not None and ctx.tracker.origin(tensor):
             raise RuntimeError(
                 f"adder2d in {ctx.place()}: the {name} is computed from the network's inputs, but an engine has "
                 f"constant weights; compute the {name} from parameters only."
@@ -88,7 +89,7 @@ class _Network(host.NetworkWrapper):
         def add(*args: Any, **kwargs: Any) -> Any:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, np.ndarray):
-                    self._ctx.refuse(self._ctx.flow.origin_of_array(value))
+                    self._ctx.refuse(self._ctx.tracker.origin_of_array(value))
             return attribute(*args, **kwargs)
 
         return add
@@ -101,7 +102,7 @@ class ConversionContext(host.ConversionContext):
     """torch2trt's context with the differences that this file's first lines tell."""
 
     def __init__(self, network: Any, *args: Any, **kwargs: Any) -> None:
-        self.flow = Flow(self)
+        self.tracker = DependencyTracker(self)
         super().__init__(network, *args, **kwargs)
         self._warn_of_unknown_options()
         self.network = _Network(self, network)
@@ -127,7 +128,7 @@ class ConversionContext(host.ConversionContext):
     @method_return.setter
     def method_return(self, value: Any) -> None:
         self._method_return = value
-        self.flow.see(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+        self.tracker.see(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
     def __enter__(self) -> "ConversionContext":
         detach_trt([*self.module.parameters(), *self.module.buffers()])
@@ -139,13 +140,13 @@ class ConversionContext(host.ConversionContext):
                     stack.enter_context(_replaced_forward(layer, self._checked_forward(name, layer, ours)))
             super().__enter__()
             stack.callback(super().__exit__, None, None, None)
-            stack.enter_context(self.flow)
+            stack.enter_context(self.tracker)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
-        seen = [ref() for ref in self.flow.seen]
+        seen = [ref() for ref in self.tracker.seen]
         detach_trt([*(t for t in seen if t is not None), *self.module.parameters(), *self.module.buffers()])
 
     def add_inputs(self, torch_inputs: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
@@ -155,24 +156,24 @@ class ConversionContext(host.ConversionContext):
             tensors = [leaf for leaf in (*torch_inputs, *leaves) if isinstance(leaf, Tensor)]
             detach_trt(tensors)
             for tensor in tensors:
-                self.flow.mark(tensor, f"an input of type {tensor.dtype}")
-            self.flow.see(tensors)
+                self.tracker.mark(tensor, f"an input of type {tensor.dtype}")
+            self.tracker.see(tensors)
         super().add_inputs(torch_inputs, *args, **kwargs)
 
     def mark_outputs(self, torch_outputs: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
         with self.unhooked():
             for output in torch_outputs:
                 if not hasattr(output, "_trt"):
-                    self.refuse(self.flow.origin(output))
+                    self.refuse(self.tracker.origin(output))
         super().mark_outputs(self._outputs_of_their_own(torch_outputs), *args, **kwargs)
-        if len(self.adder_layers) != self.flow.adder_calls:
+        if len(self.adder_layers) != self.tracker.adder_calls:
             raise RuntimeError(
-                f"The model calls adder2d {self.flow.adder_calls} times, but the network has "
+                f"The model calls adder2d {self.tracker.adder_calls} times, but the network has "
                 f"{len(self.adder_layers)} Adder2d layers: call torch2trt_adder.adder2d or "
                 "torch2trt_adder.ops.adder2d by that name, or use the Adder2d module."
             )
         network = self.network._network  # the wrapper takes every layer that it returns for a new one
-        half, largest = bool(self.torch2trt_kwargs.get("fp16_mode")), self.flow.largest
+        half, largest = bool(self.torch2trt_kwargs.get("fp16_mode")), self.tracker.largest
         exposed, fused = list(self.adder_layers.values()), ""
         if self.torch2trt_kwargs.get("fuse", True):
             report = fusion.fuse(network, self.geometries, trt=trt, half=half, largest=largest)
@@ -234,11 +235,11 @@ class ConversionContext(host.ConversionContext):
         def forward(input: Tensor) -> Tensor:
             output = ours.forward(input)
             with self.unhooked(), torch.no_grad():
-                self.flow.paused = True
+                self.tracker.paused = True
                 try:
                     _check_close(f"{name or 'model'} ({type(layer).__name__})", output, theirs(input.detach()), ours)
                 finally:
-                    self.flow.paused = False
+                    self.tracker.paused = False
             return output
 
         return forward
@@ -277,24 +278,13 @@ def _checked_converter(converter: Callable[[Any], None]) -> Callable[[Any], None
 
 
 def _check_close(name: str, output: Tensor, expected: Tensor, ours: Adder2d) -> None:
-    """Raises where a foreign layer does not compute adder2d. Both sums are sequential at worst, and of one sign."""
-    difference = limit = math.nan
-    if output.shape == expected.shape and output.dtype is expected.dtype:
-        y, y0 = output.double(), expected.double()
-        terms = y0.abs() if ours.b is None else y0.abs() + ours.b.detach().double().abs()[:, None, None]
-        sums = 2 * torch.finfo(torch.float32).eps * math.sqrt(ours.adder[0].numel())
-        eps = 2 * (torch.finfo(expected.dtype).eps + sums)
-        # Not a number here is as wrong as any difference; where theirs is not finite, nothing can be told.
-        excess = ((y - y0).abs() - eps * terms).nan_to_num(math.inf).where(y0.isfinite(), -math.inf)
-        if not bool((excess > 0).any()):
-            return
-        worst = excess.argmax()
-        difference, limit = (y - y0).abs().flatten()[worst].item(), (eps * terms).flatten()[worst].item()
-    raise RuntimeError(
-        f"{name} looks like an adder layer (it holds a parameter `adder`, or its class was registered), but does not compute "
-        f"adder2d: its output is {expected.dtype} {list(expected.shape)}, adder2d's {output.dtype} {list(output.shape)}, the "
-        f"largest difference {difference:.3g} with {limit:.3g} allowed; give torch2trt a converter for it."
-    )
+    """Raises where a third-party layer, whose output is `expected`, does not compute adder2d."""
+    mismatch = difference(output, expected, ours.b, ours.adder[0].numel(), same_dtype=True)
+    if mismatch is not None:
+        raise RuntimeError(
+            f"{name} looks like an adder layer (it holds a parameter `adder`, or its class was registered), but does not "
+            f"compute adder2d: {mismatch.text('its output', 'adder2d', 'the layer')}; give torch2trt a converter for it."
+        )
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..module import Adder2d
+from ..nn.adder2d import Adder2d
 
 
 class AdderNetMnist(nn.Module):

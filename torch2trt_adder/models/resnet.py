@@ -7,7 +7,7 @@ layer. Parameters carry the names of the published code, so that its checkpoints
 import torch
 from torch import Tensor, nn
 
-from ..module import Adder2d
+from ..nn.adder2d import Adder2d
 
 
 def _adder_bn(in_planes: int, planes: int, kernel_size: int, stride: int = 1) -> tuple[Adder2d, nn.BatchNorm2d]:

@@ -4,7 +4,8 @@ import copy
 
 from torch import nn
 
-from ..module import Adder2d, replace_layers
+from ..nn.adder2d import Adder2d
+from ..nn.replace import replace_layers
 
 
 def cnn_twin(model: nn.Module) -> nn.Module:

@@ -7,7 +7,6 @@ its output is compared with the definition.
 import collections
 import copy
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..numerics import tolerance
+from ..numerics.comparison import Mismatch, compare, compare_form
 from .adder2d import Adder2d
 from .replace import HOOKS
 
@@ -92,7 +93,10 @@ def _compare(
                 raise CannotRun(
                     f"cannot be tried on an input {list(shape)} on {device} ({_first_line(error)})"
                 ) from error
-            reason = difference(output, expected, bias, layer.adder[0].numel())
+            reason = _why_not_comparable(output)
+            if reason is None:
+                mismatch = difference(output.cpu(), expected, bias, layer.adder[0].numel())
+                reason = None if mismatch is None else mismatch.text("its output", "the layer", "the definition")
             if reason is not None:
                 return f"does not compute adder2d {'in training mode' if training else 'in evaluation mode'}: {reason}"
     return None
@@ -111,28 +115,32 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def difference(output: Any, expected: Tensor, bias: Tensor | None, length: int) -> str | None:
-    """How an output differs from adder2d's `expected` beyond rounding, or None where it does not.
-
-    A sum of `length` terms of one sign errs by at most ``2 * eps * sqrt(length)`` of itself in float32 (measured on
-    normal draws: a quarter of it), and rounding it to its dtype by eps of that; both outputs err. A bias, which may
-    cancel the sum, is one more term.
-    """
+def _why_not_comparable(output: Any) -> str | None:
     if not isinstance(output, Tensor):
         return f"it returns a {type(output).__name__}, not a tensor"
     if not output.is_floating_point():
-        return f"its output is {output.dtype}"
-    if output.shape != expected.shape:
-        return f"its output is {list(output.shape)}, and adder2d's {list(expected.shape)}"
-    y, y0 = output.detach().cpu().double(), expected.detach().cpu().double()
-    offset = y0.new_zeros(()) if bias is None else bias.detach().cpu().double()[:, None, None]
-    eps = max(torch.finfo(t.dtype).eps for t in (output, expected))
-    limit = 2 * (eps + 2 * torch.finfo(torch.float32).eps * math.sqrt(length)) * ((y0 - offset).abs() + offset.abs())
-    wrong = ~((y - y0).abs() <= limit) & y0.isfinite()
-    if not bool(wrong.any()):
-        return None
-    at = ((y - y0).abs().nan_to_num(math.inf) * wrong).flatten().nan_to_num(0).argmax()
-    return (
-        f"its output is {y.flatten()[at].item():.6g} where adder2d's is {y0.flatten()[at].item():.6g} "
-        f"(rounding explains {limit.flatten()[at].item():.3g})"
-    )
+        return f"its output is {output.dtype}, not floating point"
+    return None
+
+
+def difference(
+    output: Tensor, expected: Tensor, bias: Tensor | None, length: int, same_dtype: bool = False
+) -> Mismatch | None:
+    """How an output of adder2d differs from another one beyond rounding, or None where it does not.
+
+    Both may err, each by the tolerance rule. Where `expected` is not finite, anything is right.
+
+    Args:
+        output: [N, K, P, Q].
+        expected: [N, K, P, Q], on the same device.
+        bias: [K], on any device; it may cancel the sum, so it counts as one more term.
+        length: the number of terms of one output value, C / groups * R * S.
+        same_dtype: outputs of different dtypes differ.
+    """
+    mismatch = compare_form(output, expected, same_dtype)
+    if mismatch is not None:
+        return mismatch
+    y0 = expected.detach().double()
+    offset = y0.new_zeros(()) if bias is None else bias.detach().to(y0)[:, None, None]
+    error = max(tolerance.relative_error(length, t.dtype) for t in (output, expected))
+    return compare(output, expected, 2 * error * ((y0 - offset).abs() + offset.abs()), nonfinite="ignore")

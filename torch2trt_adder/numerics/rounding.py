@@ -2,13 +2,15 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from . import tolerance
 
 _TRIALS, _FACTOR = 3, 2
 
@@ -16,7 +18,7 @@ _TRIALS, _FACTOR = 3, 2
 # ---- how far two correct implementations may differ
 
 
-def rounding_bounds(model: nn.Module, inputs: Sequence[Any], fp16: bool = False) -> Any:
+def rounding_bounds(model: Callable[..., Any], inputs: Sequence[Any], fp16: bool = False) -> Any:
     """How far rounding alone may move each output of `model`: a 0-d float64 tensor in the place of each tensor.
 
     A network's own condition decides that: BatchNorm subtracts a large mean from an adder layer's sums, which magnifies
@@ -25,13 +27,13 @@ def rounding_bounds(model: nn.Module, inputs: Sequence[Any], fp16: bool = False)
     change seen, the factor standing for the trials not made, plus one rounding of the output.
 
     How much an operation's result may move, with u = eps / 2 of its type, one rounding (of float16 for `fp16`):
-    * adder2d: 2 * u + 2 * eps32 * sqrt(CRS) of |y| + |bias|, what sequential float32 sums of one sign stay within;
-      its result stays float32 for `fp16`, its input is rounded where it is computed.
+    * adder2d: `tolerance.relative_error` of |y| + |bias|, what sequential float32 sums of one sign stay within; its
+      result stays float32 for `fp16`, its input is rounded where it is computed.
     * convolutions and matrix products over L terms: u * (1 + sqrt(L) / 4) of |y| + rms(y), for rounded factors and for
       partial sums of both signs, whose roundings add up like a random walk; in float32 on a GPU plus 2^-10 of it, since
-      both PyTorch and TensorRT may take TF32 (NVIDIA_TF32_OVERRIDE=0 forbids it to both).
-    * sums and means over L terms: u of |y| + sqrt(L) * the sum (mean) of |x|, since the terms may have one sign; variances and
-      deviations u * (1 + sqrt(L)) of |y|.
+      both PyTorch and TensorRT may use TF32 (NVIDIA_TF32_OVERRIDE=0 disables it in both).
+    * sums and means over L terms: u of |y| + sqrt(L) * the sum (mean) of |x|, since the terms may have one sign;
+      variances and deviations u * (1 + sqrt(L)) of |y|.
     * curves that runtimes approximate: 4 * u of |y| + 1, or of |y| + |x| where they are factors of x (measured: ONNX
       Runtime's sigmoid is off by 2.8 * u, its tanh by 5.5 * u).
     * everything else: u of |y|.
@@ -78,7 +80,8 @@ class _Rounding(TorchDispatchMode):
 
     def __init__(self, fp16: bool, seed: int) -> None:
         super().__init__()
-        self.fp16, self.seed, self.generators = fp16, seed, {}
+        self.fp16, self.seed = fp16, seed
+        self.generators: dict[torch.device, torch.Generator] = {}
 
     def move(self, y: Any, bound: Tensor | float | None = None) -> Any:
         """y + or - bound (default: one rounding of y), the sign at random for each element."""
@@ -92,14 +95,13 @@ class _Rounding(TorchDispatchMode):
         sign = torch.empty_like(wide).bernoulli_(0.5, generator=self.generators[y.device]).mul_(2).sub_(1)
         return (wide + sign * bound).to(y.dtype)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
         if packet is torch.ops.torch2trt_adder.adder2d:
             weight, bias = args[1:3]
             size = result.float().abs() + (0 if bias is None else bias.abs()[:, None, None])
-            sums = 2 * torch.finfo(torch.float32).eps * math.sqrt(weight[0].numel())
-            return self.move(result, (torch.finfo(result.dtype).eps + sums) * size)
+            return self.move(result, tolerance.relative_error(weight[0].numel(), result.dtype) * size)
         if packet in _TERMS:
             relative = _unit(result, self.fp16) * (1 + math.sqrt(_TERMS[packet](args)) / 4)
             if result.dtype is torch.float32 and result.is_cuda and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":

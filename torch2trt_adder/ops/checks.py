@@ -39,7 +39,7 @@ def output_size(
             raise ValueError(f"adder2d: {name} must be below 2^31, got {list(values)}.")
     if groups < 1 or C % groups != 0 or K % groups != 0:
         raise ValueError(f"adder2d: groups must divide the {C} input channels and the {K} filters, got {groups}.")
-    if C != per_group * groups:
+    if per_group * groups != C:
         raise ValueError(
             f"adder2d: an input of {C} channels in {groups} groups needs a weight [K, {C // groups}, R, S], got "
             f"{list(weight)}; give the layer {per_group * groups} channels or another weight."

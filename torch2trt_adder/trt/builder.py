@@ -255,7 +255,7 @@ def _add_profile(builder: Any, network: Any, config: Any, proto: Any, ranges: Ma
                 f"the command line --range {key}=1:8:64)."
             )
         least, most = limits.get(name, (0, None))
-        if given[0] < least or most is not None and given[2] > most:
+        if given[0] < least or (most is not None and given[2] > most):
             raise ValueError(
                 f"axis {axis} of input {input!r} ({name}) may be {least} to {most or 'any'}, got the range {tuple(given)}: the "
                 "network's code does something else beyond, which the file does not hold; export it with an example there."

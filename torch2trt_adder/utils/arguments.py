@@ -92,9 +92,13 @@ def schema_pair(name: str, value: Any) -> Any:
 def check_are_tensors(input: Any, weight: Any, bias: Any) -> None:
     # A class of its own, such as a tracer's proxy, has __torch_function__.
     for name, value in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(value, Tensor) and not hasattr(type(value), "__torch_function__"):
-            if name != "bias" or value is not None:
-                wanted = "a torch.Tensor or None" if name == "bias" else "a torch.Tensor"
-                raise TypeError(
-                    f"adder2d: {name} must be {wanted}, got a {type(value).__name__}; convert it with torch.as_tensor."
-                )
+        if (
+            isinstance(value, Tensor)
+            or hasattr(type(value), "__torch_function__")
+            or (name == "bias" and value is None)
+        ):
+            continue
+        wanted = "a torch.Tensor or None" if name == "bias" else "a torch.Tensor"
+        raise TypeError(
+            f"adder2d: {name} must be {wanted}, got a {type(value).__name__}; convert it with torch.as_tensor."
+        )

@@ -1,5 +1,6 @@
 """Files are written whole or not at all: a temporary file in the same folder, then a rename."""
 
+import contextlib
 import errno
 import os
 import pathlib
@@ -148,7 +149,5 @@ def _create(folder: pathlib.Path) -> tuple[int, pathlib.Path]:
 def _keep_owner(descriptor: int, old: os.stat_result) -> None:
     new = os.fstat(descriptor)
     if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
-        try:
+        with contextlib.suppress(PermissionError):  # only root may give files away
             os.fchown(descriptor, old.st_uid, old.st_gid)
-        except PermissionError:  # only root may give files away
-            pass

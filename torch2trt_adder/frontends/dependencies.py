@@ -1,9 +1,9 @@
 """Which tensors were computed from the network's inputs, while torch2trt traces."""
 
-import sys
+import contextlib
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tensorrt as trt
@@ -13,11 +13,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-if TYPE_CHECKING:
-    from .tracing import ConversionContext
-
-# ---- which tensors were computed from the network's inputs
-
 
 class Origin(NamedTuple):
     storage: StorageWeakRef
@@ -25,10 +20,20 @@ class Origin(NamedTuple):
     place: str  # what it is, in words
 
 
-class Flow(TorchDispatchMode):
+class Context(Protocol):
+    """What the tracker needs of a conversion context."""
+
+    lock: bool
+
+    def unhooked(self) -> contextlib.AbstractContextManager[None]: ...
+
+    def place(self) -> str: ...
+
+
+class DependencyTracker(TorchDispatchMode):
     """Sees every operation of the traced model, however it is called."""
 
-    def __init__(self, ctx: "ConversionContext") -> None:
+    def __init__(self, ctx: Context) -> None:
         super().__init__()
         self.ctx = ctx
         self.origins: dict[int, Origin] = {}  # by storage
@@ -55,7 +60,9 @@ class Flow(TorchDispatchMode):
         address = array.__array_interface__["data"][0]
         return next((o for o in self.origins.values() if address in o.address and not o.storage.expired()), None)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
@@ -71,7 +78,7 @@ class Flow(TorchDispatchMode):
             self.adder_calls += func.overloadpacket is torch.ops.torch2trt_adder.adder2d
             name = func._schema.name.partition("::")[2]
             sources = [o for o in map(self.origin, tensors) if o is not None]
-            # zeros_like and its kin take shape and type from a tensor, no values.
+            # zeros_like and the like read the shape and type of a tensor, not its values.
             if sources and not name.startswith("new_") and not name.endswith("_like"):
                 copies = name in ("detach", "alias", "_to_copy", "clone")
                 place = sources[0].place if copies else f"the result of {self.ctx.place()}"
@@ -83,9 +90,9 @@ class Flow(TorchDispatchMode):
         self.seen += map(weakref.ref, tensors)
 
     def _forget_values(self, written: Any, converted: bool) -> None:
-        """Takes their TensorRT tensors from all that share the memory of `written`, whose values are new.
+        """Removes the TensorRT tensors of all tensors that share the memory of `written`, whose values are new.
 
-        `written` itself keeps its own where a converter is about to replace it, which reads the old one.
+        `written` keeps its own if a converter is about to replace it: the converter reads the old one.
         """
         if not isinstance(written, Tensor) or written.layout is not torch.strided:
             return
@@ -98,25 +105,15 @@ class Flow(TorchDispatchMode):
 
     def _measure(self, tensor: Tensor) -> None:
         itensor = getattr(tensor, "_trt", None)
-        if isinstance(itensor, trt.ITensor) and tensor.is_floating_point() and tensor.numel() > 0:
-            if itensor.name not in self.largest:
-                self.largest[itensor.name] = tensor.detach().abs().max().item()
+        if not isinstance(itensor, trt.ITensor) or itensor.name in self.largest:
+            return
+        if tensor.is_floating_point() and tensor.numel() > 0:
+            self.largest[itensor.name] = tensor.detach().abs().max().item()
 
 
-def _written(func: Any, args: tuple, kwargs: dict) -> list[Any]:
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments that an operation writes to."""
     named = zip((argument.name for argument in func._schema.arguments), args)
     values = {**dict(named), **kwargs}
     written = (a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
     return tree_leaves([values[name] for name in written if name in values])
-
-
-tensor_size = torch.Tensor.size  # before torch2trt replaces it
-host = sys.modules["torch2trt.torch2trt"]  # the attribute torch2trt.torch2trt is the function
-
-
-def detach_trt(tensors: Sequence[Tensor]) -> None:
-    """Removes the TensorRT tensors that torch2trt has attached."""
-    for tensor in tensors:
-        if hasattr(tensor, "_trt"):
-            del tensor._trt

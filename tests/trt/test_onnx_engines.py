@@ -1,5 +1,6 @@
 """From ONNX to engines without torch2trt: TensorRT-RTX's real parser and builder on a CPU, TensorRT on a GPU."""
 
+import importlib.util
 import os
 import pathlib
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-# As in test_engines.py: what is compared here would drown in TF32's rounding.
+# As in test_torch2trt_engines.py: what is compared here would drown in TF32's rounding.
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 import pytest
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 onnx = pytest.importorskip("onnx", reason="needs onnx: pip install onnx onnxscript onnxruntime")
 pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
 
-from test_converter import calibrated
-from test_onnx import CHECK, SmallResNet, needs_runtime
+from networks import SmallResNet, calibrated
+from processes import ROOT, run
 
 from torch2trt_adder import Adder2d, adderize, convert, library
 from torch2trt_adder.conversion import routes
@@ -37,14 +38,12 @@ from torch2trt_adder.trt.builder import build_engine
 from torch2trt_adder.trt.engine import Engine
 from torch2trt_adder.utils import progress
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+CHECK = importlib.util.find_spec("onnxruntime") is not None  # the rest is tested without it, too
+needs_runtime = pytest.mark.skipif(not CHECK, reason="needs onnxruntime: pip install onnxruntime")
 
 
-def run_python(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, library.ENVIRONMENT_VARIABLE: str(library.path())}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
+def run_python(script: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    return run(sys.executable, "-c", script, *arguments)
 
 
 # ---- the real parser, which works without a GPU
@@ -60,7 +59,7 @@ def rtx() -> ModuleType:
 PARSE = """
 import sys
 import tensorrt_rtx as trt
-from torch2trt_adder import engine, plugin
+from torch2trt_adder.trt import engine, plugin
 import onnx
 if sys.argv[2] == "registered":
     plugin.register(trt)
@@ -146,14 +145,14 @@ def test_build(plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType) -> 
 def test_profile(plain: pathlib.Path, rtx: ModuleType) -> None:
     proto = builder.load_onnx(plain)
     assert builder.dynamic_axes(proto) == [("x", 0, "batch")]
-    builder, network, _parser = builder._parse(rtx, proto, plain)
-    config = builder.create_builder_config()
-    builder._add_profile(builder, network, config, proto, {"batch": (1, 4, 8)})
+    rtx_builder, network, _parser = builder._parse(rtx, proto, plain)
+    config = rtx_builder.create_builder_config()
+    builder._add_profile(rtx_builder, network, config, proto, {"batch": (1, 4, 8)})
     assert config.num_optimization_profiles == 1
     static = builder.load_onnx(plain)
     static.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
-    config = builder.create_builder_config()
-    builder._add_profile(builder, network, config, static, {})
+    config = rtx_builder.create_builder_config()
+    builder._add_profile(rtx_builder, network, config, static, {})
     assert config.num_optimization_profiles == 0
 
 
@@ -620,7 +619,7 @@ def test_layers_by_their_names(rtx: ModuleType) -> None:
     assert [layer["name"] for layer in found] == names and [layer["adder"] for layer in found] == [False, True, False]
 
 
-# ---- engines on a GPU: what test_engines.py does through torch2trt, through ONNX
+# ---- engines on a GPU: what test_torch2trt_engines.py does through torch2trt, through ONNX
 
 gpu = [pytest.mark.gpu, pytest.mark.tensorrt]
 
@@ -690,12 +689,12 @@ def test_onnx_route(name: str, fp16: bool, tmp_path: pathlib.Path) -> None:
 @on_gpu
 def test_every_route_on_1000_inputs() -> None:
     """Largest differences and equal predictions of three networks, torchvision's among them where it is installed."""
-    routes = [route for route in ("torch2trt", "onnx") if routes.missing(route) is None]
-    command = [sys.executable, str(ROOT / "benchmarks" / "check_routes.py"), "--route", *routes]
+    possible = [route for route in ("torch2trt", "onnx") if routes.missing(route) is None]
+    command = [sys.executable, str(ROOT / "benchmarks" / "check_routes.py"), "--route", *possible]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     print(done.stdout)
-    assert routes and done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" of 1000") >= 2 * len(routes)
+    assert possible and done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" of 1000") >= 2 * len(possible)
 
 
 @on_gpu
@@ -721,7 +720,7 @@ def test_dynamic_image_several_inputs_and_outputs(tmp_path: pathlib.Path) -> Non
         for strided in (x, x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT):
             for outputs in (runner(strided, z), runner(z=z, x=strided)):
                 for a, b in zip(outputs, model(x, z), strict=True):
-                    torch.testing.assert_close(a, b.detach(), rtol=4e-6, atol=4e-6)  # as in test_engines.py
+                    torch.testing.assert_close(a, b.detach(), rtol=4e-6, atol=4e-6)  # as in test_torch2trt_engines.py
     for call, message in (
         (lambda: runner(x), "the engine takes x, z, got input 0"),
         (lambda: runner(x, z, z), "got input 0, input 1, input 2"),
@@ -828,7 +827,7 @@ def test_save_and_load(tmp_path: pathlib.Path) -> None:
     torch.save(x, tmp_path / "x.pt")
     script = """
 import sys, torch
-from torch2trt_adder.engine import Engine
+from torch2trt_adder.trt.engine import Engine
 torch.save(Engine(sys.argv[1])(torch.load(sys.argv[2])), sys.argv[3])
 """
     done = run_python(script, plan, tmp_path / "x.pt", tmp_path / "y.pt")
@@ -985,7 +984,7 @@ torch.save(y, sys.argv[3])
     check(lambda _: torch.load(tmp_path / "y.pt"), model, x)
     script = """
 import sys, torch
-from torch2trt_adder.engine import Engine
+from torch2trt_adder.trt.engine import Engine
 torch.save(Engine(sys.argv[1], host_code=True)(torch.load(sys.argv[2])), sys.argv[3])
 """
     done = run_python(script, plan, tmp_path / "x.pt", tmp_path / "y.pt")

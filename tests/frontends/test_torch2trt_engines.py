@@ -3,8 +3,8 @@
 Tolerance. An engine is compared with the same network in float64. What rounding may do to the output depends on the
 network: BatchNorm subtracts the large mean of an adder layer's sums and divides by their small spread, which magnifies
 the relative error of the sums, 2 * eps * sqrt(CRS) at most (conftest.py), by mean / spread; and the errors of all
-layers add up. converter.rounding_bounds carries the bounds of the single operations through the very network;
-test_converter.py shows that its result holds float32 (float16) arithmetic and still catches one wrong tap. Here the
+layers add up. numerics.rounding_bounds carries the bounds of the single operations through the very network;
+conversion/test_convert.py shows that its result holds float32 (float16) arithmetic and still catches one wrong tap. Here the
 engine must stay within it, and it must be small itself.
 """
 
@@ -28,8 +28,10 @@ from torch import Tensor, nn
 import torch2trt_adder
 from torch2trt_adder import Adder2d, ops
 from torch2trt_adder.models import addernet_mnist, resnet20
+from torch2trt_adder.nn import recognise
 from torch2trt_adder.numerics.rounding import rounding_bounds
 from torch2trt_adder.ops import checks
+from torch2trt_adder.trt import plugin
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt, pytest.mark.torch2trt]
 
@@ -478,8 +480,7 @@ class Registered(nn.Module):
 
 @pytest.mark.parametrize("convert", [torch2trt, through_torch2trt], ids=["torch2trt", "convert"])
 def test_a_registered_class_whose_fields_do_not_tell_all(convert: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-
-    monkeypatch.setattr(module, "_adder_classes", {Registered: lambda layer: {"weight": layer.filters}})
+    monkeypatch.setitem(recognise.adder_classes, Registered, lambda layer: {"weight": layer.filters})
     network, x = nn.Sequential(Registered(), nn.ReLU()).cuda().eval(), torch.randn(1, 3, 8, 8, device="cuda")
     with pytest.raises(RuntimeError, match=r"0 \(Registered\) looks like an adder layer .*, but does not compute adder2d"):
         convert(network, [x])
@@ -496,8 +497,8 @@ def test_convert_notices_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None
         return add(network, itensor, weight, *args, **kwargs)
 
     model, x, _ = network("addernet_mnist", 4)
-    add = tracing.plugin.add_adder2d
-    monkeypatch.setattr(tracing.plugin, "add_adder2d", wrong)
+    add = plugin.add_adder2d
+    monkeypatch.setattr(plugin, "add_adder2d", wrong)
     with pytest.raises(RuntimeError, match="output 0 of the engine differs from PyTorch's by up to .* beyond the"):
         through_torch2trt(model, [x])
 

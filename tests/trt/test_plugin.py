@@ -17,27 +17,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import CASES, Case, assert_forward
+from processes import ROOT, run, run_python
 from torch import Tensor
 
 from torch2trt_adder import library
 from torch2trt_adder.trt import plugin
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+CPP = ROOT / "tests" / "csrc"
 EXPORTS = ("getCreators", "getPluginCreators", "setLoggerFinder", "adder2d_register_plugin")
-
-
-def run(*command: object) -> subprocess.CompletedProcess:
-    """Runs a command with this package on the path of a Python child."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, library.ENVIRONMENT_VARIABLE: str(library.path())}
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300, env=environment)
-
-
-def run_python(code: str, *arguments: object) -> str:
-    """Runs a script in a new process and returns what it printed; fails with its error where it fails."""
-    done = run(sys.executable, "-c", code, *arguments)
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 # ---- the driver
@@ -52,7 +39,7 @@ def compiler() -> str:
 
 
 def compile_cpp(*arguments: object) -> None:
-    flags = ["-std=c++17", "-Wall", "-Wno-unknown-warning-option", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
+    flags = ["-std=c++17", "-Wall", "-Wno-unknown-warning-option", f"-I{ROOT / 'csrc'}", f"-I{CPP}"]
     built = run(compiler(), *flags, *arguments)
     assert built.returncode == 0, built.stderr
 
@@ -61,7 +48,7 @@ def compile_cpp(*arguments: object) -> None:
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Runs plugin_driver on the library with the given arguments and returns its last line."""
     program = tmp_path_factory.mktemp("driver") / "plugin_driver"
-    compile_cpp("-O1", "-rdynamic", ROOT / "tests" / "plugin_driver.cpp", "-ldl", "-o", program)
+    compile_cpp("-O1", "-rdynamic", CPP / "plugin_driver.cpp", "-ldl", "-o", program)
 
     def play(*arguments: object) -> str:
         done = run(program, library.path(), *arguments)
@@ -96,7 +83,7 @@ def test_random_cases_under_sanitizers(tmp_path: pathlib.Path) -> None:
         pytest.skip("needs a C++ compiler with address and undefined-behaviour sanitizers: apt install g++")
     csrc = ROOT / "csrc"
     plugin_sources = [csrc / "tensorrt" / f"{name}.cpp" for name in ("attributes", "plugin_v2", "plugin_v3")]
-    tests = [ROOT / "tests" / "plugin_fuzz.cpp", ROOT / "tests" / "fuzz_functions.cpp"]
+    tests = [CPP / "plugin_fuzz.cpp", CPP / "fuzz_functions.cpp"]
     sources = [*tests, csrc / "cpu" / "adder2d_cpu.cpp", csrc / "api" / "check.cpp", *plugin_sources]
     objects = [tmp_path / f"{source.stem}.o" for source in sources]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -282,7 +269,7 @@ def test_import_without_tensorrt() -> None:
     script = """
 import sys
 sys.modules["tensorrt"] = None
-from torch2trt_adder import plugin
+from torch2trt_adder.trt import plugin
 try:
     plugin.register()
 except RuntimeError as error:
@@ -459,7 +446,7 @@ y = engine.run(x.cuda(), stream)
 stream.synchronize()
 print(torch.equal(y.cpu(), expected))
 """
-    assert run_python(script, tmp_path, ROOT / "tests").strip().splitlines()[-1] == "True"
+    assert run_python(script, tmp_path, pathlib.Path(__file__).parent).strip().splitlines()[-1] == "True"
 
 
 @pytest.mark.gpu
@@ -469,7 +456,7 @@ def test_builder_refuses_tensors_that_do_not_fit() -> None:
     script = """
 import numpy as np, torch
 import tensorrt as trt
-from torch2trt_adder import plugin
+from torch2trt_adder.trt import plugin
 torch.cuda.init()
 builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
 explicit_batch = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)

@@ -6,13 +6,14 @@ import shlex
 import subprocess
 
 import pytest
+from processes import ROOT
 
-TESTS = pathlib.Path(__file__).resolve().parent
+HERE = pathlib.Path(__file__).resolve().parent
 
 
 def _measured() -> dict[int, str]:
     """The output of abi_slots.cpp with TensorRT's headers, by version."""
-    parts = (TESTS / "abi_slots.txt").read_text().split("version ")[1:]
+    parts = (HERE / "abi_slots.txt").read_text().split("version ")[1:]
     return {int(part.split("\n", 1)[0]): f"version {part}" for part in parts}
 
 
@@ -23,8 +24,8 @@ MEASURED = _measured()
 def test_declarations_are_those_of_tensorrt(version: int, tmp_path: pathlib.Path) -> None:
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     program = tmp_path / "abi_slots"
-    source = TESTS / "abi_slots.cpp"
-    flags = ["-std=c++17", f"-I{TESTS.parent / 'csrc'}", f"-DVERSION={version}"]
+    source = HERE / "abi_slots.cpp"
+    flags = ["-std=c++17", f"-I{ROOT / 'csrc'}", f"-DVERSION={version}"]
     built = subprocess.run([*compiler, *flags, source, "-o", program], check=False, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout

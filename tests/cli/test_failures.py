@@ -17,18 +17,18 @@ import pytest
 import torch
 from torch import nn
 
-from torch2trt_adder import Adder2d
+from torch2trt_adder import Adder2d, library
 from torch2trt_adder.cli import main, parser
 from torch2trt_adder.conversion import routes
 
-ROOT = pathlib.Path(cli.__file__).resolve().parents[1]
+ROOT = pathlib.Path(library.__file__).resolve().parents[1]
 HAS_ONNX = importlib.util.find_spec("onnx") is not None
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs onnx")
 _numbers = itertools.count()
 
 NETWORK = """
 from torch import nn
-from torch2trt_adder import Adder2d
+from torch2trt_adder import Adder2d, library
 def make():
     return nn.Sequential(Adder2d(3, 4, 3))
 """
@@ -61,12 +61,12 @@ def failure(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     """The one sentence with which the command fails, by --json and for people; no file changes."""
     before = contents()
     capsys.readouterr()
-    assert main.main([*arguments]) == 1
+    assert main([*arguments]) == 1
     shown = capsys.readouterr()
     sentences = [line for line in shown.err.splitlines() if line.startswith("error: ")]
     assert len(sentences) == 1 and "Traceback" not in shown.err
     assert "FAILED | torch2trt-adder " in shown.out
-    assert main.main([*arguments, "--json"]) == 1
+    assert main([*arguments, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert not report["passed"] and report["error"].splitlines()[0] == sentences[0].removeprefix("error: ")
     assert contents() == before
@@ -280,7 +280,7 @@ def test_shapes_that_a_program_was_not_exported_for(capsys: pytest.CaptureFixtur
 @pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnx and onnxscript")
 def test_a_network_without_adder_layers(capsys: pytest.CaptureFixture[str]) -> None:
     name = module("from torch import nn\ndef make():\n    return nn.ReLU()")
-    assert main.main(["export", f"{name}:make", "x.onnx", "--shape", "1x3", "--no-check"]) == 0
+    assert main(["export", f"{name}:make", "x.onnx", "--shape", "1x3", "--no-check"]) == 0
     assert f"{name}:make has no adder layer: is it the network that you mean?" in capsys.readouterr().out
 
 
@@ -296,7 +296,7 @@ def test_code_of_a_program_needs_trust(capsys: pytest.CaptureFixture[str], folde
             bad = name.endswith("sample_inputs/model.pt")
             target.writestr(name, pathlib.Path("payload").read_bytes() if bad else source.read(name))
     assert "add --trust if you know" in failure("export", "evil.pt2", "x.onnx", "--no-check", capsys=capsys)
-    main.main(["export", "evil.pt2", "x.onnx", "--no-check", "--shape", "1x3x8x8", "--trust"])
+    main(["export", "evil.pt2", "x.onnx", "--no-check", "--shape", "1x3x8x8", "--trust"])
     assert (folder / "ran").is_dir()
 
 

@@ -4,25 +4,21 @@ test_torch2trt_layers.py.
 """
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import layer_cases
 import layer_networks
 import pytest
-from test_compat import START
-
-from torch2trt_adder import library
+from processes import run_python
+from test_torch2trt_compat import START
 
 pytestmark = pytest.mark.torch2trt
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install tensorrt-rtx")
 
 SCRIPT = """
 import json, torch2trt_adder, network_interpreter, layer_cases, layer_networks, torch.nn.functional as F
-from torch2trt_adder import converter
-assert converter._import_error is None, converter._import_error
+from torch2trt_adder import frontends
+assert frontends.is_enabled("torch2trt"), frontends.error("torch2trt")
 import torch2trt as package
 sys.modules["torch2trt.torch2trt"].TRTModule = lambda *args, **kwargs: nn.Module()  # there is no GPU to load an engine
 trt.Builder.build_serialized_network = lambda self, network, config: None
@@ -64,13 +60,8 @@ print(json.dumps(results))
 
 
 def run(script: str) -> str:
-    folder = pathlib.Path(__file__).resolve().parent
-    path = os.pathsep.join(filter(None, [str(folder.parent), str(folder), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, library.ENVIRONMENT_VARIABLE: str(library.path())}
-    command = [sys.executable, "-W", "ignore", "-c", START + SCRIPT + script]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900, env=environment)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr}"
-    return done.stdout
+    quiet = "import warnings; warnings.simplefilter('ignore')\n"
+    return run_python(quiet + START + SCRIPT + script, folders=(pathlib.Path(__file__).resolve().parent,), timeout=900)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import re
 import textwrap
 
 import pytest
+from processes import ROOT
 
 import torch2trt_adder
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -160,13 +160,13 @@ def test_threads_that_write_one_path(tmp_path: pathlib.Path) -> None:
 def test_nothing_is_left_by_a_failure(tmp_path: pathlib.Path) -> None:
     """A file that grows past the limit of the process, as on a full disk."""
     code = (
-        "import pathlib, resource, signal, sys; from torch2trt_adder import files\n"
+        "import pathlib, resource, signal, sys; from torch2trt_adder.utils import files\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try: files.write(pathlib.Path(sys.argv[1]), bytes(5000))\n"
         "except OSError as error: print(error)"
     )
     (tmp_path / "x").write_bytes(b"old")
-    root = pathlib.Path(files.__file__).parents[1]
+    root = pathlib.Path(files.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "x"], cwd=root, capture_output=True, text=True)
     assert done.stdout == f"{tmp_path / 'x'} cannot be written (File too large); name another file.\n", done.stderr
     assert (tmp_path / "x").read_bytes() == b"old" and names(tmp_path) == ["x"]

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch2trt_adder import load_checkpoint
+from torch2trt_adder import library, load_checkpoint
 from torch2trt_adder.cli import demo, main
 from torch2trt_adder.conversion import routes
 from torch2trt_adder.models import addernet_mnist
@@ -21,7 +22,7 @@ CHECKPOINT = "my digits.pth"  # the space must be quoted in what is printed
 
 def shell(folder: pathlib.Path, command: str) -> subprocess.CompletedProcess[str]:
     """As typed in a shell whose current folder it is, with the package that this process imported."""
-    packages = pathlib.Path(cli.__file__).resolve().parents[1]
+    packages = pathlib.Path(library.__file__).resolve().parents[1]
     path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
@@ -41,6 +42,17 @@ def test_accuracy_and_checkpoint(done: tuple[pathlib.Path, subprocess.CompletedP
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)["result"]
     assert report["accuracy"] >= 0.97 and report["checkpoint"] == CHECKPOINT
+    shown = result.stderr
+    assert f"\nPASSED | torch2trt-adder demo --checkpoint '{CHECKPOINT}' --json\n" in shown
+    (accuracy,) = re.findall(r"Accuracy on the other 360 digits: ([\d.]+)%", shown)
+    assert round(100 * report["accuracy"], 1) == float(accuracy)
+    assert len(re.findall(r"^Layer conv\d on the CPU against the definition in float64", shown, re.MULTILINE)) == 2
+    assert re.search(r"\b(\d+)/\1\b", shown)  # the progress at its end
+    if routes.missing() is None:
+        assert re.search(r"^TensorRT +\d+\.\d% +[\d.]+ ms +[\d.]+ ms$", shown, re.MULTILINE)
+        assert report["engine"]["TensorRT"]["milliseconds"]["1"] > 0
+    else:
+        assert "With an NVIDIA GPU and TensorRT" in shown and report["engine"] is None
     assert [path.name for path in folder.iterdir() if path.suffix not in (".onnx", ".plan")] == [CHECKPOINT]
     images, labels = demo._digits()
     model = load_checkpoint(addernet_mnist(), folder / CHECKPOINT).eval()
@@ -99,7 +111,7 @@ def test_a_loss_that_is_not_finite_is_the_reason_and_ends_it(
     precious: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "_LEARNING_RATE", 1e9)
-    assert main.main(["demo", "--epochs", "1", "--checkpoint", str(precious)]) == 1
+    assert main(["demo", "--epochs", "1", "--checkpoint", str(precious)]) == 1
     shown = capsys.readouterr()
     assert "error: the loss became " in shown.err
     assert "in epoch 1, batch " in shown.err and "training diverged; lower the learning rate." in shown.err
@@ -116,7 +128,7 @@ def test_a_last_step_that_diverges_ends_it_as_well(
         nn.init.constant_(model.fc2.bias[3:], torch.nan)
 
     monkeypatch.setattr(demo, "_train", train)
-    assert main.main(["demo", "--checkpoint", str(precious)]) == 1
+    assert main(["demo", "--checkpoint", str(precious)]) == 1
     assert "error: parameter fc2.bias is not finite (7 of 10 values): training diverged" in capsys.readouterr().err
     assert precious.read_bytes() == b"an earlier checkpoint"
 
@@ -140,7 +152,7 @@ def test_the_loss_never_rises_at_the_start(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("seed", ["-1", str(2**63), "x"])
 def test_a_seed_that_cannot_be(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main.main(["demo", "--seed", seed])
+        main(["demo", "--seed", seed])
     assert ended.value.code == 2 and "argument --seed" in capsys.readouterr().err
 
 

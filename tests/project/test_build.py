@@ -11,11 +11,11 @@ import tarfile
 import zipfile
 
 import pytest
+from processes import ROOT
 
 import torch2trt_adder
 from torch2trt_adder import library
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "torch2trt_adder"
 
 HEADER = (ROOT / "csrc" / "adder2d.h").read_text()

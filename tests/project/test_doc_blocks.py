@@ -20,12 +20,12 @@ import textwrap
 
 import pytest
 import torch
+from processes import ROOT
 
 import torch2trt_adder
 from torch2trt_adder import __version__, library
 from torch2trt_adder.conversion import routes
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = pathlib.Path(torch2trt_adder.__file__).resolve().parent
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```" in page.read_text()]
 ENGINE = routes.missing()  # why no engine can be built here, or None

@@ -14,7 +14,7 @@ from torch2trt_adder.utils import progress
 
 CODE = """
 import time
-from torch2trt_adder import progress
+from torch2trt_adder.utils import progress
 progress._PATIENCE, progress._NEXT_LINE = 0, 0.2
 with progress.elapsed("Building x") as shown:
     shown.phase("timing", 7)

@@ -18,7 +18,7 @@ from conftest import (
 )
 
 from torch2trt_adder import Adder2d, adder2d, reference, set_eta
-from torch2trt_adder.ops import fastpath, launch_gradients, scaling
+from torch2trt_adder.ops import fastpath, launch, launch_gradients, scaling
 
 pytestmark = pytest.mark.gpu
 
@@ -209,16 +209,16 @@ def test_same_result_twice(case, dtype):
     assert torch.equal(adder2d(x, w, b, *case.geometry), first)
 
 
-def limit_workspace(monkeypatch: pytest.MonkeyPatch, name: str) -> types.SimpleNamespace:
-    """Launches planned by `ops.<name>` get `fraction` of the workspace that they want; `wanted` lists what that was."""
-    plan, limit = getattr(ops, name), types.SimpleNamespace(fraction=1, wanted=[])
+def limit_workspace(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType, name: str) -> types.SimpleNamespace:
+    """Launches planned by `module.<name>` get `fraction` of the workspace that they want; `wanted` lists what that was."""
+    plan, limit = getattr(module, name), types.SimpleNamespace(fraction=1, wanted=[])
 
     def limited(*args):
         whole = plan(*args)
         limit.wanted.append(whole.workspace_bytes)
         return whole._replace(workspace_bytes=int(whole.workspace_bytes * limit.fraction))
 
-    monkeypatch.setattr(ops, name, limited)
+    monkeypatch.setattr(module, name, limited)
     return limit
 
 
@@ -228,7 +228,7 @@ def limit_workspace(monkeypatch: pytest.MonkeyPatch, name: str) -> types.SimpleN
 def test_any_workspace(case, dtype, memory_format, monkeypatch):
     """With less of it weights and images are packed in pieces or not at all, and fewer tiles are split."""
     x, w, b = case.tensors(dtype, "cuda", memory_format)
-    limit = limit_workspace(monkeypatch, "_plan")
+    limit = limit_workspace(monkeypatch, launch, "_plan")
     for limit.fraction in (1, 0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0):
         assert_forward(adder2d(x, w, b, *case.geometry), x, w, b, case.geometry)
     assert len(limit.wanted) == 9 and limit.wanted[0] > 0
@@ -508,7 +508,7 @@ def test_input_gradient_with_any_workspace(case, monkeypatch):
     """The launcher makes do with what it gets; it wants more for splits than for packed weights."""
     x, w, _ = case.tensors(device="cuda")
     dy = grad_output(case, torch.float32)
-    limit = limit_workspace(monkeypatch, "_grad_input_plan")
+    limit = limit_workspace(monkeypatch, launch_gradients, "_grad_input_plan")
     for limit.fraction in (1, 0.99, 0.5, 0):
         assert_grad_input(grad_input(dy, x, w, case.geometry), dy, x, w, case.geometry)
     assert len(limit.wanted) == 4 and limit.wanted[0] > 0

@@ -1,17 +1,21 @@
-"""convert() without a GPU: its errors, and the bounds by which it judges an engine. Engines are in test_engines.py."""
+"""convert() without a GPU: its errors, and the bounds by which it judges an engine. Engines are in frontends/test_torch2trt_engines.py."""
 
 import contextlib
 import copy
+import dataclasses
 import functools
+import importlib.util
+import sys
 import types
 from collections.abc import Callable
 
 import pytest
 import torch
+from networks import adder2d, calibrated
 from torch import Tensor, nn
 
 import torch2trt_adder
-from torch2trt_adder import Adder2d
+from torch2trt_adder import Adder2d, frontends
 from torch2trt_adder.conversion import (
     arguments,
     converter,
@@ -22,17 +26,6 @@ from torch2trt_adder.conversion import (
 from torch2trt_adder.models import addernet_mnist, resnet20
 from torch2trt_adder.nn import adopt
 from torch2trt_adder.numerics import comparison, rounding
-
-
-def calibrated(model: nn.Module, *shape: int) -> nn.Module:
-    """`model` in eval mode, with BatchNorm statistics of a random batch: with untrained ones ReLU cuts all off."""
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0
-    with torch.no_grad():
-        model.train()(torch.randn(shape))
-    return model.eval()
-
 
 # ---- errors: one sentence, before anything is converted
 
@@ -62,7 +55,7 @@ def test_no_gpu() -> None:
 )
 def test_package_missing(monkeypatch: pytest.MonkeyPatch, route: str, absent: set, remedy: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None if name in absent else object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else object())
     with pytest.raises(RuntimeError, match=f"^convert: {remedy}"):
         torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)], route)
 
@@ -70,15 +63,16 @@ def test_package_missing(monkeypatch: pytest.MonkeyPatch, route: str, absent: se
 def test_either_route_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for absent in ({"torch2trt"}, {"onnx"}):
-        monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None if name in absent else object())
-        monkeypatch.setattr(routes, "_import_error", None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else object())
+        monkeypatch.setattr(frontends, "error", lambda name: None)
         assert routes.missing() is None
 
 
 def test_torch2trt_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(routes, "_import_error", OSError("libnvinfer.so.8: cannot open shared object file"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    error = OSError("libnvinfer.so.8: cannot open shared object file")
+    monkeypatch.setattr(frontends, "error", lambda name: error)
     with pytest.raises(RuntimeError, match="torch2trt cannot be used .OSError: libnvinfer"):
         torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)], route="torch2trt")
 
@@ -193,20 +187,24 @@ def test_layers_that_do_not_differ_in_training_mode() -> None:
 @pytest.mark.parametrize("route", ["auto", "torch2trt", "onnx"])
 @pytest.mark.parametrize("given, meant", [("fp16", "fp16_mode"), ("max_batchsize", "max_batch_size")])
 def test_unknown_option(route: str, given: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = types.SimpleNamespace(torch2trt=swallows_options)
-    monkeypatch.setattr(converter, "torch2trt", package, raising=False)
+    with_torch2trt(monkeypatch)
     with pytest.raises(TypeError, match=f"^convert: route '{route}' has no option '{given}'; did you mean '{meant}'\\?"):
         torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)], route, **{given: True})
 
 
 def test_unknown_option_unlike_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter, "torch2trt", types.SimpleNamespace(torch2trt=swallows_options), raising=False)
+    with_torch2trt(monkeypatch)
     with pytest.raises(TypeError, match="has no option 'q'; its options are min_shapes, .*int8_mode, allow_constants"):
         torch2trt_adder.convert(small(), [torch.randn(1, 3, 8, 8)], q=1)
     for name in ("int8_mode", "allow_constants"):
         converter._check_options("torch2trt", {name: True})
         with pytest.raises(TypeError, match=f"route 'onnx' has no option '{name}'.*route='torch2trt'"):
             converter._check_options("onnx", {name: True})
+
+
+def with_torch2trt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch2trt", types.SimpleNamespace(torch2trt=swallows_options))
+    monkeypatch.setattr(frontends, "is_enabled", lambda name: True)
 
 
 def swallows_options(module: object, inputs: object, fp16_mode: bool = False, int8_mode: bool = False, **kwargs: object) -> None:
@@ -253,8 +251,9 @@ class Routes:
         monkeypatch.setattr(routes, "missing", lambda route="auto": None)
         monkeypatch.setattr(arguments, "check_devices", lambda model, example: None)
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        for route in self.shapes:
-            monkeypatch.setattr(converter, f"_through_{route}", functools.partial(self.through, route))
+        for name, route in routes.TABLE.items():
+            stand_in = dataclasses.replace(route, convert=functools.partial(self.through, name))
+            monkeypatch.setitem(routes.TABLE, name, stand_in)
 
     def through(self, route: str, model: nn.Module, inputs: object, options: dict) -> torch2trt_route.Converted:
         routes = self
@@ -281,7 +280,7 @@ def test_auto_goes_through_onnx_where_torch2trt_fails(
     routes.wrong["torch2trt"] = fault
     assert torch2trt_adder.convert(small(), [x], max_batch_size=4).route == "onnx"
     said = capsys.readouterr().err.splitlines()
-    reason = "AttributeError: 'INetwork" if fault is no_engine else "RuntimeError: convert: output 0 of the engine differs"
+    reason = "AttributeError: 'INetwork" if fault is no_engine else "RuntimeError: convert: output 0 differs"
     assert len(said) == 2 and said[1].startswith(f"torch2trt_adder.convert: route onnx, since torch2trt fails: {reason}")
     with pytest.raises(AttributeError if fault is no_engine else RuntimeError):
         torch2trt_adder.convert(small(), [x], route="torch2trt")
@@ -312,7 +311,7 @@ def test_engines_are_compared_at_the_smallest_and_largest_shapes(route: str, mon
     assert routes.shapes[route] == [(2, 3, 8, 8), (2, 3, 4, 4)]
     routes.wrong[route] = lambda y: y if len(y) == 2 else y + 1
     convert()
-    message = r"output 0 of the engine differs .* for inputs of \[1, 3, 8, 8\], beyond the .* that rounding explains"
+    message = r"output 0 differs .* for inputs of \[1, 3, 8, 8\], beyond the .* that rounding explains"
     with pytest.raises(RuntimeError, match=message):
         convert(max_batch_size=5)
 
@@ -322,19 +321,19 @@ def test_engines_are_compared_at_the_smallest_and_largest_shapes(route: str, mon
 
 def test_compare_raises_for_lost_values() -> None:
     y0, bound = torch.tensor([1.0, -2.0]), torch.tensor(0.1)
-    comparison.compare_outputs([torch.tensor([1.05, -2.05])], [y0], [bound], fp16=False)
+    converter.compare_outputs([torch.tensor([1.05, -2.05])], [y0], [bound], fp16=False)
     with pytest.raises(
-        RuntimeError, match="1 of 2 values in output 0 of the engine are infinite or NaN.*try fp16_mode=False"
+        RuntimeError, match="1 of 2 values of output 0 are infinite or NaN only in the engine.*try fp16_mode=False"
     ):
-        comparison.compare_outputs([torch.tensor([1.0, -torch.inf])], [y0], [bound], fp16=True)
+        converter.compare_outputs([torch.tensor([1.0, -torch.inf])], [y0], [bound], fp16=True)
     with pytest.raises(RuntimeError, match="1 of 2 values"):
-        comparison.compare_outputs([torch.tensor([torch.nan, -2.0])], [y0], [bound], fp16=False)
+        converter.compare_outputs([torch.tensor([torch.nan, -2.0])], [y0], [bound], fp16=False)
     with pytest.raises(
-        RuntimeError, match=r"differs from PyTorch's by up to 0\.2, beyond the 0\.1 that rounding explains"
+        RuntimeError, match=r"output 0 differs .* by up to 0\.2, beyond the 0\.1 that rounding explains"
     ):
-        comparison.compare_outputs([torch.tensor([1.2, -2.0])], [y0], [bound], fp16=False)
-    with pytest.raises(RuntimeError, match=r"output 0 of the engine is \[1\], PyTorch's is \[2\]"):
-        comparison.compare_outputs([torch.tensor([1.0])], [y0], [bound], fp16=False)
+        converter.compare_outputs([torch.tensor([1.2, -2.0])], [y0], [bound], fp16=False)
+    with pytest.raises(RuntimeError, match=r"output 0 is \[1\] in the engine and \[2\] in PyTorch"):
+        converter.compare_outputs([torch.tensor([1.0])], [y0], [bound], fp16=False)
 
 
 NETWORKS = {
@@ -401,18 +400,6 @@ def test_bounds_leave_no_trace() -> None:
 # ---- foreign layers
 
 
-class adder2d(nn.Module):  # the published class's name and attributes
-    def __init__(self) -> None:
-        super().__init__()
-        self.stride, self.padding, self.bias = 1, 1, False
-        self.adder = nn.Parameter(torch.randn(4, 3, 3, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return -torch.cdist(self.adder.flatten(1), nn.functional.unfold(x, 3, 1, 1, 1).mT, p=1).view(
-            len(x), 4, *x.shape[2:]
-        )
-
-
 def test_adopted_copy_shares_parameters_and_leaves_the_model_alone() -> None:
     model = nn.Sequential(adder2d(), nn.BatchNorm2d(4)).eval()
     ours = adopt.adopted_copy(model)
@@ -453,18 +440,14 @@ class Turned(adder2d):
 
 @pytest.mark.parametrize("layer", [Halved, OtherBias, Turned])
 @pytest.mark.parametrize("route", ["torch2trt", "onnx"])
-def test_look_alikes_are_compared_with_the_given_network(
+def test_look_alikes_do_not_become_engines(
     layer: type[nn.Module], route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine of what the layer's fields tell is not the network that the user gave."""
+    """An engine of what the layer's fields tell would not be the network that the user gave."""
     Routes(monkeypatch)
-    through = getattr(converter, f"_through_{route}")
-    monkeypatch.setattr(
-        converter, f"_through_{route}", lambda model, *rest: through(adopt.adopted_copy(model), *rest)
-    )
     x = torch.randn(2, 3, 9, 9)
     torch2trt_adder.convert(nn.Sequential(adder2d()).eval(), [x], route=route)
-    with pytest.raises(RuntimeError, match="output 0 of the engine differs from PyTorch's"):
+    with pytest.raises(ValueError, match=rf"adopt: 0 \({layer.__name__}\) .*adder2d"):
         torch2trt_adder.convert(nn.Sequential(layer()).eval(), [x], route=route)
 
 

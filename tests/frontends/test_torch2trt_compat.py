@@ -1,17 +1,14 @@
 """torch2trt 0.5 on a TensorRT that has dropped what it needs: tensorrt-rtx, which has the API of TensorRT 11."""
 
 import importlib.util
-import os
 import pathlib
-import subprocess
 import sys
 
 import pytest
+from processes import run_python
 
-from torch2trt_adder import library
 from torch2trt_adder.frontends import torch2trt_compat
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install tensorrt-rtx")
 
 START = """
@@ -32,12 +29,7 @@ before = set(dir(trt)), trt.NetworkDefinitionCreationFlag, trt.BuilderFlag
 
 
 def run(script: str) -> str:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, library.ENVIRONMENT_VARIABLE: str(library.path())}
-    command = [sys.executable, "-c", START + script]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
+    return run_python(START + script)
 
 
 def test_needed() -> None:
@@ -62,8 +54,8 @@ def test_importing_the_package_makes_torch2trt_work() -> None:
     """Networks of several layers and types, fixed and dynamic; TensorRT's module stays as it was."""
     out = run("""
 import torch2trt_adder
-from torch2trt_adder import converter
-assert converter._import_error is None, converter._import_error
+from torch2trt_adder import frontends
+assert frontends.is_enabled("torch2trt"), frontends.error("torch2trt")
 from torch2trt import torch2trt, TRTModule
 import torch2trt as package
 host = sys.modules["torch2trt.torch2trt"]
@@ -122,8 +114,9 @@ with warnings.catch_warnings(record=True) as said:
     import torch2trt_adder
 print(["make constants of adder layers" in str(w.message) for w in said if "torch2trt_adder" in str(w.message)])
 torch.cuda.is_available = lambda: True
-print(torch2trt_adder.converter.missing("torch2trt"))
-print(torch2trt_adder.converter.missing())
+from torch2trt_adder.conversion import routes
+print(routes.missing("torch2trt"))
+print(routes.missing())
 """)
     said, torch2trt, auto = out.splitlines()
     assert said == ("[True]" if warned else "[]")

@@ -1,7 +1,7 @@
 """Plain torch2trt(model, [x]) on the layers that networks with adder layers are made of, on a GPU with real TensorRT.
 
 Each case is one network of an adder layer and one of layer_cases.py's functions; so one converter's fault shows in its own
-test. Then whole networks. Engines are compared as in test_engines.py, within the bounds of converter.rounding_bounds.
+test. Then whole networks. Engines are compared as in test_torch2trt_engines.py, within the bounds of numerics.rounding_bounds.
 """
 
 import copy

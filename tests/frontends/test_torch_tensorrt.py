@@ -3,22 +3,18 @@
 import importlib.util
 import os
 import pathlib
-import subprocess
-import sys
 
-os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # as in test_engines.py
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # as in test_torch2trt_engines.py
 
 import pytest
 import torch
-from test_converter import calibrated
+from networks import calibrated
+from processes import run_python
 from torch import nn
 
 import torch2trt_adder
-from torch2trt_adder import library
 from torch2trt_adder.models import addernet_mnist, resnet20
 from torch2trt_adder.numerics.rounding import rounding_bounds
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # What the converter uses of Torch-TensorRT, and a network that takes plugin layers; the registry is TensorRT for RTX's.
 STAND_IN = {
@@ -91,12 +87,8 @@ def test_converter(bias: str, tmp_path: pathlib.Path) -> None:
         path = tmp_path / "torch_tensorrt" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source)
-    path = os.pathsep.join(filter(None, [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, library.ENVIRONMENT_VARIABLE: str(library.path())}
-    command = [sys.executable, "-c", CONVERT, bias]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert "adder2d in adder_8: the weight is computed from the network's inputs" in done.stdout
+    said = run_python(CONVERT, bias, folders=(tmp_path,))
+    assert "adder2d in adder_8" in said and "the weight is computed from the network's inputs" in said
 
 
 # ---- Torch-TensorRT itself

@@ -7,7 +7,6 @@ import math
 import os
 import pathlib
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
@@ -15,12 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import warm_up
+from processes import ROOT, run
 from torch import Tensor, nn
 
 from torch2trt_adder import Adder2d, scale_gradients, set_eta
 from torch2trt_adder.models import addernet_mnist, cnn_twin
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "train_cifar.py"
 
 
@@ -329,8 +328,7 @@ def test_example_as_a_program(tmp_path):
     """ResNet-20 in mixed precision, started as a user starts it."""
     arguments = ["--data", "digits", "--samples", "64", "--batch", "32", "--epochs", "1", "--amp", "float16"]
     command = [sys.executable, str(EXAMPLE), *arguments, "--device", "cpu", "--output", str(tmp_path)]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    result = run(*command)
     assert result.returncode == 0, result.stderr
     assert "resnet20 (adder) on digits: 64 training and 360 test images" in result.stdout
 
