@@ -12,7 +12,6 @@ from ..frontends.options import did_you_mean
 from ..nn.adopt import adopted_copy
 from ..numerics.comparison import compare, resized, tensor_leaves
 from ..numerics.rounding import rounding_bounds
-from ..trt.plans import fused_layers
 from . import arguments, routes
 from .shapes import shapes_of
 
@@ -37,7 +36,8 @@ def convert(
             and ReLU or limits that follow them); through torch2trt also its other options, and allow_constants.
 
     Returns:
-        A module called like `model`; its attribute ``route`` names the route. From torch2trt a TRTModule, saved with
+        A module called like `model`; its attribute ``route`` names the route, ``fused`` what adder layers
+        compute besides their sums. From torch2trt a TRTModule, saved with
         state_dict(); through ONNX an `Engine`, wrapped where the model's inputs or outputs are nested.
 
     Raises:
@@ -101,10 +101,8 @@ def _convert_through(
             where = f" for inputs of {', '.join(str(list(t.shape)) for t in tensor_leaves(args))}"
             compare_outputs(flatten(model_trt(*args)), flatten(expected), limits, fp16, where)
     model_trt.route = route  # type: ignore[assignment]  # an attribute of the caller's module
-    runner = model_trt.engine if isinstance(model_trt.engine, nn.Module) else model_trt  # nested outputs are wrapped
-    fused = fused_layers(runner.engine.name)
-    if fused:
-        _say(f"adder layers: {fused}")
+    if getattr(model_trt, "fused", None):
+        _say(f"adder layers: {model_trt.fused}")
     return model_trt
 
 
