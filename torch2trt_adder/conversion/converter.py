@@ -108,7 +108,7 @@ def _convert_through(
 
 def _at_the_ends(inputs: Any, example: Sequence[Any], options: dict[str, Any]) -> list[Any]:
     """The example's values at the smallest and largest shapes, where these are others."""
-    if not isinstance(inputs, (list, tuple)):  # a data set, whose shapes torch2trt takes where no others are given
+    if not isinstance(inputs, (list, tuple)):  # a data set; torch2trt uses its shapes where no others are given
         given = {key: value for key, value in options.items() if value is not None}
         options = {"min_shapes": inputs.min_shapes(), "max_shapes": inputs.max_shapes(), **given}
     tensors = tensor_leaves(example)
@@ -159,5 +159,5 @@ def _check_options(route: str, options: dict[str, Any]) -> None:
     for name in options:
         if name not in known:
             hint = did_you_mean(name, known) or f"; its options are {', '.join(known)}."
-            also = "" if route != "onnx" else " (route='torch2trt' takes all of torch2trt's options.)"
+            also = "" if route != "onnx" else " (route='torch2trt' supports all of torch2trt's options.)"
             raise TypeError(f"convert: route {route!r} has no option {name!r}{hint}{also}")

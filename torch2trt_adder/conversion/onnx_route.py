@@ -36,7 +36,7 @@ def refuses(inputs: Any, options: dict[str, Any]) -> str | None:
     if unknown:
         return (
             f"route 'onnx' has no option {unknown[0]!r}, its options are {', '.join(COMMON_OPTIONS)}; "
-            "route='torch2trt' takes all of torch2trt's."
+            "route='torch2trt' supports all of torch2trt's."
         )
     if not isinstance(inputs, (list, tuple)):
         return "route 'onnx' accepts the model's arguments, not a data set; give min_shapes and max_shapes."

@@ -79,7 +79,7 @@ class _Rounding(TorchDispatchMode):
     """Moves every result by as much as rounding may, up or down at random."""
 
     def __init__(self, fp16: bool, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fp16, self.seed = fp16, seed
         self.generators: dict[torch.device, torch.Generator] = {}
 
@@ -95,7 +95,9 @@ class _Rounding(TorchDispatchMode):
         sign = torch.empty_like(wide).bernoulli_(0.5, generator=self.generators[y.device]).mul_(2).sub_(1)
         return (wide + sign * bound).to(y.dtype)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
         if packet is torch.ops.torch2trt_adder.adder2d:
