@@ -42,6 +42,8 @@ class Report:
     exposed: Sequence[Any]
 
     def __str__(self) -> str:
+        if not self.adders:
+            return ""
         counts = {
             "BatchNorm": sum(each.scale for each in self.fused),
             "residual": sum(each.residual for each in self.fused),
