@@ -23,6 +23,22 @@ typedef enum Adder2dType : int32_t {
   ADDER2D_BFLOAT16 = 2,
 } Adder2dType;
 
+// What becomes of a sum before it is stored, in float32:
+//
+//   y = clamp(scale[k] * (b[k] - sum) + shift[k] + residual[n,k,p,q], lower, upper)
+//
+// BatchNorm, a residual sum and ReLU after the layer, without another pass over y. A NaN stays a NaN, as in torch.relu
+// and torch.clamp. Device pointers, but for adder2d_fprop_cpu, which reads host memory and a float32 residual only.
+typedef struct Adder2dEpilogue {
+  float const* scale;          // [K], or null for 1
+  float const* shift;          // [K], or null for 0
+  void const* residual;        // [N, K, P, Q], or null; it may be y where it has y's strides and type
+  int64_t residual_stride[4];  // elements between neighbours along N, K, P, Q
+  int32_t residual_type;       // Adder2dType
+  int32_t reserved;            // 0
+  float lower, upper;          // -INFINITY and INFINITY where there is no limit
+} Adder2dEpilogue;
+
 // All sizes are in elements. Sums are float32 whatever the types. `x_type` and `y_type` are free of each other and of
 // `w_type`: TensorRT hands float32 weights to a float16 layer.
 typedef struct Adder2dParams {
@@ -40,6 +56,8 @@ typedef struct Adder2dParams {
   void* y;
   void* workspace;         // device memory, 16-byte aligned, or null
   size_t workspace_bytes;  // bytes at `workspace`
+  Adder2dEpilogue const* epilogue;  // host memory, read during the call; null for y = b - sum. Forward pass only
+  void const* packed_w;  // device memory, 16-byte aligned: w as adder2d_pack_weights_cpu packs it; or null
 } Adder2dParams;
 
 // sizeof(Adder2dParams): a caller that declares the struct by itself checks its own declaration with this.

@@ -39,12 +39,13 @@ def test_struct_matches_header():
 
 def test_packed_bytes_are_the_struct():
     problem = library.PROBLEM.pack(*range(1, 29))
-    params = library.Adder2dParams.from_buffer_copy(problem + library.POINTERS.pack(31, 32, 33, 34, 35, 36))
+    params = library.Adder2dParams.from_buffer_copy(problem + library.POINTERS.pack(31, 32, 33, 34, 35, 36, 37, 38))
     assert (params.N, params.W, params.K, params.Q, params.stride_h, params.groups) == (1, 4, 5, 9, 10, 16)
     assert (params.x_type, params.reserved, *params.x_stride, *params.y_stride) == (17, 20, *range(21, 29))
     assert (params.x, params.w, params.b, params.y, params.workspace, params.workspace_bytes) == tuple(range(31, 37))
+    assert (params.epilogue, params.packed_w) == (37, 38)
 
-    layer = problem + library.POINTERS.pack(31, 32, 33, 34, 35, 36)
+    layer = problem + library.POINTERS.pack(31, 32, 33, 34, 35, 36, 37, 38)
     params = library.Adder2dWgradParams.from_buffer_copy(layer + library.WGRAD.pack(*range(1, 7), 7.5, 8, 9))
     assert (params.layer.N, params.layer.workspace_bytes, params.channels_last, params.reserved) == (1, 36, 1, 2)
     assert (*params.convolved_stride, params.eta, params.convolved, params.dw) == (3, 4, 5, 6, 7.5, 8, 9)

@@ -13,6 +13,19 @@ FILE_NAME = "libtorch2trt_adder.so"
 ENVIRONMENT_VARIABLE = "TORCH2TRT_ADDER_LIBRARY"
 
 
+class Adder2dEpilogue(ctypes.Structure):
+    """``Adder2dEpilogue`` of adder2d.h, where every field is explained."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("scale", "shift", "residual")),
+        ("residual_stride", ctypes.c_int64 * 4),
+        ("residual_type", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("lower", ctypes.c_float),
+        ("upper", ctypes.c_float),
+    ]
+
+
 class Adder2dParams(ctypes.Structure):
     """``Adder2dParams`` of adder2d.h, where every field is explained."""
 
@@ -24,6 +37,8 @@ class Adder2dParams(ctypes.Structure):
         ("y_stride", ctypes.c_int64 * 4),
         *((name, ctypes.c_void_p) for name in ("x", "w", "b", "y", "workspace")),
         ("workspace_bytes", ctypes.c_size_t),
+        ("epilogue", ctypes.c_void_p),
+        ("packed_w", ctypes.c_void_p),
     ]
 
 
@@ -56,7 +71,8 @@ class Adder2dWgradParams(ctypes.Structure):
 # The same structs for `struct.pack`, which costs a fraction of filling a ctypes.Structure; in two pieces, because the
 # first depends on shapes alone, so that a call has only the pointers to pack.
 PROBLEM = struct.Struct("@20i8q")
-POINTERS = struct.Struct("@5PN")
+POINTERS = struct.Struct("@5PN2P")  # x, w, b, y, workspace, workspace_bytes, epilogue, packed_w
+EPILOGUE = struct.Struct("@3P4q2i2f")
 DGRAD = struct.Struct("@2i4qP")  # Adder2dDgradParams behind its Adder2dParams
 WGRAD = struct.Struct("@2i4qd2P")  # Adder2dWgradParams behind its Adder2dParams
 

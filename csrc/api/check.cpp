@@ -56,6 +56,20 @@ char const* strides_sentence(char const* tensor, int64_t const* stride) {
 
 bool is_type(int32_t type) { return type == ADDER2D_FLOAT32 || type == ADDER2D_FLOAT16 || type == ADDER2D_BFLOAT16; }
 
+// Why the epilogue of a valid problem `p` is not valid, or null.
+char const* check_epilogue(Adder2dParams const& p) {
+  Adder2dEpilogue const& e = *p.epilogue;
+  if (e.reserved != 0) return sentence("the epilogue's reserved must be 0, got %d", e.reserved);
+  if (!is_type(e.residual_type))
+    return sentence("residual_type must be float32 (0), float16 (1) or bfloat16 (2), got %d", e.residual_type);
+  if (!(e.lower <= e.upper))
+    return sentence("the epilogue's limits must be numbers with lower <= upper, got lower %g and upper %g",
+                    static_cast<double>(e.lower), static_cast<double>(e.upper));
+  if (e.residual != nullptr && strides_exceed({p.N, p.K, p.P, p.Q}, e.residual_stride))
+    return strides_sentence("the residual", e.residual_stride);
+  return nullptr;
+}
+
 }  // namespace
 
 size_t adder2d_params_size(void) { return sizeof(Adder2dParams); }
@@ -114,7 +128,7 @@ char const* adder2d_check(Adder2dParams const* p) {
   int64_t const columns = std::max(int64_t{p->W} + 2 * int64_t{p->pad_w}, int64_t{p->S} * p->dil_w);
   if (strides_exceed({p->N, p->C, rows, columns}, p->x_stride)) return strides_sentence("x", p->x_stride);
   if (strides_exceed({p->N, p->K, p->P, p->Q}, p->y_stride)) return strides_sentence("y", p->y_stride);
-  return nullptr;
+  return p->epilogue != nullptr ? check_epilogue(*p) : nullptr;
 }
 
 size_t adder2d_dgrad_params_size(void) { return sizeof(Adder2dDgradParams); }
@@ -122,6 +136,7 @@ size_t adder2d_dgrad_params_size(void) { return sizeof(Adder2dDgradParams); }
 char const* adder2d_dgrad_check(Adder2dDgradParams const* params) {
   if (params == nullptr) return "params is null";
   if (char const* const reason = adder2d_check(&params->layer)) return reason;
+  if (params->layer.epilogue != nullptr) return "epilogue must be null: the gradients do not support one";
   if (!is_type(params->dx_type))
     return sentence("dx_type must be float32 (0), float16 (1) or bfloat16 (2), got %d", params->dx_type);
   if (params->reserved != 0) return sentence("reserved must be 0, got %d", params->reserved);
@@ -135,6 +150,7 @@ size_t adder2d_wgrad_params_size(void) { return sizeof(Adder2dWgradParams); }
 char const* adder2d_wgrad_check(Adder2dWgradParams const* params) {
   if (params == nullptr) return "params is null";
   if (char const* const reason = adder2d_check(&params->layer)) return reason;
+  if (params->layer.epilogue != nullptr) return "epilogue must be null: the gradients do not support one";
   if (params->channels_last != 0 && params->channels_last != 1)
     return sentence("channels_last must be 0 or 1, got %d", params->channels_last);
   if (params->reserved != 0) return sentence("reserved must be 0, got %d", params->reserved);

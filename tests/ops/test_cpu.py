@@ -334,7 +334,7 @@ def _params(case: Case, x: Tensor, w: Tensor, y: Tensor) -> library.Adder2dParam
             *x.shape, case.K, case.R, case.S, *y.shape[2:], *case.stride, *case.padding, *case.dilation, case.groups, 0, 0, 0, 0,
             *x.stride(), *y.stride(),
         )
-        + library.POINTERS.pack(x.data_ptr(), w.data_ptr(), 0, y.data_ptr(), 0, 0)
+        + library.POINTERS.pack(x.data_ptr(), w.data_ptr(), 0, y.data_ptr(), 0, 0, 0, 0)
     )  # fmt: skip
     return params
 

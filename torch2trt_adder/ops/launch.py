@@ -70,7 +70,7 @@ def _plan(
         *input_size, K, *weight_size[2:], P, Q, *stride, *padding, *dilation, groups, kind, kind, kind, 0,
         *input_stride, *output_stride,
     )  # fmt: skip
-    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0)
+    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0, 0, 0)
     loaded = library.load()
     reason = loaded.adder2d_check(params)
     if reason:
@@ -120,6 +120,8 @@ def adder2d_cuda(input, weight, bias, stride, padding, dilation, groups):
         output.data_ptr(),
         0 if workspace is None else workspace.data_ptr(),
         plan.workspace_bytes,
+        0,
+        0,
     )
     loaded = library.load()
     error = loaded.adder2d_fprop(params, torch._C._cuda_getCurrentRawStream(device))
@@ -148,7 +150,7 @@ def adder2d_cpu(input, weight, bias, stride, padding, dilation, groups):
     weight, bias = as_contiguous("weight", weight), as_contiguous("bias", bias)
     _check_forward_memory(plan, input, weight, bias)
     params = plan.problem + library.POINTERS.pack(
-        input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr(), 0, 0
+        input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr(), 0, 0, 0, 0
     )
     error = library.load().adder2d_fprop_cpu(params, torch.get_num_threads())
     if error:

@@ -53,7 +53,7 @@ def _grad_input_plan(
         *input_size, size[1], *weight_size[2:], *size[2:], *stride, *padding, *dilation, groups,
         kind, kind, KERNEL_TYPES[grad_dtype], 0, *input_stride, *grad_stride,
     )  # fmt: skip
-    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0) + library.DGRAD.pack(kind, 0, *output_stride, 0)
+    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0, 0, 0) + library.DGRAD.pack(kind, 0, *output_stride, 0)
     loaded = library.load()
     reason = loaded.adder2d_dgrad_check(params)
     if reason:
@@ -84,6 +84,8 @@ def _grad_input_kernel(grad_output, input, weight, channels_last, stride, paddin
             grad_output.data_ptr(),
             0 if workspace is None else workspace.data_ptr(),
             plan.workspace_bytes,
+            0,
+            0,
         )
         + library.DGRAD.pack(plan.kind, 0, *plan.stride, grad_input.data_ptr())
     )
@@ -160,7 +162,7 @@ def _grad_weight_plan(
         *input_size, K, R, S, *size[2:], *stride, *padding, *dilation, groups, kind, kind, KERNEL_TYPES[grad_dtype], 0,
         *input_stride, *grad_stride,
     )  # fmt: skip
-    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0)
+    params = problem + library.POINTERS.pack(0, 0, 0, 0, 0, 0, 0, 0)
     params += library.WGRAD.pack(channels_last, 0, 0, 0, 0, 0, eta, 0, 0)
     loaded = library.load()
     reason = loaded.adder2d_wgrad_check(params)
@@ -205,7 +207,14 @@ def grad_weight_cuda(grad_output, input, weight, stride, padding, dilation, grou
     params = (
         plan.problem
         + library.POINTERS.pack(
-            input.data_ptr(), weight.data_ptr(), 0, grad_output.data_ptr(), workspace.data_ptr(), plan.workspace_bytes
+            input.data_ptr(),
+            weight.data_ptr(),
+            0,
+            grad_output.data_ptr(),
+            workspace.data_ptr(),
+            plan.workspace_bytes,
+            0,
+            0,
         )
         + library.WGRAD.pack(
             channels_last,
