@@ -18,6 +18,7 @@ __all__ = [
     "build_engine",
     "convert",
     "export_onnx",
+    "fuse",
     "load_checkpoint",
     "register_adder_class",
     "scale_gradients",
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     )
     from ._api import (
         export_onnx as export_onnx,
+    )
+    from ._api import (
+        fuse as fuse,
     )
     from ._api import (
         load_checkpoint as load_checkpoint,

@@ -13,7 +13,15 @@ from torch import Tensor
 from .. import library as _library
 from ..utils import arguments
 from . import export_hook, launch
-from .checks import as_contiguous, check_memory, check_tensors, is_channels_last, memory_format, output_size, tensor_size
+from .checks import (
+    as_contiguous,
+    check_memory,
+    check_tensors,
+    is_channels_last,
+    memory_format,
+    output_size,
+    tensor_size,
+)
 from .fallback import adder2d_torch
 from .fastpath import find_kernels, plain_pairs
 from .schema import adder2d_op, library
@@ -78,7 +86,11 @@ def adder2d_fused(
             return _decomposed(plain, input, weight, bias, scale, shift, residual, geometry, lower, upper)
     kernels = find_kernels(input, weight, bias)
     epilogue = scale, shift, residual
-    if kernels is not None and pairs is not None and find_kernels(*(t if t is not None else input for t in epilogue)) is kernels:
+    if (
+        kernels is not None
+        and pairs is not None
+        and find_kernels(*(t if t is not None else input for t in epilogue)) is kernels
+    ):
         tensors = input, weight, bias, *epilogue
         _refuse_gradients(tensors)
         return _IMPLEMENTATIONS[kernels.forward](*tensors, *pairs, groups, lower, upper)
@@ -146,7 +158,9 @@ def _check_epilogue(
         if tensor is None:
             continue
         if tensor.dtype is not torch.float32:
-            raise TypeError(f"adder2d_fused: {name} must be torch.float32, got {tensor.dtype}; convert it with .float().")
+            raise TypeError(
+                f"adder2d_fused: {name} must be torch.float32, got {tensor.dtype}; convert it with .float()."
+            )
         if tuple(tensor_size(tensor)) != (K,):
             raise ValueError(
                 f"adder2d_fused: {name} must be [{K}], one value per filter, got {list(tensor_size(tensor))}."
@@ -407,7 +421,9 @@ def _fused_autograd(*options: Any) -> Tensor:
     if torch.autograd.forward_ad._current_level >= 0 and any(
         t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
-        raise RuntimeError("adder2d_fused is for inference and has no forward-mode derivative; pass tensors without one.")
+        raise RuntimeError(
+            "adder2d_fused is for inference and has no forward-mode derivative; pass tensors without one."
+        )
     with torch._C._AutoDispatchBelowAutograd():
         result: Tensor = adder2d_fused_op(*options)
     return result
