@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..nn.adder2d import Adder2d
-from ..nn.fused import FusedAdder2d
 from ..nn.checkpoints import load_checkpoint
+from ..nn.fused import FusedAdder2d
 from ..nn.recognise import layer_fields
 from . import programs
 from .sources import check_exportable, check_source
