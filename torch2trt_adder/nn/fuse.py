@@ -22,6 +22,7 @@ from .fuse_graph import (
     is_adder,
     limits_of_call,
     limits_of_module,
+    name_of_call,
     name_of_limits,
     norm_of_call,
     norm_of_module,
@@ -247,7 +248,7 @@ class _Fuser:
         for node in reversed(list(graph.nodes)):  # of two layers whose outputs are added, the later one adds
             if is_adder(node, modules):
                 by_module = node.op == "call_module"
-                path = prefix + (node.target if by_module else str(getattr(node.args[1], "target", node.name)))
+                path = prefix + (node.target if by_module else name_of_call(node))
                 layer = self._layer(modules[node.target]) if by_module else functional_layer(node, root)
                 chain = layer if isinstance(layer, str) else self._chain(layer, node, modules, root)
                 if isinstance(chain, str):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..ops import schema
+from ..utils import arguments
 from .adder2d import Adder2d
 from .fused import FusedAdder2d
 
@@ -33,10 +34,26 @@ class _Value(fx.Proxy):
         return type(self)
 
 
+def _in_place(function: Callable[..., Any]) -> Callable[[_Value, Any], fx.Proxy]:
+    def method(self: _Value, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+# torch.fx would trace `x += y` as `x = x + y`, which leaves other references to x as they are.
+_IN_PLACE_OPERATORS = {
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
+    *(operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.imatmul),
+}
+for _function in _IN_PLACE_OPERATORS:
+    setattr(_Value, f"__{_function.__name__}__", _in_place(_function))
+
+
 class Tracer(fx.Tracer):
     """torch.fx's tracer with adder layers and BatchNorm as leaves, and what `is_leaf` says besides."""
 
-    def __init__(self, is_leaf: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, is_leaf: Callable[[nn.Module], bool] = lambda module: False) -> None:
         super().__init__()
         self.is_leaf = is_leaf
 
@@ -69,6 +86,12 @@ def is_adder(node: fx.Node, modules: Modules) -> bool:
     return node.op == "call_function" and node.target in _ADDER_OPS
 
 
+def name_of_call(node: fx.Node) -> str:
+    """What a report calls a call of the operator: the path of its weight, where it has one."""
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else node.name
+
+
 def functional_layer(node: fx.Node, root: nn.Module) -> Adder2d | str:
     """The layer that a call of the operator stands for, or why it cannot be fused."""
     names = "input", "weight", "bias", "stride", "padding", "dilation", "groups", "eta"
@@ -76,20 +99,20 @@ def functional_layer(node: fx.Node, root: nn.Module) -> Adder2d | str:
     weight, bias = (_attribute(given[name], root) for name in ("weight", "bias"))
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         return "its weight or bias is computed"
-    pairs = [given[name] for name in ("stride", "padding", "dilation")]
-    if not all(type(v) is int for pair in (*pairs, [given["groups"]]) for v in pair):
+    stride, padding, dilation = (arguments.as_pair(given[name]) for name in ("stride", "padding", "dilation"))
+    groups = arguments.as_integer(given["groups"])
+    if stride is None or padding is None or dilation is None or groups is None:
         return "its stride, padding, dilation or groups are computed"
     K, channels, *kernel = weight.shape
-    stride, padding, dilation = (tuple(pair) for pair in pairs)
     layer = Adder2d(
-        channels * given["groups"],
+        channels * groups,
         K,
         tuple(kernel),
         stride,
         padding,
         bias is not None,
         dilation,
-        given["groups"],
+        groups,
         device="meta",
     )
     layer.adder = nn.Parameter(weight.detach(), requires_grad=False)
@@ -259,10 +282,6 @@ _NEW_MODULES = (
     nn.MaxPool2d,
     nn.AvgPool2d,
 )
-_IN_PLACE_OPERATORS = {
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
-    *(operator.iand, operator.ior, operator.ixor, operator.setitem),
-}
 
 
 def disturbed(start: fx.Node, end: fx.Node, value: fx.Node, modules: Modules) -> bool:
@@ -303,7 +322,7 @@ def _written(node: fx.Node, modules: Modules) -> list[fx.Node]:
         return node.all_input_nodes
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     writes = (
-        node.target in _IN_PLACE_OPERATORS
+        node.target in (*_IN_PLACE_OPERATORS, operator.setitem)
         or (name.endswith("_") and not name.endswith("__"))
         or name == "__setitem__"
         or "out" in node.kwargs
