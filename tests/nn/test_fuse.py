@@ -178,7 +178,7 @@ def test_float16_keeps_what_float16_cannot_hold():
     assert not half.isfinite().all() or (half == 0).all()
     assert y.dtype is torch.float16 and expected.max() > 0.5
     limit = rounding_bounds(model, [x]).item() + 2**-11 * expected.max()
-    assert limit < 0.05 * expected.max() and (y - expected).abs().max() <= limit
+    assert limit < 0.1 * expected.max() and (y - expected).abs().max() <= limit
 
 
 # ---- forms of one chain
@@ -651,7 +651,7 @@ def test_training_mode_names_the_layer():
 
 
 def test_no_module():
-    with pytest.raises(TypeError, match="fuse: model must be a torch.nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"fuse: model must be a torch\.nn\.Module, got function"):
         fuse(lambda x: x)
 
 

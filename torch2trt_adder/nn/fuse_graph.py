@@ -26,8 +26,8 @@ Limits = tuple[float | None, float | None]
 class _Value(fx.Proxy):
     """A traced value that refuses isinstance: torch.fx would answer that it is no tensor, and trace another branch."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]  # isinstance asks for it
+    @property  # type: ignore[misc]  # it can be written elsewhere
+    def __class__(self) -> type:  # isinstance asks for it
         caller = str(sys._getframe(1).f_globals.get("__name__", ""))
         if not caller.startswith(("torch.", "torch2trt_adder.")):
             raise fx.proxy.TraceError("its code asks for the type of a traced value (isinstance)")
@@ -162,7 +162,12 @@ def norm_of_call(node: fx.Node, root: nn.Module) -> Norm | str:
         return "the batch_norm after it has no running statistics, or is in training mode"
     if not all(value is None or isinstance(value, Tensor) for value in (mean, var, weight, bias)):
         return "the statistics or parameters of the batch_norm after it are computed"
-    return Norm(mean, var, weight, bias, float(given["eps"]))
+    eps = given["eps"]
+    return (
+        Norm(mean, var, weight, bias, eps)
+        if isinstance(eps, float)
+        else "the eps of the batch_norm after it is computed"
+    )
 
 
 def fold(layer: Adder2d, norm: Norm) -> tuple[Tensor, Tensor] | str:

@@ -100,7 +100,8 @@ class _Rounding(TorchDispatchMode):
         """adder2d_fused with its values moved before the limits, which cut what was moved beyond them."""
         dtype = args[0].dtype
         wide = torch.float64 if dtype is torch.float64 else torch.float32
-        input, weight, bias, residual = (None if t is None else t.to(wide) for t in (*args[:3], args[5]))
+        input, weight = args[0].to(wide), args[1].to(wide)
+        bias, residual = (None if t is None else t.to(wide) for t in (args[2], args[5]))
         scale, shift = (None if t is None else t.to(wide)[:, None, None] for t in args[3:5])
         lower, upper = args[10:]
         y = func(input, weight, bias, None, None, None, *args[6:10], None, None)
@@ -114,6 +115,7 @@ class _Rounding(TorchDispatchMode):
         y = normalized if residual is None else normalized + residual
         bound += _unit(args[0], self.fp16) * (normalized.abs() + 2 * y.abs())
         y = self.move(y, bound)
+        assert isinstance(y, Tensor)
         return y if lower is None and upper is None else y.clamp(lower, upper)
 
     def __torch_dispatch__(

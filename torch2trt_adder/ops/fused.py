@@ -81,7 +81,7 @@ def adder2d_fused(
     lower, upper = _limit("lower", lower), _limit("upper", upper)
     if torch.onnx.is_in_onnx_export() and export_hook.symbol is not None:
         plain = export_hook.symbol if torch.compiler.is_compiling() else adder2d_op
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             geometry = stride, padding, dilation, groups
             return _decomposed(plain, input, weight, bias, scale, shift, residual, geometry, lower, upper)
     kernels = find_kernels(input, weight, bias)
@@ -265,12 +265,10 @@ def _float32(value: float | None, missing: float) -> float:
 
 
 def _pack_epilogue(
-    scale: int, shift: int, residual: int, stride: Extents, kind: int, lower: float | None, upper: float | None
+    addresses: Sequence[int], stride: Extents, kind: int, lower: float | None, upper: float | None
 ) -> Any:
-    """An Adder2dEpilogue; the first three are addresses."""
-    packed = _library.EPILOGUE.pack(
-        scale, shift, residual, *stride, kind, 0, _float32(lower, -math.inf), _float32(upper, math.inf)
-    )
+    """An Adder2dEpilogue; the addresses are those of scale, shift and residual."""
+    packed = _library.EPILOGUE.pack(*addresses, *stride, kind, 0, _float32(lower, -math.inf), _float32(upper, math.inf))
     return _library.Adder2dEpilogue.from_buffer_copy(packed)
 
 
@@ -288,7 +286,7 @@ def _workspace_bytes(
     """Checks the problem with its epilogue. `device` is the current CUDA device, or -1 for the CPU, which needs none."""
     stride = residual_stride or (0, 0, 0, 0)
     there = scale, shift, residual_stride is not None
-    epilogue = _pack_epilogue(*(_ALIGNED if given else 0 for given in there), stride, kind, lower, upper)
+    epilogue = _pack_epilogue([_ALIGNED if given else 0 for given in there], stride, kind, lower, upper)
     params = problem + _library.POINTERS.pack(0, 0, 0, 0, 0, 0, ctypes.addressof(epilogue), 0)
     loaded = _library.load()
     reason = loaded.adder2d_check(params)
@@ -298,8 +296,9 @@ def _workspace_bytes(
 
 
 def _launch(
-    input: Tensor,
+    device: int,
     channels_last: bool,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
@@ -311,7 +310,6 @@ def _launch(
     groups: int,
     lower: float | None,
     upper: float | None,
-    device: int,
 ) -> Tensor:
     """By adder2d_fprop on the current CUDA device `device`, or by adder2d_fprop_cpu where that is -1."""
     plan = launch._plan(
@@ -328,14 +326,15 @@ def _launch(
     output = input.new_empty_strided(plan.size, plan.stride)
     if plan.size[0] == 0:
         return output
-    weight, bias = as_contiguous("weight", weight), as_contiguous("bias", bias)
+    filters, bias = as_contiguous("weight", weight), as_contiguous("bias", bias)
+    assert filters is not None
     scale, shift = as_contiguous("scale", scale), as_contiguous("shift", shift)
-    launch._check_forward_memory(plan, input, weight, bias)
+    launch._check_forward_memory(plan, input, filters, bias)
     for name, tensor in (("scale", scale), ("shift", shift), ("residual", residual)):
         check_memory(name, tensor)
     workspace = torch.empty(size, dtype=torch.uint8, device=input.device) if size else None
-    w, b, *addresses = (0 if t is None else t.data_ptr() for t in (weight, bias, scale, shift, residual))
-    epilogue = _pack_epilogue(*addresses, residual_stride or (0, 0, 0, 0), kind, lower, upper)
+    w, b, *addresses = (0 if t is None else t.data_ptr() for t in (filters, bias, scale, shift, residual))
+    epilogue = _pack_epilogue(addresses, residual_stride or (0, 0, 0, 0), kind, lower, upper)
     params = plan.problem + _library.POINTERS.pack(
         input.data_ptr(),
         w,
@@ -366,7 +365,7 @@ def adder2d_fused_cuda(input: Tensor, weight: Tensor, bias: Tensor | None, *opti
             return adder2d_fused_cuda(input, weight, bias, *options)
     if input.dtype is torch.float64:
         return _fused_torch(input, weight, bias, *options)
-    return _launch(input, is_channels_last(input), weight, bias, *options, device)
+    return _launch(device, is_channels_last(input), input, weight, bias, *options)
 
 
 def adder2d_fused_cpu(
@@ -390,7 +389,7 @@ def adder2d_fused_cpu(
             check_memory(name, tensor)
         input, weight = input.float(), weight.float()
         bias, residual = (None if t is None else t.float() for t in (bias, residual))
-    return _launch(input, channels_last, weight, bias, scale, shift, residual, *options, -1).to(dtype)
+    return _launch(-1, channels_last, input, weight, bias, scale, shift, residual, *options).to(dtype)
 
 
 _IMPLEMENTATIONS = {launch.adder2d_cpu: adder2d_fused_cpu, launch.adder2d_cuda: adder2d_fused_cuda}
