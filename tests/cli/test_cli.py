@@ -5,29 +5,38 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 
+import processes
 import pytest
 import torch
+from processes import ROOT
 
 from torch2trt_adder import __version__, library
 from torch2trt_adder.cli import commands, main
 from torch2trt_adder.conversion import routes
 from torch2trt_adder.export import runtime
-from torch2trt_adder.models import addernet_mnist
 from torch2trt_adder.trt import builder
 
 
-def run(*arguments: str, folder: pathlib.Path | None = None) -> subprocess.CompletedProcess:
-    root = pathlib.Path(__file__).resolve().parents[1]
-    # The package of this checkout or the installed one, whichever this process imported.
-    path = pathlib.Path(library.__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "torch2trt_adder", *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))}
-    return subprocess.run(command, cwd=folder or root, env=environment, capture_output=True, text=True, timeout=600)
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "torch2trt_adder", *arguments]
+
+
+def run(*arguments: str, folder: pathlib.Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    return processes.run(*command(*arguments), cwd=folder, env=environment())
+
+
+def environment() -> dict[str, str]:
+    """A user's: without the variable that names the library, unless this process has it."""
+    given = processes.environment()
+    if library.ENVIRONMENT_VARIABLE not in os.environ:
+        del given[library.ENVIRONMENT_VARIABLE]
+    return given
 
 
 VERBS = ("demo", "info", "convert", "export", "build", "check", "bench", "inspect", "triton")
@@ -100,11 +109,9 @@ def test_info_shows_all_of_a_broken_installation() -> None:
 
 def test_ctrl_c(folder: pathlib.Path) -> None:
     """One sentence and the last line, on both outputs, and nothing half written."""
-    path = pathlib.Path(library.__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "torch2trt_adder", "export", "network:waits", "x.onnx", "--shape", "1x3x8x8", "--json"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))}
+    waits = ["export", "network:waits", "x.onnx", "--shape", "1x3x8x8", "--json"]
     with subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command(*waits), cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     ) as process:  # fmt: skip
         line = next(line for line in process.stderr if line == "the network is made\n")
@@ -114,7 +121,7 @@ def test_ctrl_c(folder: pathlib.Path) -> None:
         finally:
             process.kill()
     assert line and process.returncode == 130
-    assert err.endswith(f"error: interrupted\nFAILED | torch2trt-adder {' '.join(command[3:])}\n") and "Traceback" not in err
+    assert err.endswith(f"error: interrupted\nFAILED | torch2trt-adder {' '.join(waits)}\n") and "Traceback" not in err
     report = json.loads(out)
     assert report["error"] == "interrupted" and not report["passed"]
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == ["empty.pt2", "network.py"]
@@ -122,10 +129,8 @@ def test_ctrl_c(folder: pathlib.Path) -> None:
 
 def test_a_reader_that_leaves(folder: pathlib.Path) -> None:
     """`torch2trt-adder info | head -1`"""
-    path = pathlib.Path(library.__file__).resolve().parents[1]
-    command = f"{sys.executable} -m torch2trt_adder info | head -1"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    pipe = f"{shlex.join(command('info'))} | head -1"
+    done = processes.run("sh", "-c", pipe, cwd=folder, env=environment(), timeout=60)
     assert done.stdout.startswith("torch2trt-adder ") and done.stderr == ""
 
 
@@ -139,28 +144,6 @@ def test_an_unexpected_failure_has_its_last_line(capsys: pytest.CaptureFixture, 
         report = json.loads(shown.out)
         assert report["error"].startswith("the model's code raised KeyError: 'nothing' (at ") and not report["passed"]
         assert re.search(r"test_cli\.py:\d+\); --debug shows the traceback\.$", report["error"])
-
-
-def test_demo(tmp_path: pathlib.Path) -> None:
-    result = run("demo", "--epochs", "2", "--checkpoint", "out/digits.pth", "--json", folder=tmp_path)
-    assert result.returncode == 0, result.stderr
-    shown = result.stderr
-    assert "\nPASSED | torch2trt-adder demo --epochs 2 --checkpoint out/digits.pth --json\n" in shown
-    accuracy = float(re.search(r"Accuracy on the other 360 digits: ([\d.]+)%", shown)[1])
-    report = json.loads(result.stdout)["result"]
-    assert round(100 * report["accuracy"], 1) == accuracy and report["checkpoint"] == "out/digits.pth"
-    assert accuracy > 50  # two epochs; guessing gives 10
-    assert (
-        len(re.findall(r"^Layer conv\d on the CPU against the definition in float64", shown, re.MULTILINE)) == 2
-    )
-    assert "44/44" in shown  # the progress at its end
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["digits.pth"]
-    addernet_mnist().load_state_dict(torch.load(tmp_path / "out" / "digits.pth", weights_only=True))
-    if routes.missing() is None:
-        assert re.search(r"^TensorRT +\d+\.\d% +[\d.]+ ms +[\d.]+ ms$", shown, re.MULTILINE)
-        assert report["engine"]["TensorRT"]["milliseconds"]["1"] > 0
-    else:
-        assert "With an NVIDIA GPU and TensorRT, the demo would go on to convert" in shown and report["engine"] is None
 
 
 # ---- export, build, and what needs a GPU
@@ -198,15 +181,6 @@ def waits():
     time.sleep(60)
     return adders()
 """
-
-# tensorrt-rtx has the parser and builder of TensorRT 11, and works without a GPU.
-WITH_RTX = """
-import sys, tensorrt_rtx
-sys.modules["tensorrt"] = tensorrt_rtx
-from torch2trt_adder.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
@@ -257,10 +231,20 @@ def network_from(folder: pathlib.Path) -> torch.nn.Module:
         (["export", "network:adders", "network.py/x.onnx", "--shape", "1x3x8x8"], r"cannot be written \(.*\); name another"),
     ],
 )
-def test_failures_are_sentences(arguments: list[str], message: str, folder: pathlib.Path) -> None:
-    result = run(*arguments, folder=folder)
-    assert result.returncode == 1 and result.stdout.splitlines()[-1].startswith("FAILED | torch2trt-adder export")
-    assert re.search(f"^error: .*{message}", result.stderr, re.MULTILINE) and "Traceback" not in result.stderr
+def test_failures_are_sentences(
+    arguments: list[str],
+    message: str,
+    folder: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "network", raising=False)  # of another test's folder
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1].startswith("FAILED | torch2trt-adder export")
+    assert re.search(f"^error: .*{message}", shown.err, re.MULTILINE) and "Traceback" not in shown.err
     assert not (folder / "x.onnx").exists()
 
 
@@ -272,12 +256,24 @@ def test_convert_without_a_gpu(folder: pathlib.Path) -> None:
     assert re.search("finds no NVIDIA GPU here.*use a machine with a GPU", report["error"])
 
 
-def with_rtx(*arguments: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
+# tensorrt-rtx has the parser and builder of TensorRT 11, and works without a GPU. One process runs several commands.
+WITH_RTX = """
+import contextlib, io, json, sys, tensorrt_rtx
+sys.modules["tensorrt"] = tensorrt_rtx
+from torch2trt_adder.cli import main
+done = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(arguments)
+    done.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(done))
+"""
+
+
+def with_rtx(commands: list[list[str]], folder: pathlib.Path) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each command."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install tensorrt-rtx")
-    path = pathlib.Path(library.__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, "-c", WITH_RTX, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    return json.loads(processes.run_python(WITH_RTX, json.dumps(commands), cwd=folder).splitlines()[-1])
 
 
 def start(repository: pathlib.Path, *options: str) -> list[str]:
@@ -295,41 +291,35 @@ def start(repository: pathlib.Path, *options: str) -> list[str]:
 @pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnx and onnxscript")
 def test_build_and_triton(folder: pathlib.Path) -> None:
     """A plan on a CPU, and a model repository of it; without a GPU the plan is refused by name."""
-    export = ["export", "network:plain", "x.onnx", "--shape", "2x3x8x8", "--dynamic", "0=batch", "--no-check"]
-    assert with_rtx(*export, folder=folder).returncode == 0
-    result = with_rtx("build", "x.onnx", "x.plan", "--range", "batch=1:2:8", "--fp16", "--json", folder=folder)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["result"] == {"file": "x.plan", "bytes": (folder / "x.plan").stat().st_size}
-
-    result = with_rtx("triton", "repository", "x.plan", "--name", "digits", "--json", folder=folder)
-    assert result.returncode == 0, result.stderr
+    good = [
+        ["export", "network:plain", "x.onnx", "--shape", "2x3x8x8", "--dynamic", "0=batch", "--no-check"],
+        ["build", "x.onnx", "x.plan", "--range", "batch=1:2:8", "--fp16", "--json"],
+        ["triton", "repository", "x.plan", "--name", "digits", "--json"],
+        ["triton", "other", "x.plan", "--embedded"],
+    ]
+    bad = [["triton", "no", "x.onnx"], ["triton", "no", "none.plan"], ["triton", "no", "x.plan", "--name", "a/b"]]
+    on_a_gpu = [["bench", "x.plan"], ["inspect", "x.plan"], ["check", "network:plain", "x.plan"]]
+    on_a_gpu = [] if torch.cuda.is_available() else on_a_gpu
+    done = with_rtx([*good, *bad, *on_a_gpu], folder)
+    assert [code for code, *_ in done] == [0] * len(good) + [1] * len(bad + on_a_gpu), done
+    assert json.loads(done[1][1])["result"] == {"file": "x.plan", "bytes": (folder / "x.plan").stat().st_size}
     root = folder / "repository"
     written = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     library = "libtorch2trt_adder.so"
     assert written == {"digits/1/model.plan", "digits/config.pbtxt", library, "start.sh"}
     assert (root / "digits/config.pbtxt").read_text() == 'name: "digits"\nplatform: "tensorrt_plan"\n'
-    assert json.loads(result.stdout)["result"]["command"] == str(root / "start.sh")
+    assert json.loads(done[2][1])["result"]["command"] == str(root / "start.sh")
     moved = folder / "mounted elsewhere"
     root.rename(moved)
     started = [f"--model-repository={moved}", f"--backend-config=tensorrt,plugins={moved / library}", "--http-port=8080"]
     assert start(moved, "--http-port=8080") == started
     moved.rename(root)
     assert (root / "digits/1/model.plan").read_bytes() == (folder / "x.plan").read_bytes()
-    result = with_rtx("triton", "other", "x.plan", "--embedded", folder=folder)
     assert not (folder / "other" / library).exists()
     assert "--backend-config=tensorrt,version-compatible=true" in start(folder / "other")
 
-    for arguments in (
-        ["triton", "no", "x.onnx"],
-        ["triton", "no", "none.plan"],
-        ["triton", "no", "x.plan", "--name", "a/b"],
-    ):
-        result = with_rtx(*arguments, folder=folder)
-        assert result.returncode == 1 and result.stderr.startswith("error: ") and not (folder / "no").exists()
-    if not torch.cuda.is_available():
-        for verb in (["bench"], ["inspect"], ["check", "network:plain"]):
-            result = with_rtx(*verb, "x.plan", folder=folder)
-            assert result.returncode == 1 and "x.plan needs an NVIDIA GPU" in result.stderr
+    assert all(err.startswith("error: ") for *_, err in done[len(good) :]) and not (folder / "no").exists()
+    assert all("x.plan needs an NVIDIA GPU" in err for *_, err in done[len(good + bad) :])
 
 
 # ---- check and convert of files, with a stand-in for the engine
@@ -394,7 +384,7 @@ def test_check_goes_by_names_and_to_the_ends(
         (lambda a, y: y + 0.1, "the engine differs from .*two.onnx by .*, more than the 1.00e-03 allowed"),
         (lambda a, y: y if len(a) < 4 else y.roll(1, 0), "the engine differs from"),
         (lambda a, y: y / 0, "values that are infinite or NaN only in the engine"),
-        (lambda a, y: y[:, :2], r"output 1 is \[2, 3\] in .*two.onnx and \[2, 2\] in x.plan"),
+        (lambda a, y: y[:, :2], r"output 1 is \[2, 2\] in x\.plan and \[2, 3\] in .*two\.onnx"),
     ):
         stand_in(StandIn(wrong))
         with pytest.raises(RuntimeError, match=message):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -41,6 +42,17 @@ def test_accuracy_and_checkpoint(done: tuple[pathlib.Path, subprocess.CompletedP
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)["result"]
     assert report["accuracy"] >= 0.97 and report["checkpoint"] == CHECKPOINT
+    shown = result.stderr
+    assert f"\nPASSED | torch2trt-adder demo --checkpoint '{CHECKPOINT}' --json\n" in shown
+    (accuracy,) = re.findall(r"Accuracy on the other 360 digits: ([\d.]+)%", shown)
+    assert round(100 * report["accuracy"], 1) == float(accuracy)
+    assert len(re.findall(r"^Layer conv\d on the CPU against the definition in float64", shown, re.MULTILINE)) == 2
+    assert re.search(r"\b(\d+)/\1\b", shown)  # the progress at its end
+    if routes.missing() is None:
+        assert re.search(r"^TensorRT +\d+\.\d% +[\d.]+ ms +[\d.]+ ms$", shown, re.MULTILINE)
+        assert report["engine"]["TensorRT"]["milliseconds"]["1"] > 0
+    else:
+        assert "With an NVIDIA GPU and TensorRT" in shown and report["engine"] is None
     assert [path.name for path in folder.iterdir() if path.suffix not in (".onnx", ".plan")] == [CHECKPOINT]
     images, labels = demo._digits()
     model = load_checkpoint(addernet_mnist(), folder / CHECKPOINT).eval()

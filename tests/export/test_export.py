@@ -332,8 +332,9 @@ SCHEMAS = {
 }
 
 
-@pytest.mark.parametrize("opset", [15, 17, 18])
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize(
+    "name, opset", [(name, opset) for name in SCHEMAS for opset in (15, 17, 18) if name != "resnet50" or opset == 17]
+)
 def test_every_node_is_one_of_its_opset(name: str, opset: int, tmp_path: pathlib.Path) -> None:
     """The exporter writes opset 18; nothing of it may be left in a file that says 17, on which TensorRT 8.6 relies."""
     make, shape = SCHEMAS[name]

@@ -89,7 +89,7 @@ def run(epochs: int, checkpoint: pathlib.Path, seed: int = 0) -> dict[str, Any]:
 def _next_commands(checkpoint: pathlib.Path, engine: bool) -> list[str]:
     """What to type next in the same shell and folder; with `engine` where this machine can build TensorRT engines."""
     program = _program()
-    network = f"{__package__}.models:addernet_mnist"
+    network = "torch2trt_adder.models:addernet_mnist"
     weights = f"--checkpoint {shlex.quote(str(checkpoint))}"
     stem = checkpoint if checkpoint.suffix in (".onnx", ".plan") else checkpoint.with_suffix("")  # never the same file
     onnx, plan = (shlex.quote(f"{stem}{suffix}") for suffix in (".onnx", ".plan"))
@@ -111,7 +111,7 @@ def _program() -> str:
     if typed.name == "torch2trt-adder":
         found = shutil.which(typed.name)
         return typed.name if found is not None and os.path.samefile(found, typed) else shlex.quote(str(typed))
-    return f"{shlex.quote(sys.executable)} -m {__package__}"
+    return f"{shlex.quote(sys.executable)} -m torch2trt_adder"
 
 
 def _digits() -> tuple[Tensor, Tensor]:

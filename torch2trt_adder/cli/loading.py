@@ -21,7 +21,7 @@ from . import programs
 from .sources import check_exportable, check_source
 
 Shape = tuple[int, ...]
-_PACKAGE = os.path.dirname(__file__)
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
 _INSTALLED = tuple({os.path.dirname(os.path.dirname(torch.__file__)), os.path.dirname(os.__file__)})
 
 

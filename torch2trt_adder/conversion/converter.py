@@ -12,6 +12,7 @@ from ..frontends.options import did_you_mean
 from ..nn.adopt import adopted_copy
 from ..numerics.comparison import compare, resized, tensor_leaves
 from ..numerics.rounding import rounding_bounds
+from ..trt.plans import fused_layers
 from . import arguments, routes
 from .shapes import shapes_of
 
@@ -32,7 +33,8 @@ def convert(
             operators; "auto" uses torch2trt where it can convert this network, else ONNX, and reports on stderr which
             and why.
         torch2trt_kwargs: fp16_mode, max_batch_size, min_shapes, opt_shapes, max_shapes, input_names, output_names and
-            max_workspace_size on both routes; through torch2trt also its other options, and allow_constants.
+            max_workspace_size on both routes, and fuse (True, the default: adder layers compute the BatchNorm, residual sum
+            and ReLU or limits that follow them); through torch2trt also its other options, and allow_constants.
 
     Returns:
         A module called like `model`; its attribute ``route`` names the route. From torch2trt a TRTModule, saved with
@@ -99,6 +101,10 @@ def _convert_through(
             where = f" for inputs of {', '.join(str(list(t.shape)) for t in tensor_leaves(args))}"
             compare_outputs(flatten(model_trt(*args)), flatten(expected), limits, fp16, where)
     model_trt.route = route  # type: ignore[assignment]  # an attribute of the caller's module
+    runner = model_trt.engine if isinstance(model_trt.engine, nn.Module) else model_trt  # nested outputs are wrapped
+    fused = fused_layers(runner.engine.name)
+    if fused:
+        _say(f"adder layers: {fused}")
     return model_trt
 
 

@@ -13,6 +13,7 @@ One code for TensorRT 8.6 to 11; what differs between versions is asked for by n
 * Progress. IProgressMonitor came with 9.0.
 """
 
+import itertools
 import numbers
 import pathlib
 from collections import defaultdict
@@ -24,10 +25,10 @@ from .. import library
 from ..export import format
 from ..export.format import DOMAIN, OP_TYPE, adder_nodes, extents
 from ..utils import files
-from . import plugin
+from . import fusion, plugin
 from .monitor import build_progress, logger
 from .plans import network_name
-from .precision import set_precision
+from .precision import batch_norm_magnitudes, set_precision
 from .typed import to_float16
 
 Range = tuple[int, int, int]
@@ -42,6 +43,7 @@ def build_engine(
     ranges: Mapping[str, Range] | None = None,
     *,
     fp16: bool = False,
+    fuse: bool = True,
     workspace: int | None = None,
     timing_cache: str | pathlib.Path | None = None,
     embed_plugin: bool = False,
@@ -61,6 +63,7 @@ def build_engine(
             (``{"batch": (1, 8, 64)}``), or by input and axis (``{"x:0": (1, 8, 64)}``).
         fp16: float16 where TensorRT deems it faster, but never for the sums of adder layers. Inputs and outputs keep the
             types of the file. A file in float16 needs no such flag.
+        fuse: let adder layers compute the BatchNorm, residual sum and ReLU or limits that follow them, see `fusion`.
         workspace: bytes of scratch memory that the engine may take; TensorRT's default, all there is, where None.
         timing_cache: a file of measured kernels that makes the next build faster; read if it is there, then written.
         embed_plugin: put the plugin library into the plan (TensorRT's plugins_to_serialize, as a version-compatible
@@ -98,12 +101,15 @@ def build_engine(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what `inspect` shows
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    set_precision(trt, network, config, proto, fp16)
+    largest, report = batch_norm_magnitudes(proto, onnx_path.parent), None
+    if fuse:
+        report = fusion.fuse(network, geometries(proto), trt=trt, half=fp16, largest=largest)
+    set_precision(trt, network, config, proto, fp16, report and report.exposed, largest)
     _add_profile(builder, network, config, proto, ranges or {})
     if embed_plugin:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         config.plugins_to_serialize = [str(library.path())]
-    network.name = network_name(onnx_path.name, len(adder_nodes(proto.graph)))
+    network.name = network_name(onnx_path.name, len(adder_nodes(proto.graph)), str(report or ""))
     cache = _use_timing_cache(config, timing_cache)
 
     with build_progress(trt, config, f"Building {engine_path.name}", progress):
@@ -148,6 +154,7 @@ def load_onnx(path: pathlib.Path) -> Any:
         raise RuntimeError(f"{path} is no ONNX file ({error}).") from error
     if not proto.graph.node:
         raise RuntimeError(f"{path} is no ONNX file: it holds no nodes.")
+    _name_adders(proto)
     for function in [f for f in proto.functions if (f.domain, f.name) == (DOMAIN, OP_TYPE)]:
         proto.functions.remove(function)
     try:
@@ -157,6 +164,30 @@ def load_onnx(path: pathlib.Path) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
     return proto
+
+
+def _name_adders(proto: Any) -> None:
+    """Gives every Adder2d node a name of its own, by which its layer is found again in the network."""
+    taken = {node.name for _, node in format.nodes(proto.graph) if not format.is_adder(node)}
+    for i, node in enumerate(adder_nodes(proto.graph)):
+        if not node.name or node.name in taken:
+            node.name = next(
+                name for name in (f"{node.name or OP_TYPE}_{n}" for n in itertools.count(i)) if name not in taken
+            )
+        taken.add(node.name)
+
+
+def geometries(proto: Any) -> dict[str, dict[str, Any]]:
+    """By the name of each Adder2d node: its stride, padding, dilation and groups."""
+    found = {}
+    for node in adder_nodes(proto.graph):
+        values = {a.name: list(a.ints) or a.i for a in node.attribute}
+        geometry = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        for name in geometry:
+            value = values.get(name, geometry[name])
+            geometry[name] = value[0] if isinstance(value, list) and len(value) == 1 else value
+        found[node.name] = geometry
+    return found
 
 
 def _parse(trt: ModuleType, proto: Any, path: pathlib.Path) -> tuple[Any, Any, Any]:
