@@ -30,16 +30,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_TF32 = os.environ.get("NVIDIA_TF32_OVERRIDE")
-
 import bench_ops
 import torch
-from check_routes import calibrated  # it turns TF32 off
+from check_routes import calibrated
 from timing import GpuTimer, Spread
 from torch import Tensor, nn
-
-if _TF32 is None:
-    os.environ.pop("NVIDIA_TF32_OVERRIDE", None)
 
 from torch2trt_adder import convert, fuse
 from torch2trt_adder.export.exporter import export_onnx

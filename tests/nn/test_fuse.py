@@ -659,7 +659,7 @@ def test_no_module():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_resnet20_on_a_gpu(dtype, channels_last):
     """Against the same fused network in float64, whose parameters are those that were rounded."""
@@ -668,8 +668,6 @@ def test_resnet20_on_a_gpu(dtype, channels_last):
     x = torch.randn(8, 3, 32, 32).to(dtype)
     wide = copy.deepcopy(fused).float()
     limit = rounding_bounds(wide, [x.float()], fp16=dtype is not torch.float32).item()
-    if dtype is torch.bfloat16:
-        limit *= 8  # three bits less than float16
     expected = wide.double()(x.double())
     fused, x = fused.cuda(), x.cuda()
     if channels_last:
