@@ -1,17 +1,17 @@
 """Times training: layers forward and backward, and whole steps, against convolutions and against the published rule.
 
     python3 benchmarks/bench_training.py --json training.json       # on the GPU, and the CPU row
-    python3 benchmarks/bench_training.py --cpu                      # the CPU row alone
+    python3 benchmarks/bench_training.py --cpu                      # only the CPU row
 
 Layers: forward and backward to input and weight of one layer with a cold second-level cache, between CUDA events;
-dgrad is the gradient of the input alone, in 10^12 accumulated terms a second (T/s) and as a fraction of what
+dgrad is only the gradient of the input, in 10^12 accumulated terms a second (T/s) and as a fraction of what
 ceiling.cu reaches in the same run. Steps: forward, loss, backward and SGD with momentum; the first time is the median
-from one step to the next, host time included, the second the GPU's alone for a step that the host has enqueued
+from one step to the next, host time included, the second only the GPU's, for a step that the host has enqueued
 beforehand, the third that from one step to the next in a replayed CUDA graph, and the memory is the most allocated during
 a step, weights and optimizer included. conv is the same
 network with convolutions, in float32 without TF32 and in float16 under autocast; published is the rule of AdderNet's
-code: unfolded columns and broadcasts, in torch. Gradients are compared with the definition in float64, by the rule of
-tests/conftest.py, before a layer is timed, and those of a network with the published rule's. The exit code is 1 if a
+code: unfolded columns and broadcasts, in torch. Gradients are compared with the definition in float64, by the rule in
+docs/numerics.md, before a layer is timed, and those of a network with the published rule's. The exit code is 1 if a
 result was wrong or a call failed.
 """
 
@@ -30,16 +30,16 @@ from typing import Any
 
 import bench_ops
 import ceiling
-import conftest  # bench_ops has put the project and its tests on the path
 import peers
 import torch
 import torch.nn.functional as F
 from layers import GPU_LAYERS, Layer
-from timing import GpuTimer, Spread
+from timing import GpuTimer, Spread, warm_up
 from torch import Tensor, nn
 
 from torch2trt_adder import Adder2d, adder2d, scale_gradients, set_eta
 from torch2trt_adder.models import addernet_mnist, cnn_twin, resnet20, resnet50
+from torch2trt_adder.numerics import definition
 
 Row = dict[str, Any]
 
@@ -112,8 +112,8 @@ def forward_backward(function: Callable[..., Tensor], x: Tensor, w: Tensor, dy: 
 def check_layer(x: Tensor, w: Tensor, dy: Tensor, layer: Layer) -> None:
     dx, dw = forward_backward(lambda x, w: adder2d(x, w, None, *layer.geometry), x, w, dy)()
     pair = tuple((v, v) for v in layer.geometry[:3])
-    conftest.assert_grad_input(dx, dy, x, w, (*pair, layer.groups))
-    conftest.assert_grad_weight(dw, dy, x, w, (*pair, layer.groups))
+    definition.assert_grad_input(dx, dy, x, w, (*pair, layer.groups))
+    definition.assert_grad_weight(dw, dy, x, w, (*pair, layer.groups))
 
 
 def measure_layer(name: str, layer: Layer, dtype: torch.dtype, timer: GpuTimer, with_published: bool) -> Row:
@@ -204,7 +204,7 @@ def back_to_back(step: Callable[[], None], seconds: float = 2.0) -> Spread:
 
 def in_a_graph(step: Callable[[], None]) -> Callable[[], None]:
     """The same step as one CUDA graph."""
-    conftest.warm_up(step)
+    warm_up(step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

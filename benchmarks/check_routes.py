@@ -6,7 +6,7 @@
 Three networks in float32 with a dynamic batch, fed in batches of 64 and a last one of 40: AdderNetMnist, ResNet-20, and
 torchvision's ResNet-18 with its convolutions turned into adder layers; parameters are random, BatchNorm has the
 statistics of such inputs. An engine may differ from PyTorch by what rounding explains in that network
-(converter.rounding_bounds), and may choose another class only where two classes are closer than that. The exit code is 1
+(rounding.rounding_bounds), and may choose another class only where two classes are closer than that. The exit code is 1
 if it differs by more, or if a route fails.
 """
 
@@ -30,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from torch2trt_adder import adderize, convert
 from torch2trt_adder.conversion import routes
 from torch2trt_adder.models import addernet_mnist, resnet20
-from torch2trt_adder.numerics import rounding
+from torch2trt_adder.numerics import comparison, rounding
 
 SAMPLES, BATCH = 1000, 64
 # A bound above this share of the largest output says too little: a wrong tap moves outputs by their own size.
@@ -84,7 +84,7 @@ class Comparison:
     def reason(self) -> str:
         """Why the engine is wrong; empty where it is right."""
         if self.bound > SHARP * self.largest:
-            return f"the bound is no bound: {self.bound / self.largest:.1e} of the largest output"
+            return f"the bound is too wide: {self.bound / self.largest:.1e} of the largest output"
         if self.beyond:
             return f"{self.beyond} batches differ by more than rounding explains"
         if self.equal + self.ties < self.samples:
@@ -99,10 +99,10 @@ def compare(engine: Callable[[Tensor], Tensor], expected: list[tuple[Tensor, Ten
     for x, y0, bound in expected:
         y = engine(x)
         assert y.shape == y0.shape and y.dtype is y0.dtype, (y.shape, y.dtype)
-        difference = (y.double() - y0.double()).abs().max().item()
-        found.beyond += not difference <= bound  # NaN is beyond, too
-        found.difference = max(found.difference, difference)
-        found.bound, found.largest = max(found.bound, bound), max(found.largest, y0.abs().max().item())
+        measured = comparison.measure(y, y0, bound)
+        found.beyond += measured.beyond > 0 or measured.compared < measured.total
+        found.difference = max(found.difference, measured.difference)
+        found.bound, found.largest = max(found.bound, bound), max(found.largest, measured.largest)
         classes = y.argmax(1)
         equal = classes == y0.argmax(1)
         # Each of the two outputs may be off by the bound.
@@ -152,7 +152,7 @@ def main() -> int:
                 engine = convert(model, [expected[0][0][:8]], route=route, max_batch_size=BATCH)
                 seconds = time.perf_counter() - began
                 found = compare(engine, expected)
-            except Exception as error:  # whatever it is, the other rows are wanted, too
+            except Exception as error:  # whatever it is, the other rows are wanted as well
                 traceback.print_exc()
                 failures.append(f"{route}, {name}: {type(error).__name__}: {error}")
                 print(f"{label}FAILED", flush=True)

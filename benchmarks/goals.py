@@ -185,7 +185,7 @@ GOALS: dict[str, Callable[[Numbers], tuple[bool, str]]] = {
 
 
 def goals(result: Row) -> list[Row]:
-    """Each goal with its verdict, "met", "NOT MET" or "unknown", and the numbers behind it."""
+    """Each goal with its verdict, "met", "NOT MET" or "unknown", and its numbers."""
     numbers = Numbers(result)
     table = []
     for goal, evaluate in GOALS.items():

@@ -53,7 +53,7 @@ def reference(x: Tensor, w: Tensor, layer: Layer) -> tuple[Call, Callable[[Tenso
 
 
 def cdist(x: Tensor, w: Tensor, layer: Layer) -> tuple[Call, Callable[[Tensor], Tensor]]:
-    """torch.cdist(p=1) on unfolded columns; float32 alone."""
+    """torch.cdist(p=1) on unfolded columns; float32 only."""
     filters, taps = _filters(w, layer).contiguous(), columns(x, layer).mT.contiguous()
     return lambda: torch.cdist(filters, taps, p=1), lambda rows: -_maps(rows, layer)
 

@@ -83,7 +83,7 @@ class GpuTimer:
         return Spread.of(times)
 
     def _warm_up(self, function: Callable[[], object]) -> tuple[float, float]:
-        """Seconds that a call takes on the host alone, and with the GPU."""
+        """Seconds of a call on the host only, and with the GPU."""
         function()
         function()
         torch.cuda.synchronize()
@@ -95,6 +95,16 @@ class GpuTimer:
 
     def _runs(self, estimate: float) -> int:
         return max(7, min(50, int(self.seconds / estimate)))
+
+
+def warm_up(step: Callable[[], object]) -> None:
+    """Runs `step` three times on a stream of its own, as torch requires before a capture in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def cpu_time(function: Callable[[], object], seconds: float = 0.2) -> Spread:

@@ -8,15 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch2trt_adder.numerics.comparison import assert_within  # noqa: F401
-from torch2trt_adder.numerics.definition import (  # noqa: F401
-    assert_forward,
-    assert_grad_bias,
-    assert_grad_input,
-    assert_grad_weight,
-)
-from torch2trt_adder.numerics.tolerance import bound  # noqa: F401
-
 # ---- markers
 
 _MARKERS = {

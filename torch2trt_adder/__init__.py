@@ -28,49 +28,30 @@ __all__ = [
 if TYPE_CHECKING:
     from ._api import (
         Adder2d as Adder2d,
-    )
-    from ._api import (
         Engine as Engine,
-    )
-    from ._api import (
         adder2d as adder2d,
-    )
-    from ._api import (
         adderize as adderize,
-    )
-    from ._api import (
         adopt as adopt,
-    )
-    from ._api import (
         build_engine as build_engine,
-    )
-    from ._api import (
         convert as convert,
-    )
-    from ._api import (
         export_onnx as export_onnx,
+<<<<<<< HEAD
     )
     from ._api import (
         fuse as fuse,
     )
     from ._api import (
+=======
+>>>>>>> plug
         load_checkpoint as load_checkpoint,
-    )
-    from ._api import (
         register_adder_class as register_adder_class,
-    )
-    from ._api import (
         scale_gradients as scale_gradients,
-    )
-    from ._api import (
         set_eta as set_eta,
-    )
-    from ._api import (
         torch_tensorrt_error as torch_tensorrt_error,
     )
 
 
-def _load() -> None:
+def load_public_names() -> None:
     """Makes the public names, and registers the converters."""
     from . import _api
 
@@ -90,14 +71,14 @@ _MOVED = {"onnx_export": "export", "plugin": "trt.plugin"}
 
 
 def __getattr__(name: str) -> Any:
-    """Moved modules; and the public names where `_load` was not called: in processes that the command line's code starts."""
+    """Moved modules; and the public names in processes that the command line's code starts, which has not loaded them."""
     if name in _MOVED:
         return importlib.import_module(f".{_MOVED[name]}", __name__)
     if name not in (*__all__, "torch_tensorrt_error"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _load()
+    load_public_names()
     return globals()[name]
 
 
 if not _is_command_line():
-    _load()
+    load_public_names()

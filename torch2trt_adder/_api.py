@@ -13,8 +13,7 @@ from .nn.adopt import adopt as adopt
 from .nn.checkpoints import load_checkpoint as load_checkpoint
 from .nn.fuse import fuse as fuse
 from .nn.recognise import register_adder_class as register_adder_class
-from .nn.training import scale_gradients as scale_gradients
-from .nn.training import set_eta as set_eta
+from .nn.training import scale_gradients as scale_gradients, set_eta as set_eta
 from .trt.builder import build_engine as build_engine
 from .trt.engine import Engine as Engine
 

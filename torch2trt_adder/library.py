@@ -69,12 +69,12 @@ class Adder2dWgradParams(ctypes.Structure):
 
 
 # The same structs for `struct.pack`, which costs a fraction of filling a ctypes.Structure; in two pieces, because the
-# first depends on shapes alone, so that a call has only the pointers to pack.
+# first depends only on shapes, so that a call has only the pointers to pack.
 PROBLEM = struct.Struct("@20i8q")
 POINTERS = struct.Struct("@5PN2P")  # x, w, b, y, workspace, workspace_bytes, epilogue, packed_w
 EPILOGUE = struct.Struct("@3P4q2i2f")
-DGRAD = struct.Struct("@2i4qP")  # Adder2dDgradParams behind its Adder2dParams
-WGRAD = struct.Struct("@2i4qd2P")  # Adder2dWgradParams behind its Adder2dParams
+DGRAD = struct.Struct("@2i4qP")  # Adder2dDgradParams after its Adder2dParams
+WGRAD = struct.Struct("@2i4qd2P")  # Adder2dWgradParams after its Adder2dParams
 
 
 def path() -> pathlib.Path:
@@ -88,7 +88,7 @@ def path() -> pathlib.Path:
 
 
 def _places() -> Iterator[tuple[pathlib.Path, str]]:
-    """Where the library may be, the best first, and why it is not taken from there although it exists ("": it is)."""
+    """Where the library may be, the best first, and why an existing file is not used ("": it is used)."""
     override = os.environ.get(ENVIRONMENT_VARIABLE)
     if override:
         yield pathlib.Path(override).resolve(), ""  # ctypes looks up a bare name elsewhere

@@ -9,7 +9,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import processes
 import pytest
@@ -134,7 +135,9 @@ def test_a_reader_that_leaves(folder: pathlib.Path) -> None:
     assert done.stdout.startswith("torch2trt-adder ") and done.stderr == ""
 
 
-def test_an_unexpected_failure_has_its_last_line(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_failure_has_its_last_line(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(library, "load", lambda: {}["nothing"])
     for options in ([], ["--debug"]):
         assert main(["info", "--json", *options]) == 1
@@ -182,6 +185,7 @@ def waits():
     return adders()
 """
 
+
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     (tmp_path / "network.py").write_text(MODEL)
@@ -227,8 +231,14 @@ def network_from(folder: pathlib.Path) -> torch.nn.Module:
         (["export", "network:adders", "x.onnx", "--checkpoint", "no.pth"], r"no\.pth cannot be read \(No such file"),
         (["export", "no.pt2", "x.onnx"], r"no\.pt2 cannot be read \(No such file"),
         (["export", "no.onnx", "x.onnx"], r"no\.onnx is an ONNX file already; name a function or a \.pt2 file"),
-        (["export", "empty.pt2", "x.onnx", "--half"], r"empty\.pt2 has its parameters and types already; --checkpoint and --half"),
-        (["export", "network:adders", "network.py/x.onnx", "--shape", "1x3x8x8"], r"cannot be written \(.*\); name another"),
+        (
+            ["export", "empty.pt2", "x.onnx", "--half"],
+            r"empty\.pt2 has its parameters and types already; --checkpoint and --half",
+        ),
+        (
+            ["export", "network:adders", "network.py/x.onnx", "--shape", "1x3x8x8"],
+            r"cannot be written \(.*\); name another",
+        ),
     ],
 )
 def test_failures_are_sentences(
@@ -311,7 +321,11 @@ def test_build_and_triton(folder: pathlib.Path) -> None:
     assert json.loads(done[2][1])["result"]["command"] == str(root / "start.sh")
     moved = folder / "mounted elsewhere"
     root.rename(moved)
-    started = [f"--model-repository={moved}", f"--backend-config=tensorrt,plugins={moved / library}", "--http-port=8080"]
+    started = [
+        f"--model-repository={moved}",
+        f"--backend-config=tensorrt,plugins={moved / library}",
+        "--http-port=8080",
+    ]
     assert start(moved, "--http-port=8080") == started
     moved.rename(root)
     assert (root / "digits/1/model.plan").read_bytes() == (folder / "x.plan").read_bytes()
@@ -331,6 +345,12 @@ class StandIn:
     input_names, output_names = ["b", "a"], ["z", "y"]
     _dtypes = {"a": torch.float32, "b": torch.float32}
     _profile = {"a": [(n, 3) for n in (1, 2, 4)], "b": [(n, 2) for n in (1, 2, 4)]}
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
+    def profile_shapes(self, name: str) -> list[tuple[int, ...]]:
+        return self._profile[name]
 
     def __init__(self, wrong: Callable = lambda a, y: y) -> None:
         self.wrong, self.batches = wrong, []
@@ -356,7 +376,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable:
     draw = commands.random_inputs
 
     def use(runner: StandIn) -> StandIn:
-        usual, dtypes = [runner._profile[name][1] for name in runner.input_names], [torch.float32] * 2
+        usual, dtypes = [runner.profile_shapes(name)[1] for name in runner.input_names], [torch.float32] * 2
         monkeypatch.setattr(commands, "_load", lambda plan, shapes, host_code: (runner, shapes or usual, dtypes))
         monkeypatch.setattr(
             commands, "random_inputs", lambda shapes, dtypes, device, seed: draw(shapes, dtypes, "cpu", seed)
@@ -366,7 +386,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable:
     return use
 
 
-def check(source: pathlib.Path, shapes: list = []) -> dict:
+def check(source: pathlib.Path, shapes: Sequence[Any] = ()) -> dict:
     return commands.check(str(source), pathlib.Path("x.plan"), shapes, 5, None, None, False, False, False, False)
 
 
@@ -418,7 +438,9 @@ def test_check_of_nothing_is_no_success(tmp_path: pathlib.Path, stand_in: Callab
         check(tmp_path / "nan.onnx")
 
 
-def test_check_says_what_it_cannot_see(tmp_path: pathlib.Path, stand_in: Callable, capsys: pytest.CaptureFixture) -> None:
+def test_check_says_what_it_cannot_see(
+    tmp_path: pathlib.Path, stand_in: Callable, capsys: pytest.CaptureFixture
+) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     text = """<ir_version: 8, opset_import: ["": 17]> g (float[n, 3] a, float[n, 2] b) => (float[n, 3] y, float[n, 2] z)
@@ -434,7 +456,7 @@ def test_convert_of_a_file_leaves_no_wrong_engine(
 ) -> None:
     built = []
 
-    def build_engine(source: pathlib.Path, plan: pathlib.Path, ranges: dict, fp16: bool) -> None:
+    def build_engine(source: pathlib.Path, plan: pathlib.Path, ranges: dict, fp16: bool, fuse: bool) -> None:
         built.append(ranges)
         plan.write_bytes(b"an engine")
 

@@ -1,5 +1,6 @@
 """programs.py: a .pt2 file loads without running code of its own, or is refused."""
 
+import contextlib
 import io
 import json
 import os
@@ -204,10 +205,8 @@ def test_trust_loads_it_all(kind: str, good: bytes, tmp_path: pathlib.Path) -> N
     mark, path = tmp_path / "ran", tmp_path / "evil.pt2"
     change, extra = attacks(mark)[kind]
     path.write_bytes(changed(good, change, extra))
-    try:
+    with contextlib.suppress(ValueError):  # what comes after the code is of no interest
         programs.load(path, trust=True)
-    except ValueError:  # what comes after the code is of no interest
-        pass
     assert mark.exists()
 
 

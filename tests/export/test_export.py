@@ -19,20 +19,19 @@ from torch import Tensor, nn
 onnx = pytest.importorskip("onnx", reason="needs onnx: pip install onnx onnxscript onnxruntime")
 pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
 
-from conftest import CASES, Case, assert_forward
-from networks import SmallResNet, calibrated
-from networks import adder2d as PublishedStyle
+from conftest import CASES, Case
+from networks import SmallResNet, adder2d as PublishedStyle, calibrated
 
 import torch2trt_adder
 from torch2trt_adder import Adder2d, adderize
-from torch2trt_adder.export import body, exporter, format, opset17, postprocess
-from torch2trt_adder.export import check as checking
+from torch2trt_adder.export import body, check as checking, exporter, format, opset17, postprocess
 from torch2trt_adder.export.dynamic import make_dynamic_shapes
 from torch2trt_adder.export.exporter import export_onnx
 from torch2trt_adder.export.format import adder_nodes
 from torch2trt_adder.export.runtime import onnxruntime_session, run_onnxruntime
 from torch2trt_adder.models import addernet_mnist, resnet20, resnet50
 from torch2trt_adder.nn import recognise
+from torch2trt_adder.numerics.definition import assert_forward
 from torch2trt_adder.numerics.rounding import rounding_bounds
 from torch2trt_adder.ops import export_hook
 
@@ -473,7 +472,9 @@ def test_numbers_near_0_and_1_stay(opset: int, tmp_path: pathlib.Path) -> None:
     session = onnxruntime.InferenceSession(str(path), disabled_optimizers=["NoopElimination"])
     for name, y, expected in zip(NEAR, run_onnxruntime(session, [x]), model(x), strict=True):
         # Without the number: off by 1 and more, or NaN.
-        torch.testing.assert_close(y, expected.detach(), rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            y, expected.detach(), rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @needs_runtime
@@ -509,7 +510,9 @@ def test_parameters_named_like_values(name: str, make: Any, tmp_path: pathlib.Pa
     onnx.checker.check_model(proto, full_check=True)
     names = [t.name for t in proto.graph.initializer] + [o for n in proto.graph.node for o in n.output]
     assert len({*names, *(e.name for e in proto.graph.input)}) == len(names) + 1
-    shapes = {e.name: [d.dim_param or d.dim_value for d in e.type.tensor_type.shape.dim] for e in proto.graph.value_info}
+    shapes = {
+        e.name: [d.dim_param or d.dim_value for d in e.type.tensor_type.shape.dim] for e in proto.graph.value_info
+    }
     (layer,) = adder_nodes(proto.graph)
     assert shapes[layer.input[0]] == ["batch", 3, 5, 5]
 
@@ -611,7 +614,9 @@ def interrupt(*args: Any, **kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize("aftermath", ["another exception", "swallowed", "as it is"])
-def test_ctrl_c_is_no_fault_of_the_network(aftermath: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_ctrl_c_is_no_fault_of_the_network(
+    aftermath: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     """torch's modes may fail while they clean up, and a callback of a weak reference drops its exception."""
     real = torch.onnx.export
 
@@ -688,7 +693,9 @@ def test_a_bias_that_is_part_of_the_layer(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("layer", [Transposed, Scaling])
-def test_layers_that_compute_something_else(layer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_layers_that_compute_something_else(
+    layer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     """Whether `adopt` refuses them or not, no file comes of it, checked in ONNX Runtime or not."""
     monkeypatch.setitem(recognise.adder_classes, Scaling, lambda module: {"weight": module.weight})
     x = torch.randn(2, 4, 8, 8)
@@ -701,8 +708,14 @@ def test_layers_that_compute_something_else(layer: Any, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (lambda layer: layer.b.data.add_(1), "output 0 differs between the network with Adder2d in place .* and the network as it is by"),
-        (lambda layer: setattr(layer, "stride", (2, 2)), r"output 0 is .* \[2, 5, 4, 4\] in the network with Adder2d in place"),
+        (
+            lambda layer: layer.b.data.add_(1),
+            "output 0 differs between the network with Adder2d in place .* and the network as it is by",
+        ),
+        (
+            lambda layer: setattr(layer, "stride", (2, 2)),
+            r"output 0 is \[2, 5, 4, 4\] in the network with Adder2d in place",
+        ),
         (lambda layer: setattr(layer, "groups", 2), "the network fails on args once its adder layers are replaced"),
     ],
 )
@@ -745,7 +758,9 @@ def test_other_extents_are_compared_with_the_network_that_was_given(tmp_path: pa
 
 def test_a_network_without_adder_layers_says_so(tmp_path: pathlib.Path) -> None:
     x = torch.randn(1, 3, 4, 4)
-    with pytest.warns(UserWarning, match="export_onnx: Conv2d has no adder layer, so .*model.onnx holds none; adopt") as seen:
+    with pytest.warns(
+        UserWarning, match="export_onnx: Conv2d has no adder layer, so .*model.onnx holds none; adopt"
+    ) as seen:
         export_onnx(nn.Conv2d(3, 4, 3).eval(), x, tmp_path / "model.onnx", check=CHECK)
     assert seen[0].filename == __file__ and (tmp_path / "model.onnx").is_file()
     with warnings.catch_warnings():
@@ -758,8 +773,11 @@ def test_a_network_without_adder_layers_says_so(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "5", "null", '"x"', "[" * 5000, '{"n": 5}', '{"n": [1]}', '{"n": [1, 2, 3]}', '{"n": [-1, 2]}', '{"n": [3, 2]}']
-    + ['{"n": ["1", 2]}', '{"n": [null, 2]}', '{"n": [true, 2]}', '{"n": [0, 2.5]}', '{"n": [0, NaN]}', '{"n": [0, true]}'],
+    [
+        *("", "[]", "5", "null", '"x"', "[" * 5000, '{"n": 5}', '{"n": [1]}', '{"n": [1, 2, 3]}', '{"n": [-1, 2]}'),
+        *('{"n": [3, 2]}', '{"n": ["1", 2]}', '{"n": [null, 2]}', '{"n": [true, 2]}', '{"n": [0, 2.5]}'),
+        *('{"n": [0, NaN]}', '{"n": [0, true]}'),
+    ],
 )
 def test_extents_that_no_export_writes(text: str) -> None:
     proto = onnx.ModelProto()
@@ -834,10 +852,26 @@ def test_dynamic_that_does_not_fit(dynamic: Any, message: str, tmp_path: pathlib
 
 @pytest.mark.parametrize(
     "dynamic",
-    [True, 0, "batch", {0}, {"batch": 0}, {0: 1}, {True: "batch"}, {0.0: "batch"}, {0: None}, ["batch"], [0], [[0]], {(0, 1): "n"}],
+    [
+        True,
+        0,
+        "batch",
+        {0},
+        {"batch": 0},
+        {0: 1},
+        {True: "batch"},
+        {0.0: "batch"},
+        {0: None},
+        ["batch"],
+        [0],
+        [[0]],
+        {(0, 1): "n"},
+    ],
 )
 def test_dynamic_of_another_type(dynamic: Any, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(TypeError, match=r'export_onnx: dynamic must map axes to names, as \{0: "batch"\}, or be a list'):
+    with pytest.raises(
+        TypeError, match=r'export_onnx: dynamic must map axes to names, as \{0: "batch"\}, or be a list'
+    ):
         export_onnx(small(), torch.randn(1, 4, 8, 8), tmp_path / "model.onnx", dynamic, check=CHECK)
 
 
@@ -846,7 +880,9 @@ def test_dynamic_of_numpy_and_of_one_name(tmp_path: pathlib.Path) -> None:
     for axes in ({np.int64(0): "n"}, ({0: "n"}, None), [{np.int32(0): "n"}, {0: "n"}]):
         assert make_dynamic_shapes(tuple(args), axes)[0] == {0: "n"}
     args[1] = torch.randn(3, 3)
-    with pytest.raises(ValueError, match="axis 0 of input 0 and axis 0 of input 1 one name, 'n', but their extents are 2 and 3"):
+    with pytest.raises(
+        ValueError, match="axis 0 of input 0 and axis 0 of input 1 one name, 'n', but their extents are 2 and 3"
+    ):
         export_onnx(small(), args, tmp_path / "model.onnx", {0: "n"}, check=CHECK)
 
 
@@ -871,13 +907,16 @@ def test_names_that_do_not_fit(names: Any, message: str, tmp_path: pathlib.Path)
     [
         (lambda x: x, torch.zeros(1, 4, 8, 8), TypeError, r"model must be a torch\.nn\.Module, got function"),
         (small(), {"x": 0}, TypeError, "args must be a list or tuple of the model's arguments, or a tensor, got dict"),
-        (small(), torch.zeros(1, 3, 8, 8), RuntimeError, "the network itself fails on args: ValueError: adder2d: an input"),
+        (
+            small(),
+            torch.zeros(1, 3, 8, 8),
+            RuntimeError,
+            "the network itself fails on args: ValueError: adder2d: an input",
+        ),
         (small(), [torch.zeros(1, 4, 8, 8)] * 2, RuntimeError, "the network itself fails on args: TypeError"),
     ],
 )
-def test_arguments_that_do_not_fit(
-    model: Any, args: Any, error: type, message: str, tmp_path: pathlib.Path
-) -> None:
+def test_arguments_that_do_not_fit(model: Any, args: Any, error: type, message: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(error, match=message):
         export_onnx(model, args, tmp_path / "model.onnx", check=CHECK)
 
@@ -952,7 +991,9 @@ def test_the_check_sees_what_was_taken_from_the_example(
     function: Any, dynamic: dict, where: str, tmp_path: pathlib.Path
 ) -> None:
     model, x = Sized(function).eval(), torch.randn(2, 3, 8, 8)
-    with pytest.raises(RuntimeError, match=f"output 0 .* in PyTorch.*{where}.*make other axes dynamic|{where}.*other axes"):
+    with pytest.raises(
+        RuntimeError, match=f"output 0 .* in PyTorch.*{where}.*make other axes dynamic|{where}.*other axes"
+    ):
         export_onnx(model, x, tmp_path / "model.onnx", dynamic)
     assert not list(tmp_path.iterdir())
     export_onnx(model, x, tmp_path / "model.onnx")

@@ -2,7 +2,7 @@
 
 Tolerance. An engine is compared with the same network in float64. What rounding may do to the output depends on the
 network: BatchNorm subtracts the large mean of an adder layer's sums and divides by their small spread, which magnifies
-the relative error of the sums, 2 * eps * sqrt(CRS) at most (conftest.py), by mean / spread; and the errors of all
+the relative error of the sums, 2 * eps * sqrt(CRS) at most (tolerance.sum_error), by mean / spread; and the errors of all
 layers add up. numerics.rounding_bounds carries the bounds of the single operations through the very network;
 conversion/test_convert.py shows that its result holds float32 (float16) arithmetic and still catches one wrong tap. Here the
 engine must stay within it, and it must be small itself.
@@ -448,7 +448,10 @@ class Direct(nn.Module):
             r"0 \(NoAdder\) looks like an adder layer .*, but does not compute adder2d",
         ),
         *(
-            (lambda cls=cls: nn.Sequential(cls(), nn.ReLU()), rf"0 \({cls.__name__}\) looks like an adder layer .*, but does not")
+            (
+                lambda cls=cls: nn.Sequential(cls(), nn.ReLU()),
+                rf"0 \({cls.__name__}\) looks like an adder layer .*, but does not",
+            )
             for cls in (Halved, OtherBias, Turned, NotANumber)
         ),
         (Direct, r"no converter for the result of the model \(Direct\)"),
@@ -482,7 +485,9 @@ class Registered(nn.Module):
 def test_a_registered_class_whose_fields_do_not_tell_all(convert: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(recognise.adder_classes, Registered, lambda layer: {"weight": layer.filters})
     network, x = nn.Sequential(Registered(), nn.ReLU()).cuda().eval(), torch.randn(1, 3, 8, 8, device="cuda")
-    with pytest.raises(RuntimeError, match=r"0 \(Registered\) looks like an adder layer .*, but does not compute adder2d"):
+    with pytest.raises(
+        RuntimeError, match=r"0 \(Registered\) looks like an adder layer .*, but does not compute adder2d"
+    ):
         convert(network, [x])
     network[0].factor = 1
     assert adder_layers(convert(network, [x])) == 1

@@ -61,7 +61,7 @@ print(json.dumps(results))
 
 def run(script: str) -> str:
     quiet = "import warnings; warnings.simplefilter('ignore')\n"
-    return run_python(quiet + START + SCRIPT + script, folders=(pathlib.Path(__file__).resolve().parent,), timeout=900)
+    return run_python(quiet + START + SCRIPT + script, folders=tuple(pathlib.Path(__file__).resolve().parents[:2]), timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,8 @@ assert [network.get_output(i).name for i in range(4)] == ["output_0", "output_1"
 assert network.get_input(0).name == "input_0"
 
 # A layer that gives no number where the one that it looks like gives one.
-from torch2trt_adder import Adder2d, tracing
+from torch2trt_adder import Adder2d
+from torch2trt_adder.frontends import tracing
 y = torch.randn(1, 4, 5, 5)
 layer, lost = Adder2d(3, 4, 3), y.clone()
 lost[0, 0, 0, 0] = torch.nan
@@ -163,7 +164,7 @@ error = attempt(layer_cases.Call(lambda x: F.logsigmoid(x)), [(2, 8, 12, 10)])
 assert error and "gives a result of shape [1920], PyTorch one of shape [2, 8, 12, 10]" in error, error
 
 # One that was registered before stays, one that is registered later replaces ours.
-from torch2trt_adder import torch2trt_layers
+from torch2trt_adder.frontends import torch2trt_layers
 before = package.CONVERTERS["torch.nn.functional.logsigmoid"]["converter"]
 torch2trt_layers.converts("torch.nn.functional.logsigmoid")(lambda ctx, x: None)
 assert package.CONVERTERS["torch.nn.functional.logsigmoid"]["converter"] is before is flat

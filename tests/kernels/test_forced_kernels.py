@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Case, assert_forward, assert_grad_input, assert_grad_weight
+from conftest import Case
 from torch import Tensor
 
 from torch2trt_adder import library, reference
+from torch2trt_adder.numerics.definition import assert_forward, assert_grad_input, assert_grad_weight
 
 # Tiles by pass and family; test_tables compares them with the library's.
 TILES = {

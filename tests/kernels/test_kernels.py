@@ -6,18 +6,18 @@ import types
 
 import pytest
 import torch
-from conftest import (
-    CASES,
-    Case,
+from conftest import CASES, Case
+
+from torch2trt_adder import Adder2d, adder2d, reference, set_eta
+from torch2trt_adder.numerics.comparison import assert_within
+from torch2trt_adder.numerics.definition import (
     assert_forward,
     assert_grad_bias,
     assert_grad_input,
     assert_grad_weight,
-    assert_within,
-    bound,
+    grad_input_terms,
 )
-
-from torch2trt_adder import Adder2d, adder2d, reference, set_eta
+from torch2trt_adder.numerics.tolerance import bound
 from torch2trt_adder.ops import fastpath, launch, launch_gradients, scaling
 
 pytestmark = pytest.mark.gpu
@@ -228,7 +228,7 @@ def limit_workspace(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType, n
 def test_any_workspace(case, dtype, memory_format, monkeypatch):
     """With less of it weights and images are packed in pieces or not at all, and fewer tiles are split."""
     x, w, b = case.tensors(dtype, "cuda", memory_format)
-    limit = limit_workspace(monkeypatch, launch, "_plan")
+    limit = limit_workspace(monkeypatch, launch, "_launch_args")
     for limit.fraction in (1, 0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0):
         assert_forward(adder2d(x, w, b, *case.geometry), x, w, b, case.geometry)
     assert len(limit.wanted) == 9 and limit.wanted[0] > 0
@@ -239,7 +239,11 @@ def test_channels_last_off_alignment():
     case = LARGE[1]
     x, w, _ = case.tensors(torch.float16, "cuda", torch.channels_last)
     aligned = adder2d(x, w, None, *case.geometry)
-    moved = torch.empty(x.numel() + 1, device="cuda", dtype=x.dtype)[1:].view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    moved = (
+        torch.empty(x.numel() + 1, device="cuda", dtype=x.dtype)[1:]
+        .view(x.permute(0, 2, 3, 1).shape)
+        .permute(0, 3, 1, 2)
+    )
     moved.copy_(x)
     assert moved.stride() == x.stride() and moved.data_ptr() % 16 != 0
     for _ in range(2):
@@ -277,7 +281,9 @@ def test_depthwise_beyond_2_to_the_31_elements(kernel, memory_format):
     y = adder2d(x, w, None, 1, 1, 1, 16)
     for n in (0, 1, 2):
         crop = x[n : n + 1, :, -65:, -65:].double()
-        expected = reference.adder2d(crop, w.double(), None, 1, 1, 1, 16)[:, :, 1:, 1:]  # the first row lacks its neighbours
+        expected = reference.adder2d(crop, w.double(), None, 1, 1, 1, 16)[
+            :, :, 1:, 1:
+        ]  # the first row lacks its neighbours
         actual = y[n : n + 1, :, -expected.shape[2] :, -expected.shape[3] :]
         assert_within(actual, expected, bound(expected, expected.abs(), kernel**2, torch.float16))
 
@@ -495,7 +501,11 @@ def test_input_gradient_of_strided_tensors(dtype):
 
 
 def test_input_gradient_takes_other_dtypes_of_grad_output():
-    for dtype, other in ((torch.float16, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float64)):
+    for dtype, other in (
+        (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64),
+    ):
         x, w, _ = PLAIN.tensors(dtype, "cuda")
         dy = grad_output(PLAIN, other)
         dx = grad_input(dy, x, w, PLAIN.geometry)
@@ -508,7 +518,7 @@ def test_input_gradient_with_any_workspace(case, monkeypatch):
     """The launcher makes do with what it gets; it wants more for splits than for packed weights."""
     x, w, _ = case.tensors(device="cuda")
     dy = grad_output(case, torch.float32)
-    limit = limit_workspace(monkeypatch, launch_gradients, "_grad_input_plan")
+    limit = limit_workspace(monkeypatch, launch_gradients, "_grad_input_args")
     for limit.fraction in (1, 0.99, 0.5, 0):
         assert_grad_input(grad_input(dy, x, w, case.geometry), dy, x, w, case.geometry)
     assert len(limit.wanted) == 4 and limit.wanted[0] > 0
@@ -525,9 +535,11 @@ def test_input_gradient_beyond_2_to_the_31_elements():
     dx = grad_input(dy.expand(33, -1, -1, -1), x.expand(33, -1, -1, -1), w, geometry)
     corners = [t[..., -66:, -66:].double() for t in (dy, x)]
     expected = reference.grad_input(*corners, w.double(), *geometry)
-    terms = reference.grad_input(corners[0].abs(), -torch.ones_like(corners[1]), torch.zeros_like(w).double(), *geometry)
+    terms = reference.grad_input(
+        corners[0].abs(), -torch.ones_like(corners[1]), torch.zeros_like(w).double(), *geometry
+    )
     inner = (..., slice(2, None), slice(2, None))  # the first rows and columns lack neighbours
-    limit = bound(expected, terms, w.numel(), dx.dtype)
+    limit = bound(expected, terms, grad_input_terms(w, 1), dx.dtype)
     assert_within(dx[:1, :, -64:, -64:], expected[inner], limit[inner])
     for n in range(1, 33):
         assert torch.equal(dx[n], dx[0]), n
@@ -844,7 +856,9 @@ def test_weight_gradient_of_few_channels_without_a_convolution(case):
         assert len(names) == (2 if eta is None else 3) and all("adder2d_wgrad" in name for name in names), names
 
 
-@pytest.mark.skipif(not fastpath._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")
+@pytest.mark.skipif(
+    not fastpath._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher"
+)
 def test_plain_calls_take_the_short_way():
     x, w, b = PLAIN.tensors(device="cuda")
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):

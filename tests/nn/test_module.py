@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import Case, assert_forward, assert_grad_input, assert_grad_weight
+from conftest import Case
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
@@ -20,8 +20,8 @@ from torch2trt_adder import (
     scale_gradients,
     set_eta,
 )
-from torch2trt_adder.nn import adopt as adoption
-from torch2trt_adder.nn import proof, recognise
+from torch2trt_adder.nn import adopt as adoption, proof, recognise
+from torch2trt_adder.numerics.definition import assert_forward, assert_grad_input, assert_grad_weight
 
 
 class adder2d(nn.Module):
@@ -466,9 +466,7 @@ WRONG = {
 def test_adopt_refuses_what_computes_something_else(name):
     model = nn.Sequential(adder2d(3, 3, 1), WRONG[name]())
     before, state = list(model.modules()), torch.get_rng_state()
-    with pytest.raises(
-        ValueError, match=r"adopt: 1 \(\w+\) does not compute adder2d in (training|evaluation) mode: "
-    ):
+    with pytest.raises(ValueError, match=r"adopt: 1 \(\w+\) does not compute adder2d in (training|evaluation) mode: "):
         adopt(model)
     assert list(model.modules()) == before and torch.equal(torch.get_rng_state(), state)
 

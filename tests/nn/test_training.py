@@ -348,8 +348,12 @@ def test_example_diverges(run_example, tmp_path):
     torch.save(state, tmp_path / "last.pt")
     before[tmp_path / "last.pt"] = (tmp_path / "last.pt").read_bytes()
     message = run_example(*TINY, "--output", str(tmp_path), "--resume", error=True)
-    assert "train_cifar: the loss became NaN in epoch 2, batch 1: training diverged; lower the learning rate. " in message
-    assert f"Begin again with a lower --lr, in another --output; {tmp_path}/last.pt is still that of epoch 1." in message
+    assert (
+        "train_cifar: the loss became NaN in epoch 2, batch 1: training diverged; lower the learning rate. " in message
+    )
+    assert (
+        f"Begin again with a lower --lr, in another --output; {tmp_path}/last.pt is still that of epoch 1." in message
+    )
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -368,7 +372,10 @@ def test_example_last_step_diverges(run_example, tmp_path):
 
 @pytest.mark.parametrize(
     "content, reason",
-    [(b"", r"last\.pt is empty; copy"), ({"epoch": 3}, r"last\.pt was not written by this program; give another --output")],
+    [
+        (b"", r"last\.pt is empty; copy"),
+        ({"epoch": 3}, r"last\.pt was not written by this program; give another --output"),
+    ],
 )
 def test_example_resumes_from_a_bad_file(run_example, tmp_path, content, reason):
     last = tmp_path / "last.pt"

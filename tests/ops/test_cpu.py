@@ -13,10 +13,11 @@ import time
 
 import pytest
 import torch
-from conftest import CASES, Case, assert_forward, assert_grad_input
+from conftest import CASES, Case
 from torch import Tensor
 
 from torch2trt_adder import adder2d, library
+from torch2trt_adder.numerics.definition import assert_forward, assert_grad_input
 
 # What the kernel cuts in pieces: rows, columns, filters, sums; and what it treats apart: 1x1 maps, large dilation.
 LARGE = [
@@ -185,7 +186,7 @@ def test_input_gradient_of_every_instruction_set(isa):
     script = f"""
 import sys
 sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
-from conftest import assert_grad_input
+from torch2trt_adder.numerics.definition import assert_grad_input
 from test_cpu import CASES, STRIDES, grad_input, grad_output
 for case in CASES + STRIDES:
     x, w, _ = case.tensors()

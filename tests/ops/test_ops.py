@@ -10,13 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    CASES,
-    assert_forward,
-    assert_grad_bias,
-    assert_grad_input,
-    assert_grad_weight,
-)
+from conftest import CASES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -24,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from torch2trt_adder import adder2d
+from torch2trt_adder.numerics.definition import assert_forward, assert_grad_bias, assert_grad_input, assert_grad_weight
 from torch2trt_adder.ops import fastpath
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -404,7 +399,9 @@ def _implementation(*tensors):
     return fastpath.find_kernels(*tensors, *[None] * (3 - len(tensors)))
 
 
-@pytest.mark.skipif(not fastpath._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")
+@pytest.mark.skipif(
+    not fastpath._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher"
+)
 def test_plain_calls_take_the_short_way():
     x, w, b = SMALL.tensors()
     expected = fastpath._KERNELS["CPU"]
@@ -427,7 +424,9 @@ def test_plain_calls_take_the_short_way():
     assert found == [expected]
 
 
-@pytest.mark.skipif(not fastpath._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher")
+@pytest.mark.skipif(
+    not fastpath._can_read_keys, reason="torch 2.4 keeps dispatch keys to itself: all calls take the dispatcher"
+)
 def test_all_others_take_the_dispatcher():
     x, w, b = SMALL.tensors()
     contexts = {

@@ -186,5 +186,7 @@ def test_names(version: tuple[str, pathlib.Path]) -> None:
     exists = json.loads(done.stdout)
     major = int(number.partition(".")[0])
     absent = {name for name, there in exists.items() if not there}
-    expected = (UP_TO_8 if major >= 10 else set()) | (UP_TO_10 if major >= 11 else set()) | (SINCE_10 if major < 10 else set())
+    expected = (
+        (UP_TO_8 if major >= 10 else set()) | (UP_TO_10 if major >= 11 else set()) | (SINCE_10 if major < 10 else set())
+    )
     assert absent == expected, f"unexpected: {sorted(absent - expected)}, back again: {sorted(expected - absent)}"

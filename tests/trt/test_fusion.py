@@ -46,7 +46,9 @@ class Network:
         n = K if mode == trt.ScaleMode.CHANNEL else 1
         power = np.full(n, options.get("power", 1), np.float32)
         self.arrays.append(power)
-        layer = self.network.add_scale_nd(x, mode, self.array(n), self.array(n, low=0.5, high=2), power, options.get("axis", 1))
+        layer = self.network.add_scale_nd(
+            x, mode, self.array(n), self.array(n, low=0.5, high=2), power, options.get("axis", 1)
+        )
         return layer.get_output(0)
 
     def constant(self, *shape: int, low: float = -1, high: float = 1) -> Any:
@@ -72,7 +74,9 @@ class Network:
         """The convolution again, then the epilogue of the chain in plain layers."""
         x, residual = inputs
         old.__class__ = trt.IConvolutionLayer
-        kernel, bias = (np.array(weights).reshape(shape) for weights, shape in ((old.kernel, (K, K, 3, 3)), (old.bias, (K,))))
+        kernel, bias = (
+            np.array(weights).reshape(shape) for weights, shape in ((old.kernel, (K, K, 3, 3)), (old.bias, (K,)))
+        )
         self.arrays += [kernel, bias]
         layer = network.add_convolution_nd(x, K, (3, 3), kernel, bias)
         layer.padding_nd = (1, 1)
@@ -90,7 +94,9 @@ class Network:
 
     def fuse(self, *, checked: bool = True, **options: Any) -> fusion.Report:
         """Fuses, and compares all outputs before and after, their names and their order."""
-        inputs = [torch.randn(2, K, SIZE, SIZE, generator=torch.Generator().manual_seed(i)) for i in range(len(self.inputs))]
+        inputs = [
+            torch.randn(2, K, SIZE, SIZE, generator=torch.Generator().manual_seed(i)) for i in range(len(self.inputs))
+        ]
         before = self.run(*inputs) if checked else []
         names = [self.network.get_output(i).name for i in range(self.network.num_outputs)]
         report = fusion.fuse(self.network, self.adders, trt=trt, replace=self.replace, **options)
@@ -114,7 +120,10 @@ class Network:
 
 
 def kinds(report: fusion.Report) -> list[tuple[str, str]]:
-    return [(each.name, "".join(c for c, there in zip("srl", (each.scale, each.residual, each.limits)) if there)) for each in report.fused]
+    return [
+        (each.name, "".join(c for c, there in zip("srl", (each.scale, each.residual, each.limits)) if there))
+        for each in report.fused
+    ]
 
 
 def test_batch_norm_residual_and_relu_of_one_block() -> None:
@@ -144,9 +153,15 @@ def test_folded_numbers() -> None:
 
 
 AFFINE: dict[str, Callable[[Network, Any], Any]] = {
-    "product and sum with constants": lambda n, y: n.binary(n.binary(y, n.constant(1, K, 1, 1), "PROD"), n.constant(1, K, 1, 1), "SUM"),
-    "constants come first": lambda n, y: n.binary(n.constant(1, K, 1, 1), n.binary(n.constant(1, 1, 1, 1), y, "PROD"), "SUM"),
-    "difference and quotient": lambda n, y: n.binary(n.binary(y, n.constant(1, K, 1, 1), "SUB"), n.constant(1, K, 1, 1, low=1, high=2), "DIV"),
+    "product and sum with constants": lambda n, y: n.binary(
+        n.binary(y, n.constant(1, K, 1, 1), "PROD"), n.constant(1, K, 1, 1), "SUM"
+    ),
+    "constants come first": lambda n, y: n.binary(
+        n.constant(1, K, 1, 1), n.binary(n.constant(1, 1, 1, 1), y, "PROD"), "SUM"
+    ),
+    "difference and quotient": lambda n, y: n.binary(
+        n.binary(y, n.constant(1, K, 1, 1), "SUB"), n.constant(1, K, 1, 1, low=1, high=2), "DIV"
+    ),
     "from a constant": lambda n, y: n.binary(n.constant(1, K, 1, 1), y, "SUB"),
 }
 
@@ -171,7 +186,10 @@ LIMITS: dict[str, tuple[Callable[[Network, Any], Any], tuple[float, float]]] = {
     "clip": (lambda n, y: n.activation(y, "CLIP", -0.5, 0.5), (-0.5, 0.5)),
     "relu, then a clip": (lambda n, y: n.activation(n.activation(y), "CLIP", -1, 2), (0, 2)),
     "a clip below zero, then relu": (lambda n, y: n.activation(n.activation(y, "CLIP", -2, -1)), (0, 0)),
-    "relu6 in two layers": (lambda n, y: n.binary(n.activation(y), n.constant(1, 1, 1, 1, low=6, high=6), "MIN"), (0, 6)),
+    "relu6 in two layers": (
+        lambda n, y: n.binary(n.activation(y), n.constant(1, 1, 1, 1, low=6, high=6), "MIN"),
+        (0, 6),
+    ),
 }
 
 
@@ -324,7 +342,11 @@ def test_other_readers_of_a_float16_output_get_float32() -> None:
     net.output(net.binary(a, net.inputs[0], "PROD"), "y1")
     net.fuse(half=True, largest={a.name: 5})
     assert halves(net) == [True, False]
-    casts = [layer for layer in (net.network.get_layer(i) for i in range(net.network.num_layers)) if "to_float32" in layer.name]
+    casts = [
+        layer
+        for layer in (net.network.get_layer(i) for i in range(net.network.num_layers))
+        if "to_float32" in layer.name
+    ]
     assert len(casts) == 1 and casts[0].get_output(0).dtype == trt.float32
 
 

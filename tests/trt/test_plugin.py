@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, Case, assert_forward
+from conftest import CASES, Case
 from processes import ROOT, run, run_python
 from torch import Tensor
 
 from torch2trt_adder import library
+from torch2trt_adder.numerics.definition import assert_forward
 from torch2trt_adder.trt import plugin
 
 CPP = ROOT / "tests" / "csrc"
@@ -87,11 +88,17 @@ def test_random_cases_under_sanitizers(tmp_path: pathlib.Path) -> None:
     sources = [*tests, csrc / "cpu" / "adder2d_cpu.cpp", csrc / "api" / "check.cpp", *plugin_sources]
     objects = [tmp_path / f"{source.stem}.o" for source in sources]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda pair: compile_cpp(*SANITIZERS, "-g1", "-c", pair[0], "-o", pair[1]), zip(sources, objects)))
+        list(
+            pool.map(lambda pair: compile_cpp(*SANITIZERS, "-g1", "-c", pair[0], "-o", pair[1]), zip(sources, objects))
+        )
     program, built = tmp_path / "plugin_fuzz", library.path()
-    compile_cpp(*SANITIZERS, "-rdynamic", *objects, built, f"-Wl,-rpath,{built.parent}", "-ldl", "-pthread", "-o", program)
+    compile_cpp(
+        *SANITIZERS, "-rdynamic", *objects, built, f"-Wl,-rpath,{built.parent}", "-ldl", "-pthread", "-o", program
+    )
     options = {"ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    done = subprocess.run([program, "0", "5000"], capture_output=True, text=True, timeout=300, env={**os.environ, **options})
+    done = subprocess.run(
+        [program, "0", "5000"], capture_output=True, text=True, timeout=300, env={**os.environ, **options}
+    )
     errors = [line for line in done.stderr.splitlines() if not line.startswith("torch2trt_adder: ")]  # its refusals
     assert done.returncode == 0 and not errors, "\n".join([done.stdout[-2000:], *errors[:40]])
     assert_checked(done.stdout.strip().splitlines()[-1], 500_000)
@@ -112,7 +119,8 @@ def _host_libraries() -> dict[str, pathlib.Path]:
         spec = importlib.util.find_spec(package)
         for folder in spec.submodule_search_locations or [] if spec else []:
             for pattern in ("libtensorrt_rtx.so.*", "libnvinfer.so.*", "libnvinfer_lean.so.*"):
-                found.update({package: path for path in pathlib.Path(folder).glob(pattern)})
+                for path in pathlib.Path(folder).glob(pattern):
+                    found[package] = path
     return found
 
 
@@ -132,19 +140,24 @@ def trt_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize(
-    "steps", ["load", "dlopen", "load,dlopen", "dlopen,load", "register", "load,unload,load", "dlopen,load,unload,register"]
+    "steps",
+    ["load", "dlopen", "load,dlopen", "dlopen,load", "register", "load,unload,load", "dlopen,load,unload,register"],
 )
 def test_real_registry_from_cpp(driver: Callable[..., str], host: pathlib.Path, steps: str) -> None:
     """Every way of loading gives a creator whose plugins return the fields they were made from."""
     assert_checked(driver("registry", host, steps), 10000)
 
 
-@pytest.mark.parametrize("version, count", [(8503, 1), (8600, 1), (9300, 1), (10701, 0), (100000, 0), (110400, 0), (0, 1)])
+@pytest.mark.parametrize(
+    "version, count", [(8503, 1), (8600, 1), (9300, 1), (10701, 0), (100000, 0), (110400, 0), (0, 1)]
+)
 def test_only_tensorrt_8_gets_v2_creators(driver: Callable[..., str], version: int, count: int) -> None:
     assert driver("offers", version) == f"{count} creators"
 
 
-def test_unknown_caller_beside_newer_tensorrt_gets_no_v2_creators(driver: Callable[..., str], host: pathlib.Path) -> None:
+def test_unknown_caller_beside_newer_tensorrt_gets_no_v2_creators(
+    driver: Callable[..., str], host: pathlib.Path
+) -> None:
     old = host.name in ("libnvinfer.so.8", "libnvinfer.so.9")
     assert driver("offers", 0, host) == f"{int(old)} creators"
 
@@ -193,7 +206,9 @@ def test_attributes_that_no_layer_can_have(trt_name: str) -> None:
         assert str(value) in str(raised.value)
 
 
-@pytest.mark.parametrize("value", [1.9, "23", "1", True, None, (1.0, 1), 2**31, np.float32(1), np.bool_(True)], ids=repr)
+@pytest.mark.parametrize(
+    "value", [1.9, "23", "1", True, None, (1.0, 1), 2**31, np.float32(1), np.bool_(True)], ids=repr
+)
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation", "groups", "output_type"])
 def test_attributes_that_are_no_integers(trt_name: str, name: str, value: Any) -> None:
     trt = importlib.import_module(trt_name)
@@ -281,7 +296,7 @@ except RuntimeError as error:
 # ---- engines
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _logger() -> Any:
     import tensorrt as trt
 
@@ -354,7 +369,11 @@ class Engine:
         return [line for line in text.splitlines() if line.strip()]
 
 
-ENGINE_CASES = [c for c in CASES if c.name in ("first_layer", "stride_two", "per_axis", "depthwise_multiplier", "one_filter", "wide")]
+ENGINE_CASES = [
+    c
+    for c in CASES
+    if c.name in ("first_layer", "stride_two", "per_axis", "depthwise_multiplier", "one_filter", "wide")
+]
 TYPES = [(x, y) for x in (torch.float32, torch.float16) for y in (torch.float32, torch.float16)]
 
 
@@ -408,7 +427,8 @@ def test_two_engines_on_two_streams_at_once() -> None:
         weights.append((weight, bias))
         engines.append(Engine(build_engine(case, weight, bias, (case.H + 40, case.W + 40))))
     inputs = [
-        [torch.randn(1 + i % 8, c.C, c.H + 5 * (i % 8), c.W + 4 * (i % 9), device="cuda") for i in range(24)] for c in cases
+        [torch.randn(1 + i % 8, c.C, c.H + 5 * (i % 8), c.W + 4 * (i % 9), device="cuda") for i in range(24)]
+        for c in cases
     ]
     torch.cuda.synchronize()
     outputs = [[], []]

@@ -1,4 +1,4 @@
-"""What the verbs of the command line do with models and engines. Each prints for people and returns the same as a dict."""
+"""What the subcommands do with models and engines. Each prints for people and returns the same as a dict."""
 
 import importlib.util
 import pathlib
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..conversion import converter, routes
 from ..export import exporter, format, runtime
-from ..numerics import rounding
-from ..trt import builder, inspection
-from ..trt.builder import Range
+from ..numerics import comparison, rounding
+from ..trt import builder, inspection, profiles
 from ..trt.engine import Engine
 from ..trt.plans import fused_layers
+from ..trt.profiles import Range
 from ..utils import files
 from ..utils.progress import elapsed
 from .checking import Comparison
@@ -31,7 +31,7 @@ from .loading import (
 )
 from .sources import check_source
 
-# ---- verbs
+# ---- subcommands
 
 
 def export(
@@ -179,7 +179,7 @@ def _convert_file(
         proto = builder.load_onnx(exported)
         adders = len(format.adder_nodes(proto.graph))
         _say_if_no_adders(adders, source)
-        axes = builder.dynamic_axes(proto)
+        axes = profiles.dynamic_axes(proto)
         _check_axes(dynamic, {axis for _, axis, _ in axes}, f"the dynamic axes of {source}")
         for name, axis, _ in axes:
             if axis not in dynamic:
@@ -230,12 +230,12 @@ def _load(
     """The engine, and what to feed it: the shapes given, or those that it was tuned for."""
     with elapsed(f"Loading {plan}"):
         runner = Engine(plan, host_code=host_code)
-    usual = [runner._profile[name][1] for name in runner.input_names]
+    usual = [runner.profile_shapes(name)[1] for name in runner.input_names]
     if shapes and len(shapes) != len(usual):
         raise RuntimeError(
             f"{plan} has {len(usual)} inputs ({', '.join(runner.input_names)}), got {len(shapes)} shapes."
         )
-    return runner, list(shapes or usual), [runner._dtypes[name] for name in runner.input_names]
+    return runner, list(shapes or usual), [runner.dtype_of(name) for name in runner.input_names]
 
 
 def check(
@@ -266,16 +266,20 @@ def check(
             model = load_model(source, checkpoint, half, trust)
             network = (model.module() if isinstance(model, torch.export.ExportedProgram) else model).cuda()
             _say_if_no_adders(adder_layers(network, random_inputs(usual, dtypes, "cuda")), source)
-            reference = lambda inputs: comparison.tensor_leaves(network(*inputs))  # noqa: E731
+
+            def reference(inputs: list[Tensor]) -> list[Tensor]:
+                return comparison.tensor_leaves(network(*inputs))
+
+            def network_bounds(inputs: list[Tensor]) -> list[float]:
+                return [t.item() for t in comparison.tensor_leaves(rounding.rounding_bounds(network, inputs, fp16))]
+
             if rtol is None:
-                bound = lambda inputs: [  # noqa: E731
-                    t.item() for t in comparison.tensor_leaves(rounding.rounding_bounds(network, inputs, fp16))
-                ]
+                bound = network_bounds
     batches = [usual] * -(-samples // max(1, usual[0][0] if usual[0] else 1))
     if not shapes:  # what holds only for the usual shapes is wrong at the ends of the ranges
-        ends = ([runner._profile[name][i] for name in runner.input_names] for i in (0, 2))
+        ends = ([runner.profile_shapes(name)[i] for name in runner.input_names] for i in (0, 2))
         batches += [end for end in ends if end != usual and all(map(all, end))]
-    comparison = Comparison(source, str(plan))
+    outcome = Comparison(source, str(plan))
     with torch.no_grad(), elapsed(f"Comparing {len(batches)} batches"):
         for step, batch in enumerate(batches):
             inputs = random_inputs(batch, dtypes, "cuda", seed=step)
@@ -290,8 +294,8 @@ def check(
                 continue
             outputs = runner(*inputs)
             outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-            comparison.add(outputs, expected, rtol or 0.0, None if bound is None else bound(inputs))
-    result, reason = comparison.report(several=len(batches) > 1 or batches[0][0][:1] > (1,))
+            outcome.add(outputs, expected, rtol or 0.0, None if bound is None else bound(inputs))
+    result, reason = outcome.report(several=len(batches) > 1 or batches[0][0][:1] > (1,))
     if reason is not None:
         raise Failed(reason, result)
     return result
@@ -364,4 +368,10 @@ def inspect(plan: pathlib.Path, shapes: Sequence[Shape], host_code: bool) -> dic
     fused = fused_layers(runner.engine.name)
     if fused is not None:
         print(f"Adder layers: {fused}.")
-    return {"layers": found, "adder_layers": len(adders), "fused": fused, "milliseconds": total, "adder_milliseconds": spent}
+    return {
+        "layers": found,
+        "adder_layers": len(adders),
+        "fused": fused,
+        "milliseconds": total,
+        "adder_milliseconds": spent,
+    }

@@ -21,6 +21,7 @@ from ..models import addernet_mnist
 from ..nn import training
 from ..nn.adder2d import Adder2d
 from ..numerics import tolerance
+from ..trt import inspection
 from ..utils import files
 from ..utils.progress import elapsed
 
@@ -220,19 +221,9 @@ def _compare_with_engine(model: nn.Module, images: Tensor, labels: Tensor) -> di
     return result
 
 
-@torch.no_grad()
 def _latency(network: nn.Module, images: Tensor) -> float:
-    """Milliseconds on the GPU, median of 100 runs after 20 others."""
-    times: list[float] = []
-    for i in range(120):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        network(images)
-        end.record()
-        end.synchronize()
-        if i >= 20:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    """Milliseconds on the GPU, median of 100 runs after 25 others."""
+    return statistics.median(inspection.latencies(network, [images], runs=100))
 
 
 def _name(device: torch.device) -> str:

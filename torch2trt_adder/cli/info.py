@@ -10,7 +10,7 @@ import torch
 
 from .. import __version__, library, torch_tensorrt_error
 from ..conversion import routes
-from ..trt import plugin
+from ..trt import api, plugin
 from .commands import Failed
 
 _TORCH2TRT = "pip install git+https://github.com/NVIDIA-AI-IOT/torch2trt"
@@ -45,7 +45,7 @@ def show() -> dict[str, Any]:
     module, version = _tensorrt()
     allows = "pip install tensorrt; the plugin serves 8.5 to 11."
     if module is not None:
-        kind = "IPluginV3" if hasattr(module, "TensorRTPhase") else "IPluginV2DynamicExt"
+        kind = api.plugin_interface(module)
         allows = f"The plugin {plugin.NAME}, version {plugin.VERSION}, is registered ({kind}): engines with adder layers load."
         try:
             plugin.register()
@@ -145,7 +145,7 @@ def _distribution(name: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the first line of every verb says."""
+    """What the first line of every subcommand says."""
     return {
         "torch2trt-adder": __version__,
         "Python": platform.python_version(),

@@ -114,7 +114,7 @@ def adder_layers(model: nn.Module | torch.export.ExportedProgram, args: Sequence
         return layers
     calls = 0
 
-    class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class Counter(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal calls
             calls += func in operators

@@ -1,4 +1,4 @@
-"""The command `torch2trt-adder`. Each verb is one call into another file.
+"""The command `torch2trt-adder`. Each subcommand is one call into another file.
 
 Arguments and files are checked before torch is loaded, which takes seconds: `--help` and wrong usage answer at once.
 """
@@ -14,18 +14,18 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import _load
+from .. import load_public_names
 from ..utils.files import check_apart, check_readable, check_writable
 from . import streams
 from .parser import WrongUsage, make_parser
 from .sources import check_exportable, check_source
-from .verbs import run_export
+from .subcommands import run_export
 
 _FAILED, _INTERRUPTED = 1, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb.
+    """Runs one subcommand.
 
     Returns:
         The exit code: 0 for success, 1 for a failure reported on stderr, 130 after Ctrl-C. Wrong usage raises SystemExit(2),
@@ -67,10 +67,10 @@ def _run(arguments: list[str]) -> int:
     with streams.stdout_to_stderr() if options.json else contextlib.nullcontext():
         try:
             _check_files(options)
-            _load()
+            load_public_names()
             report["versions"] = _versions()
             streams.write_line(" | ".join(f"{name} {version}".strip() for name, version in report["versions"].items()))
-            report["result"] = options.verb(options)
+            report["result"] = options.subcommand(options)
             report["passed"], status = True, 0
         except (BrokenPipeError, streams.StdoutError):
             raise
@@ -113,7 +113,7 @@ def _check_files(options: argparse.Namespace) -> None:
     """
     if "model" in options.reads:
         check_source(options.model, options.checkpoint, options.half)
-        if options.verb is run_export:
+        if options.subcommand is run_export:
             check_exportable(options.model)
     inputs, outputs = _paths(options, options.reads), _paths(options, options.writes)
     for path in inputs.values():

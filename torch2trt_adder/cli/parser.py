@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from . import streams
-from .verbs import (
+from .subcommands import (
     run_bench,
     run_build,
     run_check,
@@ -77,9 +77,9 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"torch2trt-adder {__version__}")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    subcommands = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
 
-    def verb(
+    def subcommand(
         name: str,
         run: Callable[[argparse.Namespace], Any],
         about: str,
@@ -88,10 +88,10 @@ def make_parser() -> argparse.ArgumentParser:
         writes: Mapping[str, str] | None = None,
     ) -> argparse.ArgumentParser:
         description = f"{about[0].upper()}{about[1:]}.{more}"
-        added = verbs.add_parser(name, help=about, description=description, epilog=_EPILOG)
+        added = subcommands.add_parser(name, help=about, description=description, epilog=_EPILOG)
         added.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
         added.add_argument("--debug", action="store_true", help="after a failure, its traceback on stderr")
-        added.set_defaults(verb=run, reads=reads or {}, writes=writes or {})
+        added.set_defaults(subcommand=run, reads=reads or {}, writes=writes or {})
         return added
 
     def model(added: argparse.ArgumentParser, what: str) -> None:
@@ -123,7 +123,9 @@ def make_parser() -> argparse.ArgumentParser:
     function = "package.module:function, called without arguments"
 
     about = "train a small AdderNet on handwritten digits; with a GPU and TensorRT, convert it and compare"
-    demo = verb("demo", run_demo, about, " Under a minute on two CPU cores.", writes={"checkpoint": "the checkpoint"})
+    demo = subcommand(
+        "demo", run_demo, about, " Under a minute on two CPU cores.", writes={"checkpoint": "the checkpoint"}
+    )
     demo.add_argument(
         "--epochs", type=_positive, default=10, help="passes over the training digits (default: %(default)s)"
     )
@@ -136,9 +138,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="where to write the trained parameters (default: %(default)s)",
     )
 
-    verb("info", run_info, "show torch, GPU, TensorRT, plugin library and torch2trt, and what each of them allows")
+    subcommand(
+        "info", run_info, "show torch, GPU, TensorRT, plugin library and torch2trt, and what each of them allows"
+    )
 
-    convert = verb(
+    convert = subcommand(
         "convert",
         run_convert,
         "make a TensorRT engine of a network, and compare it with PyTorch",
@@ -154,7 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     no_fuse(convert)
     convert.add_argument("--route", choices=_ROUTES, default="auto", help="default: torch2trt where it can, else ONNX")
 
-    export = verb(
+    export = subcommand(
         "export",
         run_export,
         "write a network to one ONNX file that TensorRT and ONNX Runtime read",
@@ -169,7 +173,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--opset", type=_positive, help="default: 17, which TensorRT 8.6 reads, or 18 if need be")
     export.add_argument("--no-check", action="store_true", help="do not compare ONNX Runtime with PyTorch")
 
-    build = verb(
+    build = subcommand(
         "build",
         run_build,
         "build a TensorRT engine of an ONNX file",
@@ -187,7 +191,7 @@ def make_parser() -> argparse.ArgumentParser:
     build.add_argument("--embed-plugin", action="store_true", help="put the plugin library into the plan")
     build.add_argument("--verbose", action="store_true", help="TensorRT's whole log on stderr")
 
-    check = verb(
+    check = subcommand(
         "check",
         run_check,
         "compare an engine with PyTorch or ONNX Runtime on random inputs",
@@ -205,14 +209,16 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("--fp16", action="store_true", help="the engine was built with --fp16")
     host_code(check)
 
-    bench = verb("bench", run_bench, "time an engine: percentiles of its latency, and its throughput", reads=engine)
+    bench = subcommand(
+        "bench", run_bench, "time an engine: percentiles of its latency, and its throughput", reads=engine
+    )
     bench.add_argument("plan", **plan)
     shape(bench, "; default: what the engine is tuned for")
     bench.add_argument("--runs", type=_positive, default=200, help="default: %(default)s")
     bench.add_argument("--cuda-graph", action="store_true", help="record the launches and replay them")
     host_code(bench)
 
-    inspect = verb(
+    inspect = subcommand(
         "inspect",
         run_inspect,
         "list an engine's layers: which are adder layers, their precision and time",
@@ -222,7 +228,9 @@ def make_parser() -> argparse.ArgumentParser:
     shape(inspect, "; default: what the engine is tuned for")
     host_code(inspect)
 
-    triton = verb("triton", run_triton, "write a model repository for NVIDIA's Triton Inference Server", reads=engine)
+    triton = subcommand(
+        "triton", run_triton, "write a model repository for NVIDIA's Triton Inference Server", reads=engine
+    )
     triton.add_argument("folder", type=pathlib.Path, metavar="DIR", help="the repository; other models in it stay")
     triton.add_argument("plan", help="built by the TensorRT of the Triton container", **plan)
     triton.add_argument("--name", help="of the model (default: the plan's)")
@@ -263,8 +271,8 @@ def _named_range(text: str) -> tuple[str, tuple[int, int, int]]:
     numbers = extents.split(":")
     if not name or len(numbers) != 3 or not all(number.isdigit() for number in numbers):
         raise argparse.ArgumentTypeError(f"must be an axis and three extents, as batch=1:8:64, got {text!r}")
-    least, usual, most = map(int, numbers)
-    return name, (least, usual, most)
+    low, opt, high = map(int, numbers)
+    return name, (low, opt, high)
 
 
 def _axis_range(text: str) -> tuple[int, tuple[int, int, int]]:

@@ -12,7 +12,6 @@ from ..frontends.options import did_you_mean
 from ..nn.adopt import adopted_copy
 from ..numerics.comparison import compare, resized, tensor_leaves
 from ..numerics.rounding import rounding_bounds
-from ..trt.plans import fused_layers
 from . import arguments, routes
 from .shapes import shapes_of
 
@@ -37,7 +36,8 @@ def convert(
             and ReLU or limits that follow them); through torch2trt also its other options, and allow_constants.
 
     Returns:
-        A module called like `model`; its attribute ``route`` names the route. From torch2trt a TRTModule, saved with
+        A module called like `model`; its attribute ``route`` names the route, ``fused`` what adder layers
+        compute besides their sums. From torch2trt a TRTModule, saved with
         state_dict(); through ONNX an `Engine`, wrapped where the model's inputs or outputs are nested.
 
     Raises:
@@ -101,16 +101,14 @@ def _convert_through(
             where = f" for inputs of {', '.join(str(list(t.shape)) for t in tensor_leaves(args))}"
             compare_outputs(flatten(model_trt(*args)), flatten(expected), limits, fp16, where)
     model_trt.route = route  # type: ignore[assignment]  # an attribute of the caller's module
-    runner = model_trt.engine if isinstance(model_trt.engine, nn.Module) else model_trt  # nested outputs are wrapped
-    fused = fused_layers(runner.engine.name)
-    if fused:
-        _say(f"adder layers: {fused}")
+    if getattr(model_trt, "fused", None):
+        _say(f"adder layers: {model_trt.fused}")
     return model_trt
 
 
 def _at_the_ends(inputs: Any, example: Sequence[Any], options: dict[str, Any]) -> list[Any]:
     """The example's values at the smallest and largest shapes, where these are others."""
-    if not isinstance(inputs, (list, tuple)):  # a data set, whose shapes torch2trt takes where no others are given
+    if not isinstance(inputs, (list, tuple)):  # a data set; torch2trt uses its shapes where no others are given
         given = {key: value for key, value in options.items() if value is not None}
         options = {"min_shapes": inputs.min_shapes(), "max_shapes": inputs.max_shapes(), **given}
     tensors = tensor_leaves(example)
@@ -161,5 +159,5 @@ def _check_options(route: str, options: dict[str, Any]) -> None:
     for name in options:
         if name not in known:
             hint = did_you_mean(name, known) or f"; its options are {', '.join(known)}."
-            also = "" if route != "onnx" else " (route='torch2trt' takes all of torch2trt's options.)"
+            also = "" if route != "onnx" else " (route='torch2trt' supports all of torch2trt's options.)"
             raise TypeError(f"convert: route {route!r} has no option {name!r}{hint}{also}")

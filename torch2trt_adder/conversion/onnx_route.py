@@ -36,7 +36,7 @@ def refuses(inputs: Any, options: dict[str, Any]) -> str | None:
     if unknown:
         return (
             f"route 'onnx' has no option {unknown[0]!r}, its options are {', '.join(COMMON_OPTIONS)}; "
-            "route='torch2trt' takes all of torch2trt's."
+            "route='torch2trt' supports all of torch2trt's."
         )
     if not isinstance(inputs, (list, tuple)):
         return "route 'onnx' accepts the model's arguments, not a data set; give min_shapes and max_shapes."
@@ -56,7 +56,7 @@ def through_onnx(model: nn.Module, inputs: Any, options: dict[str, Any]) -> Conv
         RuntimeError: the network cannot be exported, or TensorRT cannot build the engine.
     """
     from ..export import exporter
-    from ..trt import builder, engine
+    from ..trt import builder, engine, plans
 
     barred = refuses(inputs, options)
     if barred is not None:
@@ -86,7 +86,9 @@ def through_onnx(model: nn.Module, inputs: Any, options: dict[str, Any]) -> Conv
         runner = engine.Engine(plan)
     output = model(*args)
     flat = all(isinstance(leaf, Tensor) for leaf in args) and isinstance(output, Tensor)
-    return (runner if flat else _Structured(runner, tree_flatten(output)[1])), tensor_leaves
+    model_trt: Any = runner if flat else _Structured(runner, tree_flatten(output)[1])
+    model_trt.fused = plans.fused_layers(runner.engine.name)
+    return model_trt, tensor_leaves
 
 
 def _dynamic_axes(

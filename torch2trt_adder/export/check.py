@@ -99,7 +99,10 @@ def compare_with_onnxruntime(
             continue
         where = f" for {', '.join(f'{dim} = {extent}' for dim, extent in other_of.items())}"
         return compare(
-            other, expected, where, "the file holds for the extents of args alone, so make other axes dynamic, or none"
+            other,
+            expected,
+            where,
+            "the file is only valid for the extents of args, so make other axes dynamic, or none",
         )
 
 

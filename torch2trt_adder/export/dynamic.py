@@ -17,7 +17,7 @@ from .format import EXTENTS
 Axes = Mapping[int, str]
 
 
-def make_dynamic_shapes(args: tuple, dynamic: Axes | Sequence[Axes | None] | None) -> Any:
+def make_dynamic_shapes(args: tuple[Any, ...], dynamic: Axes | Sequence[Axes | None] | None) -> Any:
     """The mapping of each tensor of `args`, in the structure of `args`, as torch's exporter wants it."""
     if dynamic is None:
         return None
@@ -51,7 +51,7 @@ def make_dynamic_shapes(args: tuple, dynamic: Axes | Sequence[Axes | None] | Non
 
 
 def _check_extents(tensors: Sequence[Tensor], each: Sequence[dict[int, str]]) -> None:
-    """Axes of one name must have one extent in the example, too."""
+    """Axes of one name must have one extent in the example as well."""
     first: dict[str, tuple[int, int, int]] = {}
     for i, (tensor, axes) in enumerate(zip(tensors, each)):
         for axis, name in axes.items():
@@ -80,7 +80,7 @@ def _axes(axes: Any) -> dict[int, str]:
     return checked
 
 
-def by_parameter(model: Any, shapes: tuple | None) -> tuple | None:
+def by_parameter(model: Any, shapes: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     """`shapes` of the arguments as torch's exporter wants them: those of *args as one tuple."""
     if shapes is None:
         return None
@@ -97,7 +97,7 @@ def _wrong_axes(value: Any) -> TypeError:
 
 
 def name_axes(proto: Any, axes: Sequence[Axes]) -> None:
-    """Gives the dynamic axes their names, one mapping for each input: torch's exporter does not where an argument is no tensor."""
+    """Gives the dynamic axes their names, one mapping for each input: torch's exporter does not where an argument is not a tensor."""
     names: dict[str, str] = {}
     for entry, each in zip(proto.graph.input, axes, strict=True):
         for axis, name in each.items():
@@ -128,10 +128,14 @@ def note_extents(proto: Any, program: torch.export.ExportedProgram) -> None:
             within = program.range_constraints.get(extent.node.expr) if isinstance(extent, torch.SymInt) else None
             if within is None:
                 continue
-            least, most = (int(v) if v.is_Integer and v < 2**31 else None for v in (within.lower, within.upper))
-            least = least if least is not None and least > 2 else 0  # torch.export says 2 where it knows nothing
-            if least or most is not None:
-                limits[dim.dim_param] = (least, most)
+            min_extent, max_extent = (
+                int(v) if v.is_Integer and v < 2**31 else None for v in (within.lower, within.upper)
+            )
+            min_extent = (
+                min_extent if min_extent is not None and min_extent > 2 else 0
+            )  # torch.export says 2 where it knows nothing
+            if min_extent or max_extent is not None:
+                limits[dim.dim_param] = (min_extent, max_extent)
     if limits:
         entry = proto.metadata_props.add()
         entry.key, entry.value = EXTENTS, json.dumps(limits)

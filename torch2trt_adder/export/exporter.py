@@ -4,7 +4,7 @@ Each adder layer becomes one node ``torch2trt_adder::Adder2d``. TensorRT's parse
 runtime runs the node's body, a local function of standard operators that travels in the same file. format.py
 defines it.
 
-Importing this file needs torch alone; exporting needs onnx and onnxscript, the check onnxruntime.
+Importing this file needs only torch; exporting needs onnx and onnxscript, the check onnxruntime.
 """
 
 import importlib.util
@@ -31,14 +31,14 @@ from .postprocess import add_body, name_nodes
 from .symbols import exporting, translations
 
 _DEFAULT_OPSET = 17  # the newest that TensorRT 8.6 reads
-_LEAST_OPSET = 15  # of the body's operators
+_MIN_OPSET = 15  # of the body's operators
 _EXPORTER_OPSET = 18  # the oldest that torch's exporter writes by itself
 
 
 def export_onnx(
     model: nn.Module | torch.export.ExportedProgram,
     args: Tensor | Sequence[Any],
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     dynamic: Axes | Sequence[Axes | None] | None = None,
     *,
     input_names: Sequence[str] | None = None,
@@ -54,11 +54,11 @@ def export_onnx(
     Args:
         model: a network in eval mode, float32 or float16, on any device; or what torch.export gave.
         args: its positional arguments as a list or tuple, or one tensor.
-        path: of the file; written beside and renamed.
+        path: of the file; written atomically (temporary file, then rename).
         dynamic: the axes that may vary, each with a name: ``{0: "batch"}`` for every input that has that axis, or
             one such mapping (or None) for each tensor in `args`. Axes of one name have one extent. An exported program
             keeps the dynamic axes that it was exported with. Where the network's code branches on an extent, the file
-            holds for the example's branch alone, which it says itself: `build_engine` allows no other range.
+            is valid only for the example's branch; the limits are stored in its metadata, and `build_engine` checks them.
         input_names, output_names: of the graph; the exporter's own where None.
         opset: of ONNX's standard operators, at least 15; by default 17, or 18 for networks that 17 cannot express
             (TensorRT 8.6 reads no further than 17).
@@ -70,29 +70,18 @@ def export_onnx(
 
     Raises:
         ValueError: the model is in training mode; names or axes that do not fit.
-        TypeError: an adder layer in bfloat16 or float64; no nn.Module, or no list of arguments; `dynamic` of another type.
+        TypeError: an adder layer in bfloat16 or float64; a model that is not an nn.Module; args that are not a list;
+            `dynamic` of another type.
         RuntimeError: onnx, onnxscript or (for the check) onnxruntime is missing; the network cannot be exported in
-            that opset; ONNX Runtime, or the network with `Adder2d` in the place of its own adder layers, computes something
-            else than the network as it was given.
+            that opset; ONNX Runtime, or the network with `Adder2d` in place of its own adder layers, computes something
+            else than the original network.
         OSError: the file cannot be written.
     """
     _need("onnx", "onnxscript")
     import onnx
 
     path = pathlib.Path(path)
-    if "custom_translation_table" not in inspect.signature(torch.onnx.export).parameters:
-        raise RuntimeError(f"export_onnx: torch {torch.__version__} has an older exporter: use torch 2.6 or newer.")
-    if not isinstance(args, Tensor | list | tuple):
-        raise TypeError(
-            f"export_onnx: args must be a list or tuple of the model's arguments, or a tensor, got {type(args).__name__}."
-        )
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
-    latest = onnx.defs.onnx_opset_version()
-    if opset is not None and not _LEAST_OPSET <= opset <= latest:
-        raise ValueError(
-            f"export_onnx: opset must be from {_LEAST_OPSET} to {latest} (the latest that onnx {onnx.__version__} knows), got "
-            f"{opset}."
-        )
+    args = _check_arguments(args, opset)
     if check:
         _need("onnxruntime", remedy="or leave the check out with check=False (on the command line --no-check)")
     if isinstance(model, torch.export.ExportedProgram):
@@ -101,8 +90,9 @@ def export_onnx(
                 "export_onnx: an exported program has its dynamic axes already; give dynamic_shapes to "
                 "torch.export.export instead of dynamic to export_onnx."
             )
-        own = module = model.module()
         dynamic_shapes = None
+        own: nn.Module = model.module()
+        module = own
     else:
         eval_mode.check_model("export_onnx", model)
         dynamic_shapes = make_dynamic_shapes(args, dynamic)
@@ -137,56 +127,39 @@ def _need(*packages: str, remedy: str = "") -> None:
         raise RuntimeError(f"export_onnx: {missing[0]} is not installed: pip install {' '.join(missing)}{alternative}.")
 
 
+def _check_arguments(args: Tensor | Sequence[Any], opset: int | None) -> tuple[Any, ...]:
+    """`args` as a tuple, or an error for what this torch or onnx cannot serve."""
+    import onnx
+
+    if "custom_translation_table" not in inspect.signature(torch.onnx.export).parameters:
+        raise RuntimeError(f"export_onnx: torch {torch.__version__} has an older exporter: use torch 2.6 or newer.")
+    if not isinstance(args, Tensor | list | tuple):
+        raise TypeError(
+            f"export_onnx: args must be a list or tuple of the model's arguments, or a tensor, got {type(args).__name__}."
+        )
+    latest = onnx.defs.onnx_opset_version()
+    if opset is not None and not _MIN_OPSET <= opset <= latest:
+        raise ValueError(
+            f"export_onnx: opset must be from {_MIN_OPSET} to {latest} (the latest that onnx {onnx.__version__} knows), got "
+            f"{opset}."
+        )
+    return (args,) if isinstance(args, Tensor) else tuple(args)
+
+
 def _export(
     model: nn.Module | torch.export.ExportedProgram,
     module: nn.Module,
-    args: tuple,
+    args: tuple[Any, ...],
     dynamic_shapes: Any,
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
     opset: int | None,
 ) -> Any:
     """The onnx.ModelProto that torch's exporter makes, in the opset asked for."""
-    import onnx
-
     wanted = _DEFAULT_OPSET if opset is None else opset
-    with interrupts.kept(), torch.no_grad(), exporting():
-        try:
-            program = torch.onnx.export(
-                model,
-                (*args, {}),  # the exporter takes a dict at the end for keyword arguments
-                None,
-                opset_version=_EXPORTER_OPSET,
-                optimize=False,  # see graph.py
-                dynamic_shapes=by_parameter(model, dynamic_shapes),
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-                custom_translation_table=translations(),
-            )
-        except RuntimeError as error:  # OnnxExporterError is one, what its passes raise is another
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            if isinstance(cause, TypeError) and str(cause).startswith("adder2d:"):
-                raise cause from None
-            try:
-                output = call_model(module, *args)
-            except Exception as own:
-                raise RuntimeError(
-                    f"export_onnx: the network itself fails on args: {type(own).__name__}: {own}"
-                ) from own
-            for leaf in tree_leaves(output):
-                if leaf is not None and not isinstance(leaf, Tensor):
-                    raise RuntimeError(
-                        f"export_onnx: the network returns {type(leaf).__name__} {str(leaf)[:40]!r}, ONNX files return tensors "
-                        "only; make a tensor of it, or leave it out."
-                    ) from error
-            raise RuntimeError(
-                f"export_onnx: torch's exporter cannot express the network: {type(cause).__name__}: {cause}"
-            ) from error
+    program = _run_exporter(model, module, args, by_parameter(model, dynamic_shapes))
     graph.finish(program.model, input_names, output_names, max(wanted, _EXPORTER_OPSET))
-    proto = program.model_proto
+    proto: Any = program.model_proto
     graph.lift_constants(proto.graph)
     tensors, inputs = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(args)), len(proto.graph.input)
     if inputs != tensors:
@@ -199,18 +172,74 @@ def _export(
     name_nodes(proto)
     if dynamic_shapes is not None:
         name_axes(proto, [axes for axes in tree_structure(args).flatten_up_to(dynamic_shapes) if axes is not None])
+    proto = _in_opset(proto, wanted, opset)
+    assert program.exported_program is not None  # the exporter has just made it
+    note_extents(proto, program.exported_program)
+    return proto
+
+
+def _run_exporter(
+    model: nn.Module | torch.export.ExportedProgram, module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any
+) -> "torch.onnx.ONNXProgram":
+    """torch's exporter, with errors that name the cause."""
+    with interrupts.kept(), torch.no_grad(), exporting():
+        try:
+            program = torch.onnx.export(
+                model,
+                (*args, {}),  # the exporter takes a dict at the end for keyword arguments
+                None,
+                opset_version=_EXPORTER_OPSET,
+                optimize=False,  # see graph.py
+                dynamic_shapes=dynamic_shapes,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                custom_translation_table=translations(),
+            )
+        except RuntimeError as error:  # OnnxExporterError is one, what its passes raise is another
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if isinstance(cause, TypeError) and str(cause).startswith("adder2d:"):
+                raise cause from None
+            _check_outputs(module, args, error)
+            raise RuntimeError(
+                f"export_onnx: torch's exporter cannot express the network: {type(cause).__name__}: {cause}"
+            ) from error
+    assert program is not None  # the type of the older exporter's result
+    return program
+
+
+def _check_outputs(module: nn.Module, args: tuple[Any, ...], error: RuntimeError) -> None:
+    """Raises where the exporter's `error` comes from the network: it fails itself, or returns other things than tensors."""
+    try:
+        output = call_model(module, *args)
+    except Exception as own:
+        raise RuntimeError(f"export_onnx: the network itself fails on args: {type(own).__name__}: {own}") from own
+    for leaf in tree_leaves(output):
+        if leaf is not None and not isinstance(leaf, Tensor):
+            raise RuntimeError(
+                f"export_onnx: the network returns {type(leaf).__name__} {str(leaf)[:40]!r}, but ONNX files return only "
+                "tensors; make a tensor of it, or leave it out."
+            ) from error
+
+
+def _in_opset(proto: Any, wanted: int, opset: int | None) -> Any:
+    """The model in opset `wanted`; in its own where that fails and the caller asked for none (`opset` is None)."""
+    import onnx
+
     have = opset_entry(proto).version
     if have < wanted:  # the exporter has only logged it
         raise RuntimeError(f"export_onnx: torch's exporter cannot write opset {opset} here; leave opset out.")
-    if have > wanted:
-        try:
-            older = in_opset_17(proto)
-            proto = older if wanted == 17 else onnx.version_converter.convert_version(older, wanted)
-        except RuntimeError as error:
-            if opset is not None:
-                raise RuntimeError(
-                    f"export_onnx: the network cannot be written in opset {opset} "
-                    f"({str(error).strip().splitlines()[-1]}); leave opset out, which gives {have}."
-                ) from error
-    note_extents(proto, program.exported_program)
-    return proto
+    if have == wanted:
+        return proto
+    try:
+        older = in_opset_17(proto)
+        return older if wanted == 17 else onnx.version_converter.convert_version(older, wanted)
+    except RuntimeError as error:
+        if opset is None:
+            return proto
+        raise RuntimeError(
+            f"export_onnx: the network cannot be written in opset {opset} "
+            f"({str(error).strip().splitlines()[-1]}); leave opset out, which gives {have}."
+        ) from error

@@ -16,8 +16,8 @@ import torch
 
 DOMAIN, OP_TYPE = "torch2trt_adder", "Adder2d"
 EXTENTS = "torch2trt_adder.extents"  # in the file's metadata: for which extents of its dynamic axes it holds
-_MOST = 2**31 - 1  # the plugin's fields are int32
-_PAIRS = {"stride": 1, "padding": 0, "dilation": 1}  # and the least value of each
+_MAX = 2**31 - 1  # the plugin's fields are int32
+_PAIRS = {"stride": 1, "padding": 0, "dilation": 1}  # and the smallest value of each
 _REMEDY = "export the network again"
 Shape = tuple[int | None, ...]
 
@@ -44,7 +44,7 @@ def adder_nodes(graph: Any) -> list[Any]:
 
 
 def extents(proto: Any) -> dict[str, tuple[int, int | None]]:
-    """By the name of a dynamic axis: the least and the largest extent (None: any) for which the file holds.
+    """By the name of a dynamic axis: the smallest and the largest extent (None: any) for which the file is valid.
 
     Raises:
         ValueError: the file's metadata do not say that in the way in which `export_onnx` writes it.
@@ -59,24 +59,24 @@ def extents(proto: Any) -> dict[str, tuple[int, int | None]]:
             f'the metadata {EXTENTS} of the file must map axes to limits, as {{"batch": [0, 8]}}, got {text[:80]!r}; '
             f"{_REMEDY}."
         )
-    return {axis: (least, most) for axis, (least, most) in limits.items()}
+    return {axis: (min_extent, max_extent) for axis, (min_extent, max_extent) in limits.items()}
 
 
 def _is_limit(value: Any) -> bool:
     if not isinstance(value, list) or len(value) != 2:
         return False
-    least, most = value
-    if type(least) is not int or least < 0:
+    min_extent, max_extent = value
+    if type(min_extent) is not int or min_extent < 0:
         return False
-    return most is None or (type(most) is int and most >= least)
+    return max_extent is None or (type(max_extent) is int and max_extent >= min_extent)
 
 
 # ---- files of weights
 
 
 def external_files(proto: Any, folder: pathlib.Path) -> dict[pathlib.Path, int]:
-    """The files beside the ONNX file that hold its tensors, and how many bytes each must have at least."""
-    least: dict[pathlib.Path, int] = {}
+    """The files beside the ONNX file that hold its tensors, and the minimum size of each in bytes."""
+    sizes: dict[pathlib.Path, int] = {}
     for tensor in (tensor for holder in (proto.graph, *proto.functions) for tensor in _tensors(holder)):
         if tensor.data_location != tensor.EXTERNAL:
             continue
@@ -89,8 +89,8 @@ def external_files(proto: Any, folder: pathlib.Path) -> dict[pathlib.Path, int]:
                 f"tensor {tensor.name!r} lies in {path} at {where.get('offset', 0)!r} with {where.get('length', 0)!r} bytes, "
                 f"which are not numbers; {_REMEDY}."
             ) from None
-        least[path] = max(least.get(path, 0), end)
-    return least
+        sizes[path] = max(sizes.get(path, 0), end)
+    return sizes
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
@@ -105,14 +105,14 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 def check_external_files(proto: Any, folder: pathlib.Path) -> None:
     """Raises an OSError unless the files beside the ONNX file that hold its tensors are all there, and complete."""
-    for path, least in external_files(proto, folder).items():
+    for path, size in external_files(proto, folder).items():
         if not path.is_file():
             raise FileNotFoundError(
                 f"the weights of the ONNX file lie in {path}, which is not there; put it beside the file."
             )
-        if path.stat().st_size < least:
+        if path.stat().st_size < size:
             raise OSError(
-                f"{path} has {path.stat().st_size} bytes of the {least} that the ONNX file needs; copy it again."
+                f"{path} has {path.stat().st_size} bytes of the {size} that the ONNX file needs; copy it again."
             )
 
 
@@ -169,9 +169,9 @@ def _check_node(node: Any, shapes: Mapping[str, Shape], types: Mapping[str, int]
         )
     given = {attribute.name: attribute for attribute in node.attribute}
     values: dict[str, list[int]] = {}
-    for name, (least, most, count) in {
-        **{name: (least, _MOST, 2) for name, least in _PAIRS.items()},
-        "groups": (1, _MOST, 1),
+    for name, (minimum, maximum, count) in {
+        **{name: (minimum, _MAX, 2) for name, minimum in _PAIRS.items()},
+        "groups": (1, _MAX, 1),
         "output_type": (0, 1, 1),
     }.items():
         if name not in given:
@@ -182,8 +182,8 @@ def _check_node(node: Any, shapes: Mapping[str, Shape], types: Mapping[str, int]
         if attribute.type != (attribute.INTS if count == 2 else attribute.INT):
             raise ValueError(f"must have {'two integers' if count == 2 else 'an integer'} as {name}, got another type")
         numbers = list(attribute.ints) if count == 2 else [attribute.i]
-        if len(numbers) != count or not all(least <= number <= most for number in numbers):
-            wanted = f"{'two integers' if count == 2 else 'an integer'} from {least} to {most}"
+        if len(numbers) != count or not all(minimum <= number <= maximum for number in numbers):
+            wanted = f"{'two integers' if count == 2 else 'an integer'} from {minimum} to {maximum}"
             raise ValueError(f"must have {wanted} as {name}, got {numbers if count == 2 else numbers[0]}")
         values[name] = numbers
     namespace = given.get("plugin_namespace")

@@ -50,8 +50,8 @@ def in_opset_17(proto: Any) -> Any:
             if not -len(shape) <= axis < len(shape) or not shape[axis].HasField("dim_value"):
                 raise RuntimeError(f"Split has no num_outputs before opset {new.since_version}")
             extent, parts = shape[axis].dim_value, given["num_outputs"].i
-            most = -(-extent // parts)
-            sizes = np.array([min(most, extent - i * most) for i in range(parts)], np.int64)
+            largest = -(-extent // parts)
+            sizes = np.array([min(largest, extent - i * largest) for i in range(parts)], np.int64)
             owner.initializer.append(onnx.numpy_helper.from_array(sizes, f"{node.output[0]}.sizes"))
             node.input.append(f"{node.output[0]}.sizes")
             node.attribute.remove(given["num_outputs"])

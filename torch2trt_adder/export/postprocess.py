@@ -49,7 +49,7 @@ def add_body(proto: Any) -> None:
                 continue
             if name not in known:
                 value = constant(name)
-                if value is None:  # computed from something else: TensorRT and ONNX Runtime do that, too
+                if value is None:  # computed from something else: TensorRT and ONNX Runtime compute it as well
                     continue
                 known[name] = value
                 graph.initializer.append(onnx.numpy_helper.from_array(value, f"{name}.float32"))

@@ -12,7 +12,7 @@ from torch import Tensor
 # ---- the check
 
 
-def onnxruntime_session(model: bytes | str | os.PathLike) -> Any:
+def onnxruntime_session(model: bytes | str | os.PathLike[str]) -> Any:
     """An onnxruntime.InferenceSession on the CPU, for an exported file or its contents.
 
     Raises:

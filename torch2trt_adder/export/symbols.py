@@ -24,7 +24,7 @@ def symbol(
     dilation: int | Sequence[int],
     groups: int,
 ) -> Tensor:
-    """What `ops.adder2d` stands for inside a plain ``torch.onnx.export``: the node alone, without its body."""
+    """What `ops.adder2d` stands for inside a plain ``torch.onnx.export``: the node without its body."""
     if not hasattr(torch.onnx, "ops"):
         raise RuntimeError(
             f"adder2d: torch.onnx.export(..., dynamo=True) of torch {torch.__version__} knows no symbolic operators: use "
@@ -43,7 +43,16 @@ def _pair(value: int | Sequence[int]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def _torchscript_symbol(g, input, weight, bias, stride, padding, dilation, groups):
+def _torchscript_symbol(
+    g: Any,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Any:
     """The same for torch's older exporter, ``torch.onnx.export(..., dynamo=False)``."""
     kinds = {"Float": torch.float32, "Half": torch.float16}
     scalar = input.type().scalarType()
@@ -64,7 +73,7 @@ def _torchscript_symbol(g, input, weight, bias, stride, padding, dilation, group
     return output
 
 
-torch.onnx.register_custom_op_symbolic(
+torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]  # torch.onnx does not list it
     f"{DOMAIN}::adder2d",
     torch.onnx.symbolic_helper.parse_args("v", "v", "v", "is", "is", "is", "i")(_torchscript_symbol),
     9,
@@ -105,6 +114,7 @@ def _node() -> Any:
             Schema.Attribute("plugin_namespace", string, required=False),
         ],
     )
+<<<<<<< HEAD
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), OP_TYPE, signature)
 
 
@@ -126,6 +136,25 @@ def _adder2d_translation(node: Any) -> Any:
 
     def adder2d(input, weight, bias, stride, padding, dilation, groups):
         attributes = node_attributes(stride, padding, dilation, groups, _dtype(input))
+=======
+    node = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), OP_TYPE, signature)
+    op: Any = onnxscript.opset18
+    dtypes: dict[int, torch.dtype] = {
+        onnx.TensorProto.FLOAT: torch.float32,
+        onnx.TensorProto.FLOAT16: torch.float16,
+    }
+
+    def adder2d(
+        input: Any,
+        weight: Any,
+        bias: Any,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Any:
+        attributes = node_attributes(stride, padding, dilation, groups, dtypes.get(int(input.dtype), input.dtype))
+>>>>>>> plug
         if bias is None:
             zeros = np.zeros(int(weight.shape[0]), np.float32)
             bias = op.Constant(value=onnx.numpy_helper.from_array(zeros))
@@ -187,9 +216,11 @@ def scalar_tensor_translation() -> Any:
     import onnx
     import onnxscript
 
-    op = onnxscript.opset18
+    op: Any = onnxscript.opset18
 
-    def scalar_tensor(s, dtype=onnx.TensorProto.FLOAT, layout=None, device=None, pin_memory=None):
+    def scalar_tensor(
+        s: Any, dtype: int = onnx.TensorProto.FLOAT, layout: Any = None, device: Any = None, pin_memory: Any = None
+    ) -> Any:
         if not isinstance(s, bool | int | float):  # computed from an extent
             return op.Cast(s, to=dtype)
         array = np.array(s, np.float64 if isinstance(s, float) else np.int64)

@@ -55,9 +55,12 @@ def _enable_torch2trt() -> None:
     from . import torch2trt_compat
 
     torch2trt_compat.import_torch2trt()
-    from . import torch2trt_converters as torch2trt_converters  # its import registers them
-    from . import torch2trt_layers, tracing
-    from . import torch2trt_shapes as torch2trt_shapes
+    from . import (
+        torch2trt_converters as torch2trt_converters,  # its import registers them
+        torch2trt_layers,
+        torch2trt_shapes as torch2trt_shapes,
+        tracing,
+    )
 
     torch2trt_layers.make_extents_exact()
     tracing.enable()

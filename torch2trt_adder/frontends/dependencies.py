@@ -34,7 +34,7 @@ class DependencyTracker(TorchDispatchMode):
     """Sees every operation of the traced model, however it is called."""
 
     def __init__(self, ctx: Context) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's class has no annotations
         self.ctx = ctx
         self.origins: dict[int, Origin] = {}  # by storage
         self.seen: list[weakref.ref[Tensor]] = []

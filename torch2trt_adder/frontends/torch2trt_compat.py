@@ -1,7 +1,7 @@
-"""torch2trt 0.5 on TensorRT 11: three patches, on torch2trt alone.
+"""torch2trt 0.5 on TensorRT 11: three patches of torch2trt.
 
 torch2trt was written for TensorRT up to 10. In 11 the int8 calibrators, weak typing and the flag EXPLICIT_BATCH are gone,
-so that torch2trt cannot even be imported. `prepare` goes before its import, `repair` behind; where TensorRT still has what
+so that torch2trt cannot even be imported. `prepare` is called before its import, `repair` after it; where TensorRT still has what
 torch2trt needs, both do nothing. The module ``tensorrt`` is never touched.
 
 With them, networks in float32 convert as before, and float16 ones as the types of their tensors say: ``model.half()``
@@ -13,16 +13,18 @@ import sys
 from types import ModuleType
 from typing import Any, ClassVar
 
+from ..trt import api
+
 _CALIBRATOR = "torch2trt.dataset_calibrator"
 
 
 def needed(trt: ModuleType) -> bool:
     """Whether this TensorRT lacks something that torch2trt 0.5 takes for granted."""
-    return not (hasattr(trt, "CalibrationAlgoType") and hasattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH"))
+    return not (api.has_int8_calibration(trt) and api.has_batch_flag(trt))
 
 
 def prepare(trt: ModuleType) -> None:
-    """Before torch2trt is imported: a calibrator module that says no instead of failing to load."""
+    """Before torch2trt is imported: a calibrator module that raises when it is used instead of when it is loaded."""
     if not needed(trt) or _CALIBRATOR in sys.modules:
         return
 
@@ -30,7 +32,7 @@ def prepare(trt: ModuleType) -> None:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             raise RuntimeError(_gone(trt, "int8_mode"))
 
-    module = ModuleType(_CALIBRATOR)
+    module: Any = ModuleType(_CALIBRATOR)
     module.DEFAULT_CALIBRATION_ALGORITHM = None
     module.DatasetCalibrator = DatasetCalibrator
     module.__all__ = ["DEFAULT_CALIBRATION_ALGORITHM", "DatasetCalibrator"]
@@ -41,7 +43,7 @@ def repair(trt: ModuleType) -> None:
     """After it: the network flag, and outputs whose type can no longer be set."""
     if not needed(trt):
         return
-    host = sys.modules["torch2trt.torch2trt"]  # the attribute torch2trt.torch2trt is the function
+    host: Any = sys.modules["torch2trt.torch2trt"]  # the attribute torch2trt.torch2trt is the function
     if isinstance(host.trt, _TensorRT):
         return
     to_trt_type, to_trt_location = host.torch_dtype_to_trt, host.torch_device_to_trt

@@ -9,6 +9,7 @@ import tensorrt as trt
 import torch
 from torch import Tensor
 
+from .host import host
 from .torch2trt_layers import (
     SLICE_MODES,
     Context,
@@ -25,7 +26,6 @@ from .torch2trt_layers import (
     converts,
     drop_last,
     extents_of,
-    host,
     itensor_of,
     pair_of,
     tensors_of_network,
@@ -331,7 +331,9 @@ def convert_conv_transpose(
     dilation: Any = 1,
 ) -> ITensor:
     n = int(ctx.method_str[-2])
-    if input.dim() != n + 2 or any(hasattr(t, "_trt") and ctx.flow.origin(t) for t in (weight, bias) if t is not None):
+    if input.dim() != n + 2 or any(
+        hasattr(t, "_trt") and ctx.tracker.origin(t) for t in (weight, bias) if t is not None
+    ):
         raise NotImplementedError(
             f"{ctx.method_str} of an input without batch axis, or of weights that depend on the input."
         )

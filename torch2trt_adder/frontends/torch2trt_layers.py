@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch2trt import tensorrt_converter
 
+from ..trt import api
 from .host import host
 
 ITensor: TypeAlias = Any  # trt.ITensor
 Extent: TypeAlias = int  # a plain int, or torch2trt's IntWrapper where it is known at run time only
 Context: TypeAlias = Any  # tracing.ConversionContext
-SLICE_MODES = getattr(trt, "SampleMode", None) or trt.SliceMode  # renamed in TensorRT 8.5
-RESIZE_MODES = getattr(trt, "InterpolationMode", None) or trt.ResizeMode
+SLICE_MODES = api.slice_modes(trt)
+RESIZE_MODES = api.resize_modes(trt)
 
 
 # ---- registration

@@ -9,6 +9,7 @@ import tensorrt as trt
 import torch
 from torch import Tensor
 
+from .host import host
 from .torch2trt_layers import (
     RESIZE_MODES,
     SLICE_MODES,
@@ -26,7 +27,6 @@ from .torch2trt_layers import (
     drop_last,
     extents_of,
     given_arguments,
-    host,
     is_fixed,
     itensor_of,
     pair_of,
@@ -207,7 +207,7 @@ def convert_getitem(ctx: Context, input: Tensor, index: Any) -> ITensor:
         else:
             with ctx.unhooked():
                 indices = torch.as_tensor(part)
-            if gathered is not None or indices.dtype is torch.bool or indices.dim() != 1 or ctx.flow.origin(part):
+            if gathered is not None or indices.dtype is torch.bool or indices.dim() != 1 or ctx.tracker.origin(part):
                 raise NotImplementedError(
                     f"{ctx.method_str}: at most one list of constant integers may be an index, got {type(part).__name__} of "
                     f"{indices.dtype}, shape {list(indices.shape)}."

@@ -3,7 +3,7 @@
     import torch2trt_adder, torch_tensorrt
     model_trt = torch_tensorrt.compile(model, ir="dynamo", inputs=[x], min_block_size=1)
 
-Torch-TensorRT leaves blocks below ``min_block_size`` operators (5 by default) to PyTorch without a word. Engines that it
+Torch-TensorRT leaves blocks below ``min_block_size`` operators (5 by default) to PyTorch silently. Engines that it
 has saved load after ``import torch2trt_adder``, which registers the plugin.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch_tensorrt.dynamo.conversion import dynamo_tensorrt_converter
 from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
 
-from ..trt import plugin
+from ..trt import api, plugin
 
 
 @dynamo_tensorrt_converter(torch.ops.torch2trt_adder.adder2d.default, supports_dynamic_shapes=True)
@@ -28,7 +28,7 @@ def convert_adder2d(ctx: Any, target: Any, args: Sequence[Any], kwargs: dict[str
                 f"adder2d in {name}: the {role} is computed from the network's inputs, but an engine has constant weights; "
                 f"compute the {role} from parameters only, or give torch_tensorrt torch_executed_ops={{{str(target)!r}}}."
             )
-    trt = plugin.import_tensorrt(None)
+    trt = api.import_tensorrt()
     input = get_trt_tensor(ctx, input, f"{name}_input")
     half = input.dtype == trt.DataType.HALF  # the operator's output has the type of its input
     layer = plugin.add_adder2d(

@@ -32,7 +32,7 @@ from torch2trt import get_arg, tensorrt_converter
 from ..nn.adder2d import Adder2d
 from ..nn.proof import difference
 from ..nn.recognise import layer_fields, make_layer
-from ..trt import fusion, plugin
+from ..trt import api, fusion, plugin
 from ..trt.plans import network_name
 from ..trt.precision import hold_float32
 from .dependencies import DependencyTracker, Origin
@@ -47,7 +47,9 @@ def convert_adder2d(ctx: "ConversionContext") -> None:
     """One plugin layer for one call of adder2d, from a module or from a function."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     defaults = (None, None, None, 1, 0, 1, 1)
-    input, weight, bias, *geometry = (get_arg(ctx, names[i], i, defaults[i]) for i in range(len(names)))
+    input, weight, bias, stride, padding, dilation, groups = (
+        get_arg(ctx, names[i], i, defaults[i]) for i in range(len(names))
+    )
     output = ctx.method_return
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and ctx.tracker.origin(tensor):
@@ -60,22 +62,24 @@ def convert_adder2d(ctx: "ConversionContext") -> None:
         input_trt = ctx.network.add_constant(tuple(input.shape), input.detach().cpu().numpy()).get_output(0)
 
     half = output.dtype is torch.float16
-    if half and hasattr(trt.BuilderFlag, "FP16"):
-        # Without the flag, TensorRT 8 and 10 offer a plugin no float16 input and output.
-        ctx.builder_config.set_flag(trt.BuilderFlag.FP16)
+    if half:
+        api.allow_float16(trt, ctx.builder_config)
     output_type = trt.DataType.HALF if half else trt.DataType.FLOAT
     layer = plugin.add_adder2d(
         ctx.network,
         input_trt,
         weight,
         bias,
-        *geometry,
-        output_type,
-        f"{ctx.current_module_name() or 'model'}:adder2d_{len(ctx.adder_layers)}",
+        stride,
+        padding,
+        dilation,
+        groups,
+        output_type=output_type,
+        name=f"{ctx.current_module_name() or 'model'}:adder2d_{len(ctx.adder_layers)}",
     )
     output._trt = layer.get_output(0)
     ctx.adder_layers[layer.name] = layer
-    ctx.geometries[layer.name] = dict(zip(names[3:], geometry))
+    ctx.geometries[layer.name] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
 
 
 class _Network(host.NetworkWrapper):
@@ -99,7 +103,9 @@ class _Network(host.NetworkWrapper):
 
 
 class ConversionContext(host.ConversionContext):
-    """torch2trt's context with the differences that this file's first lines tell."""
+    """torch2trt's context with the differences that this file's first lines list."""
+
+    lock: bool  # torch2trt's: a converter runs, or nothing is to be converted
 
     def __init__(self, network: Any, *args: Any, **kwargs: Any) -> None:
         self.tracker = DependencyTracker(self)
@@ -174,7 +180,8 @@ class ConversionContext(host.ConversionContext):
             )
         network = self.network._network  # the wrapper takes every layer that it returns for a new one
         half, largest = bool(self.torch2trt_kwargs.get("fp16_mode")), self.tracker.largest
-        exposed, fused = list(self.adder_layers.values()), ""
+        exposed: Sequence[Any] = list(self.adder_layers.values())
+        fused = ""
         if self.torch2trt_kwargs.get("fuse", True):
             report = fusion.fuse(network, self.geometries, trt=trt, half=half, largest=largest)
             exposed, fused = report.exposed, str(report)
@@ -185,7 +192,7 @@ class ConversionContext(host.ConversionContext):
             if held and not self.torch2trt_kwargs.get("strict_type_constraints"):
                 self.builder_config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
 
-    def _outputs_of_their_own(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+    def _outputs_of_their_own(self, outputs: Sequence[Any]) -> list[Any]:
         """`outputs`, those that are an input or another output under a new name as copies: a tensor has one name."""
         taken, own = set(), []
         for output in outputs:
@@ -202,13 +209,14 @@ class ConversionContext(host.ConversionContext):
     @contextlib.contextmanager
     def unhooked(self) -> Iterator[None]:
         """Inside, torch works as always: no converter runs, and shapes add no layers."""
-        locked, hooked = self.lock, torch.Tensor.size
-        self.lock, torch.Tensor.size = True, tensor_size
+        tensor_class: Any = Tensor
+        locked, hooked = self.lock, tensor_class.size
+        self.lock, tensor_class.size = True, tensor_size
         try:
             with host.use_shape_wrapping(False):
                 yield
         finally:
-            self.lock, torch.Tensor.size = locked, hooked
+            self.lock, tensor_class.size = locked, hooked
 
     def place(self) -> str:
         """The module that runs, in words."""

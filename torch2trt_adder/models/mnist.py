@@ -23,7 +23,8 @@ class AdderNetMnist(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.bn1(self.conv1(x)))  # [N, 20, 12, 12]
         x = self.maxpool(self.bn2(self.conv2(x)))  # [N, 50, 4, 4]
-        return self.fc2(self.relu(self.fc1(torch.flatten(x, 1))))
+        scores: Tensor = self.fc2(self.relu(self.fc1(torch.flatten(x, 1))))
+        return scores
 
 
 def addernet_mnist() -> AdderNetMnist:

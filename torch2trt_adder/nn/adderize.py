@@ -33,13 +33,13 @@ def adderize(
 
     Args:
         model: any module.
-        keep_first: leaves the first convolution alone.
-        keep_last: leaves the last convolution alone, unless a `torch.nn.Linear` comes after it.
-        keep_shortcuts: leaves the 1x1 convolutions alone whose path has a part "downsample" or "shortcut", the names in
+        keep_first: keeps the first convolution.
+        keep_last: keeps the last convolution, unless a `torch.nn.Linear` comes after it.
+        keep_shortcuts: keeps the 1x1 convolutions whose path has a part "downsample" or "shortcut", the names in
             torchvision's ResNets and in common code for CIFAR.
-        exclude: paths of modules, as in `named_modules()`; they and what they contain are left alone.
+        exclude: paths of modules, as in `named_modules()`; they and what they contain are kept.
         eta: of the new layers.
-        inplace: False works on a deep copy and leaves `model` alone.
+        inplace: False works on a deep copy and does not change `model`.
 
     Raises:
         ValueError: a convolution that no adder layer can stand for (a `padding_mode` other than "zeros", padding "same"

@@ -79,16 +79,16 @@ def _compare(
         torch.autocast(device.type, enabled=False),
     ):
         try:
-            twin = _twin(module, [(layer.adder, weight), (layer.b, bias)]).to(device, dtype)
+            trial = _bare_copy(module, [(layer.adder, weight), (layer.b, bias)]).to(device, dtype)
         except Exception as error:
             raise CannotRun(f"cannot be copied to be tried ({_first_line(error)})") from error
         geometry = layer.stride, layer.padding, layer.dilation, layer.groups
         exact = None if bias is None else bias.double()
         expected = reference.adder2d(x.double(), weight.double(), exact, *geometry)
         for training in modes:
-            twin.train(training)
+            trial.train(training)
             try:
-                output = twin.forward(x.to(device, copy=True))
+                output = trial.forward(x.to(device, copy=True))
             except Exception as error:
                 raise CannotRun(
                     f"cannot be tried on an input {list(shape)} on {device} ({_first_line(error)})"
@@ -102,7 +102,7 @@ def _compare(
     return None
 
 
-def _twin(module: nn.Module, tensors: Sequence[tuple[nn.Parameter | None, Tensor | None]]) -> nn.Module:
+def _bare_copy(module: nn.Module, tensors: Sequence[tuple[nn.Parameter | None, Tensor | None]]) -> nn.Module:
     """A deep copy of a layer without its hooks, with other tensors in the place of its parameters."""
     bare = copy.copy(module)
     for name in HOOKS:

@@ -53,8 +53,8 @@ class Mismatch:
         if self.kind == "nonfinite":
             place = f"only in {first}" if found.misplaced == found.lost else f"and not the same in {first} and {second}"
             return (
-                f"{found.misplaced} of {found.total} values of {name} are infinite or NaN {place}{where} "
-                f"({self.actual} instead of {self.expected} at {list(found.first_misplaced)})"
+                f"{name} is infinite or NaN {place} at {found.misplaced} of {found.total} places{where} ({self.actual} "
+                f"instead of {self.expected} at {list(found.first_misplaced)})"
             )
         return (
             f"{name} differs between {first} and {second} by up to {found.difference:.3g}{where}, beyond the "
@@ -80,7 +80,7 @@ def compare(
     "same"     actual is NaN         actual is the same infinity      actual is finite           tests, benchmarks
     "saturate" actual is NaN         actual is it, or the dtype's     actual is finite           exported files: a
                                      largest number within `limit`                               runtime may saturate
-    "ignore"   actual is anything    actual is anything               actual is finite           engines, foreign layers
+    "ignore"   actual is anything    actual is anything               actual is finite           engines, layers
     ========== ===================== ================================ ========================== ======================
 
     Args:

@@ -80,7 +80,7 @@ class _Rounding(TorchDispatchMode):
     """Moves every result by as much as rounding may, up or down at random."""
 
     def __init__(self, fp16: bool, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fp16, self.seed = fp16, seed
         self.generators: dict[torch.device, torch.Generator] = {}
 

@@ -32,9 +32,9 @@ def output_size(
     if len(weight) != 4:
         raise ValueError(f"adder2d: weight must be [K, C / groups, R, S], got {list(weight)}; reshape it to four axes.")
     (N, C, *image), (K, per_group, *kernel) = input, weight
-    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if len(values) != 2 or values[0] < least or values[1] < least:
-            raise ValueError(f"adder2d: {name} must be an int or a pair, each >= {least}, got {list(values)}.")
+    for name, values, minimum in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(values) != 2 or values[0] < minimum or values[1] < minimum:
+            raise ValueError(f"adder2d: {name} must be an int or a pair, each >= {minimum}, got {list(values)}.")
         if values[0] >= 2**31 or values[1] >= 2**31:
             raise ValueError(f"adder2d: {name} must be below 2^31, got {list(values)}.")
     if groups < 1 or C % groups != 0 or K % groups != 0:
@@ -58,10 +58,17 @@ def output_size(
 
 
 def kernel_size(
-    caller: str, input: Sequence[int], weight: Sequence[int], bias: Sequence[int] | None, *geometry: Sequence[int] | int
+    caller: str,
+    input: Sequence[int],
+    weight: Sequence[int],
+    bias: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> tuple[int, int, int, int]:
-    """The same for the kernels, whose sizes are int32."""
-    size = output_size(input, weight, bias, *geometry)
+    """`output_size` for the kernels, whose sizes are int32."""
+    size = output_size(input, weight, bias, stride, padding, dilation, groups)
     for extent in (*input, *weight, *size):
         if extent >= 2**31:
             raise ValueError(f"{caller}: every axis must be below 2^31, got {extent}; split the call along that axis.")
@@ -126,8 +133,8 @@ def check_memory(name: str, tensor: Tensor | None) -> None:
         )
 
 
-def as_contiguous(name: str, tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or tensor.is_contiguous():
+def as_contiguous(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous():
         return tensor
     check_memory(name, tensor)
     return tensor.contiguous()

@@ -2,7 +2,8 @@
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,15 @@ _TEMPORARY_BYTES_DEFAULT = 64 << 20
 # ---- forward on float64, which the kernels do not support: users' own reference, on any device
 
 
-def adder2d_torch(input, weight, bias, stride, padding, dilation, groups):
+def adder2d_torch(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     N, K, P, Q = output_size(
         tensor_size(input),
         tensor_size(weight),
@@ -50,7 +59,9 @@ def adder2d_torch(input, weight, bias, stride, padding, dilation, groups):
             slice(o.start * stride[i], (o.stop - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1)
             for i, o in enumerate((p, q))
         )
-        taps = F.unfold(padded[n, :, rows, columns], kernel, dilation, 0, stride).unflatten(1, (groups, -1))
+        taps = F.unfold(padded[n, :, rows, columns], kernel, tuple(dilation), 0, tuple(stride)).unflatten(
+            1, (groups, -1)
+        )
         taps = taps.permute(1, 0, 3, 2).flatten(1, 2)  # [groups, npq, CRS]
         distances = torch.cdist(filters, taps, p=1).view(K, n.stop - n.start, p.stop - p.start, q.stop - q.start)
         output[n, :, p, q] = distances.neg_().transpose(0, 1)
@@ -73,7 +84,15 @@ def _tiles(N: int, P: int, Q: int, bytes_per_pixel: int, budget: int) -> Iterato
                 yield slice(n, min(n + box[0], N)), slice(p, min(p + box[1], P)), slice(q, min(q + box[2], Q))
 
 
-def grad_input_torch(grad_output, input, weight, stride, padding, dilation, groups):
+def grad_input_torch(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     """dx in float64, which the kernels do not support: tap by tap and filter by filter, for some samples at a time."""
     size = output_size(tensor_size(input), tensor_size(weight), None, stride, padding, dilation, groups)
     check_grad_size("adder2d_grad_input", tensor_size(grad_output), size)
@@ -108,17 +127,25 @@ def grad_input_torch(grad_output, input, weight, stride, padding, dilation, grou
 _cudnn_precision_lock = threading.Lock()
 
 
-def convolved_gradient(grad_output, input, weight, stride, padding, dilation, groups):
+def convolved_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     """The weight gradient of a convolution, in float32 at least; N is not 0."""
     dtype = sum_dtype(weight.dtype)
     N, size = len(input), list(weight.shape)
-    # cuDNN has a Winograd kernel (13x13 tiles) for this size alone, which torch does not exclude with TF32 and which is
+    # cuDNN has a Winograd kernel (13x13 tiles) only for this size, which torch does not exclude with TF32 and which is
     # as inaccurate. One more column, of zeros and dropped again, keeps it out.
     widen = int(input.is_cuda and size[2:] == [5, 5] and tuple(stride) == tuple(dilation) == (1, 1))
     samples = N
     if input.dtype is not dtype:  # converted copies, so in pieces
         samples = max(1, _budget(input) // ((input[0].numel() + grad_output[0].numel()) * dtype.itemsize))
-    convolved = None
+    convolved: Tensor | None = None
     for n in range(0, N, samples):
         x, dy = input, grad_output
         if samples < N:
@@ -126,7 +153,7 @@ def convolved_gradient(grad_output, input, weight, stride, padding, dilation, gr
         x, dy = x.to(dtype), dy.to(dtype)
         if widen:
             x = F.pad(x, (0, widen))
-        # Read for its size and layout alone.
+        # Only its size and layout are read.
         filters = weight
         if widen or weight.dtype is not dtype or not weight.is_contiguous():
             filters = x.new_empty(1).expand(*size[:3], size[3] + widen)
@@ -134,10 +161,20 @@ def convolved_gradient(grad_output, input, weight, stride, padding, dilation, gr
         part = _convolution_backward(x, dy, filters, stride, padding, dilation, groups, exact)
         part = part[..., : size[3]] if widen else part
         convolved = part if convolved is None else convolved.add_(part)
+    assert convolved is not None  # the batch is not empty
     return convolved
 
 
-def _convolution_backward(x, dy, filters, stride, padding, dilation, groups, exact):
+def _convolution_backward(
+    x: Tensor,
+    dy: Tensor,
+    filters: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    exact: bool,
+) -> Tensor:
     """A convolution's weight gradient; with TF32 where that is `exact` (float16 and bfloat16 numbers fit into it).
 
     The two terms of a weight gradient cancel, for which TF32's ten bits of a float32 are not enough. The flag is the
@@ -146,9 +183,11 @@ def _convolution_backward(x, dy, filters, stride, padding, dilation, groups, exa
     wanted = False, True, False  # of the gradients of input, weight and bias
     arguments = dy, x, filters, None, stride, padding, dilation, False, (0, 0), groups, wanted
     if not x.is_cuda:
-        return torch.ops.aten.convolution_backward.default(*arguments)[1]
+        return _convolution_weight_gradient(*arguments)
     # torch 2.9 gave each operator its own flag, and reading the old one fails where a user has set the new ones apart.
     cudnn = torch.backends.cudnn
+    owner: Any
+    value: str | bool
     if hasattr(cudnn, "conv"):
         owner, name, value = cudnn.conv, "fp32_precision", "tf32" if exact else "ieee"
     else:
@@ -157,12 +196,26 @@ def _convolution_backward(x, dy, filters, stride, padding, dilation, groups, exa
         before = getattr(owner, name)
         setattr(owner, name, value)
         try:
-            return torch.ops.aten.convolution_backward.default(*arguments)[1]
+            return _convolution_weight_gradient(*arguments)
         finally:
             setattr(owner, name, before)
 
 
-def grad_weight_torch(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
+def _convolution_weight_gradient(*arguments: Any) -> Tensor:
+    gradient: Tensor = torch.ops.aten.convolution_backward.default(*arguments)[1]
+    return gradient
+
+
+def grad_weight_torch(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    eta: float | None = None,
+) -> Tensor:
     """The same in plain torch: on the CPU, and in float64."""
     size = output_size(tensor_size(input), tensor_size(weight), None, stride, padding, dilation, groups)
     check_grad_size("adder2d_grad_weight", tensor_size(grad_output), size)

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,10 +38,10 @@ for _device, _implementations in _KERNELS.items():
 
 
 # Reached in inference mode only: elsewhere Autograd is there to turn it into adder2d.
-def _adder2d_eta_inference(*options):
-    *options, eta = options
+def _adder2d_eta_inference(*options: Any) -> Tensor:
+    *adder2d_options, eta = options
     arguments.check_eta("adder2d_eta", eta)
-    return adder2d_op(*options)
+    return adder2d_op(*adder2d_options)
 
 
 library.impl("adder2d_eta", _adder2d_eta_inference, "CompositeExplicitAutograd")
@@ -101,7 +101,7 @@ def find_kernels(first: Tensor, second: Tensor, third: Tensor | None) -> Kernels
         or torch.compiler.is_compiling()
         or _thread_keys() not in _IDLE
         or torch._C._len_torch_function_stack()
-        or torch.autograd._profiler_enabled()  # which shows the operators
+        or torch._C._autograd._profiler_enabled()  # which shows the operators
         or torch.autograd.forward_ad._current_level >= 0
         or type(first) not in _PLAIN_TYPES
         or type(second) not in _PLAIN_TYPES

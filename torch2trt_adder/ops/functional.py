@@ -66,11 +66,13 @@ def adder2d(
         if not isinstance(weight, torch.fx.Proxy) and not (weight.requires_grad and torch.is_grad_enabled()):
             eta = ETA
     if kernels is not None and pairs is not None:
-        return with_autograd(kernels.forward, input, weight, bias, *pairs, groups, eta)
+        return with_autograd(kernels.forward, input, weight, bias, pairs[0], pairs[1], pairs[2], groups, eta)
     if eta == ETA:
         return adder2d_op(input, weight, bias, stride, padding, dilation, groups)
     # Graphs for inference. Dynamo of some torch versions takes is_exporting() for true in any compilation; what it traces
     # itself for an export keeps adder2d_eta until run_decompositions().
-    if torch.jit.is_tracing() or (_is_exporting() and not torch.compiler.is_dynamo_compiling()):
+    # Through the public name, which Dynamo knows.
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch.jit does not list it
+    if tracing or (_is_exporting() and not torch.compiler.is_dynamo_compiling()):
         return adder2d_op(input, weight, bias, stride, padding, dilation, groups)
     return adder2d_eta_op(input, weight, bias, stride, padding, dilation, groups, eta)

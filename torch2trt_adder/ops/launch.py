@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ def cpu_error(name: str, error: int) -> RuntimeError:
     return RuntimeError(f"{name}: {library.load().adder2d_cpu_error_string(error).decode()}.")
 
 
-class _Plan(NamedTuple):
+class LaunchArgs(NamedTuple):
     """What a launch needs beyond pointers."""
 
     size: tuple[int, int, int, int]
@@ -49,7 +50,7 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
+def _launch_args(
     input_size: tuple[int, ...],
     input_stride: tuple[int, ...],
     channels_last: bool,
@@ -61,7 +62,7 @@ def _plan(
     dilation: tuple[int, ...],
     groups: int,
     device: int,
-) -> _Plan:
+) -> LaunchArgs:
     """Checks the problem and packs it. `device` is the current CUDA device, or -1 for the CPU."""
     size = N, K, P, Q = kernel_size("adder2d", input_size, weight_size, bias_size, stride, padding, dilation, groups)
     output_stride = (K * P * Q, 1, K * Q, K) if channels_last else (K * P * Q, P * Q, Q, 1)
@@ -78,22 +79,30 @@ def _plan(
     workspace_bytes = loaded.adder2d_fprop_workspace(params) if device >= 0 else 0
     reach = 1 + sum((n - 1) * step for n, step in zip(input_size, input_stride, strict=True)) if N else 0
     input_bytes, weight_bytes = reach * dtype.itemsize, math.prod(weight_size) * dtype.itemsize
-    return _Plan(size, output_stride, problem, workspace_bytes, dtype.itemsize, input_bytes, weight_bytes)
+    return LaunchArgs(size, output_stride, problem, workspace_bytes, dtype.itemsize, input_bytes, weight_bytes)
 
 
-def _check_forward_memory(plan: "_Plan", input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_forward_memory(args: LaunchArgs, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """`_check_memory` of all three, in a third of its time: the weight and the bias are contiguous, the sizes known."""
-    size = plan.element_bytes
+    size = args.element_bytes
     if (
-        input.untyped_storage().nbytes() < plan.input_bytes + size * input.storage_offset()
-        or weight.untyped_storage().nbytes() < plan.weight_bytes + size * weight.storage_offset()
-        or (bias is not None and bias.untyped_storage().nbytes() < size * (plan.size[1] + bias.storage_offset()))
+        input.untyped_storage().nbytes() < args.input_bytes + size * input.storage_offset()
+        or weight.untyped_storage().nbytes() < args.weight_bytes + size * weight.storage_offset()
+        or (bias is not None and bias.untyped_storage().nbytes() < size * (args.size[1] + bias.storage_offset()))
     ):
         for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
             check_memory(name, tensor)
 
 
-def adder2d_cuda(input, weight, bias, stride, padding, dilation, groups):
+def adder2d_cuda(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     check_tensors(input, weight, bias)
     device = input.get_device()
     if device != torch._C._cuda_getDevice():
@@ -101,25 +110,26 @@ def adder2d_cuda(input, weight, bias, stride, padding, dilation, groups):
             return adder2d_cuda(input, weight, bias, stride, padding, dilation, groups)
     if input.dtype is torch.float64:
         return adder2d_torch(input, weight, bias, stride, padding, dilation, groups)
-    plan = _plan(
+    args = _launch_args(
         tensor_size(input), input.stride(), is_channels_last(input), tensor_size(weight), None if bias is None else tensor_size(bias),
         input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, device,
     )  # fmt: skip
-    output = input.new_empty_strided(plan.size, plan.stride)
-    if plan.size[0] == 0:
+    output = input.new_empty_strided(args.size, args.stride)
+    if args.size[0] == 0:
         return output
-    weight, bias = as_contiguous("weight", weight), as_contiguous("bias", bias)
-    _check_forward_memory(plan, input, weight, bias)
+    weight = as_contiguous("weight", weight)
+    bias = None if bias is None else as_contiguous("bias", bias)
+    _check_forward_memory(args, input, weight, bias)
     workspace = None
-    if plan.workspace_bytes:
-        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=input.device)
-    params = plan.problem + library.POINTERS.pack(
+    if args.workspace_bytes:
+        workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device=input.device)
+    params = args.problem + library.POINTERS.pack(
         input.data_ptr(),
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         output.data_ptr(),
         0 if workspace is None else workspace.data_ptr(),
-        plan.workspace_bytes,
+        args.workspace_bytes,
         0,
         0,
     )
@@ -130,7 +140,15 @@ def adder2d_cuda(input, weight, bias, stride, padding, dilation, groups):
     return output
 
 
-def adder2d_cpu(input, weight, bias, stride, padding, dilation, groups):
+def adder2d_cpu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     check_tensors(input, weight, bias)
     dtype = input.dtype
     if dtype is torch.float64:
@@ -139,17 +157,19 @@ def adder2d_cpu(input, weight, bias, stride, padding, dilation, groups):
     if dtype is not torch.float32:
         for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
             check_memory(name, tensor)
-        input, weight, bias = (None if t is None else t.float() for t in (input, weight, bias))
-    plan = _plan(
+        input, weight = input.float(), weight.float()
+        bias = None if bias is None else bias.float()
+    args = _launch_args(
         tensor_size(input), input.stride(), channels_last, tensor_size(weight), None if bias is None else tensor_size(bias),
         torch.float32, tuple(stride), tuple(padding), tuple(dilation), groups, -1,
     )  # fmt: skip
-    output = input.new_empty_strided(plan.size, plan.stride)
-    if plan.size[0] == 0:
+    output = input.new_empty_strided(args.size, args.stride)
+    if args.size[0] == 0:
         return output.to(dtype)
-    weight, bias = as_contiguous("weight", weight), as_contiguous("bias", bias)
-    _check_forward_memory(plan, input, weight, bias)
-    params = plan.problem + library.POINTERS.pack(
+    weight = as_contiguous("weight", weight)
+    bias = None if bias is None else as_contiguous("bias", bias)
+    _check_forward_memory(args, input, weight, bias)
+    params = args.problem + library.POINTERS.pack(
         input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr(), 0, 0, 0, 0
     )
     error = library.load().adder2d_fprop_cpu(params, torch.get_num_threads())

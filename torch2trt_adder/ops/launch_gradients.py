@@ -1,9 +1,11 @@
 """Calls of the gradients' launchers of ``csrc/adder2d.h`` on torch tensors."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import library
 from ..utils import arguments
@@ -18,7 +20,7 @@ from .fallback import convolved_gradient, grad_input_torch, grad_weight_torch
 from .launch import KERNEL_TYPES, cpu_error, launch_error
 
 
-class _GradInputPlan(NamedTuple):
+class _GradInputArgs(NamedTuple):
     """What a launch needs beyond pointers."""
 
     stride: tuple[int, int, int, int]  # of the input gradient
@@ -28,7 +30,7 @@ class _GradInputPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _grad_input_plan(
+def _grad_input_args(
     grad_size: tuple[int, ...],
     grad_stride: tuple[int, ...],
     grad_dtype: torch.dtype,
@@ -42,7 +44,7 @@ def _grad_input_plan(
     dilation: tuple[int, ...],
     groups: int,
     device: int,
-) -> _GradInputPlan:
+) -> _GradInputArgs:
     """Checks the problem and packs it. `device` is the current CUDA device, or -1 for the CPU."""
     size = kernel_size("adder2d_grad_input", input_size, weight_size, None, stride, padding, dilation, groups)
     check_grad_size("adder2d_grad_input", grad_size, size)
@@ -59,35 +61,45 @@ def _grad_input_plan(
     if reason:
         raise ValueError(f"adder2d_grad_input: {reason.decode()}.")
     workspace_bytes = loaded.adder2d_dgrad_workspace(params) if device >= 0 else 0
-    return _GradInputPlan(output_stride, problem, kind, workspace_bytes)
+    return _GradInputArgs(output_stride, problem, kind, workspace_bytes)
 
 
-def _grad_input_kernel(grad_output, input, weight, channels_last, stride, padding, dilation, groups, device):
+def _grad_input_kernel(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    channels_last: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    device: int,
+) -> Tensor:
     """dx by adder2d_dgrad on the current CUDA device `device`, or by adder2d_dgrad_cpu where that is -1."""
-    plan = _grad_input_plan(
+    args = _grad_input_args(
         tensor_size(grad_output), grad_output.stride(), grad_output.dtype, tensor_size(input), input.stride(), channels_last,
         tensor_size(weight), input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, device,
     )  # fmt: skip
-    grad_input = input.new_empty_strided(tensor_size(input), plan.stride)
+    grad_input = input.new_empty_strided(tensor_size(input), args.stride)
     if tensor_size(input)[0] == 0:
         return grad_input
     weight = weight.contiguous()
     workspace = None
-    if plan.workspace_bytes:
-        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=input.device)
+    if args.workspace_bytes:
+        workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device=input.device)
     params = (
-        plan.problem
+        args.problem
         + library.POINTERS.pack(
             input.data_ptr(),
             weight.data_ptr(),
             0,
             grad_output.data_ptr(),
             0 if workspace is None else workspace.data_ptr(),
-            plan.workspace_bytes,
+            args.workspace_bytes,
             0,
             0,
         )
-        + library.DGRAD.pack(plan.kind, 0, *plan.stride, grad_input.data_ptr())
+        + library.DGRAD.pack(args.kind, 0, *args.stride, grad_input.data_ptr())
     )
     loaded = library.load()
     if device < 0:
@@ -101,7 +113,15 @@ def _grad_input_kernel(grad_output, input, weight, channels_last, stride, paddin
     return grad_input
 
 
-def grad_input_cuda(grad_output, input, weight, stride, padding, dilation, groups):
+def grad_input_cuda(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     check_grad_arguments("adder2d_grad_input", grad_output, input, weight)
     device = input.get_device()
     if device != torch._C._cuda_getDevice():
@@ -116,7 +136,15 @@ def grad_input_cuda(grad_output, input, weight, stride, padding, dilation, group
     )
 
 
-def grad_input_cpu(grad_output, input, weight, stride, padding, dilation, groups):
+def grad_input_cpu(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     check_grad_arguments("adder2d_grad_input", grad_output, input, weight)
     if input.dtype is torch.float64:
         return grad_input_torch(grad_output, input, weight, stride, padding, dilation, groups)
@@ -127,17 +155,17 @@ def grad_input_cpu(grad_output, input, weight, stride, padding, dilation, groups
     return dx.to(input.dtype)
 
 
-class _GradWeightPlan(NamedTuple):
+class _GradWeightArgs(NamedTuple):
     """What a launch needs beyond pointers."""
 
     stride: tuple[int, int, int, int]  # of the gradient, which is that of the weight
     problem: bytes  # Adder2dParams up to the pointers
-    alone: bool  # adder2d_wgrad needs no convolution beforehand
+    complete: bool  # adder2d_wgrad computes the gradient without a convolution before it
     workspace_bytes: int
 
 
 @functools.lru_cache(maxsize=4096)
-def _grad_weight_plan(
+def _grad_weight_args(
     grad_size: tuple[int, ...],
     grad_stride: tuple[int, ...],
     grad_dtype: torch.dtype,
@@ -152,7 +180,7 @@ def _grad_weight_plan(
     groups: int,
     eta: float,
     device: int,
-) -> _GradWeightPlan:
+) -> _GradWeightArgs:
     """Checks the problem and packs it. `channels_last` is about the weight, `device` the current CUDA device."""
     size = kernel_size("adder2d_grad_weight", input_size, weight_size, None, stride, padding, dilation, groups)
     check_grad_size("adder2d_grad_weight", grad_size, size)
@@ -168,7 +196,7 @@ def _grad_weight_plan(
     reason = loaded.adder2d_wgrad_check(params)
     if reason:
         raise ValueError(f"adder2d_grad_weight: {reason.decode()}.")
-    return _GradWeightPlan(
+    return _GradWeightArgs(
         (C * R * S, 1, C * S, C) if channels_last else (C * R * S, R * S, S, 1),
         problem,
         bool(loaded.adder2d_wgrad_takes(params)),
@@ -176,7 +204,16 @@ def _grad_weight_plan(
     )
 
 
-def grad_weight_cuda(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
+def grad_weight_cuda(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    eta: float | None = None,
+) -> Tensor:
     """dw = sum over n,p,q of dy * (x - w) by adder2d_wgrad, often after the weight gradient of a convolution."""
     check_grad_arguments("adder2d_grad_weight", grad_output, input, weight)
     arguments.check_eta("adder2d_grad_weight", eta)
@@ -192,34 +229,34 @@ def grad_weight_cuda(grad_output, input, weight, stride, padding, dilation, grou
     layout = torch.channels_last if channels_last else torch.contiguous_format
     weight = weight.contiguous(memory_format=layout)
     eta = 0.0 if eta is None else eta
-    plan = _grad_weight_plan(
+    args = _grad_weight_args(
         grad_output.shape, grad_output.stride(), grad_output.dtype, input.shape, input.stride(), channels_last,
         weight.shape, input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, eta, device,
     )  # fmt: skip
     dw = convolved = None
-    if not plan.alone:
+    if not args.complete:
         convolved = convolved_gradient(grad_output, input, weight, stride, padding, dilation, groups)
         if convolved.is_contiguous(memory_format=layout):
             dw = convolved
     if dw is None:
-        dw = weight.new_empty_strided(weight.shape, plan.stride, dtype=torch.float32)
-    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=input.device)
+        dw = weight.new_empty_strided(weight.shape, args.stride, dtype=torch.float32)
+    workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device=input.device)
     params = (
-        plan.problem
+        args.problem
         + library.POINTERS.pack(
             input.data_ptr(),
             weight.data_ptr(),
             0,
             grad_output.data_ptr(),
             workspace.data_ptr(),
-            plan.workspace_bytes,
+            args.workspace_bytes,
             0,
             0,
         )
         + library.WGRAD.pack(
             channels_last,
             0,
-            *(plan.stride if convolved is None else convolved.stride()),
+            *(args.stride if convolved is None else convolved.stride()),
             eta,
             0 if convolved is None else convolved.data_ptr(),
             dw.data_ptr(),
@@ -232,7 +269,16 @@ def grad_weight_cuda(grad_output, input, weight, stride, padding, dilation, grou
     return dw
 
 
-def grad_weight_cpu(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
+def grad_weight_cpu(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    eta: float | None = None,
+) -> Tensor:
     check_grad_arguments("adder2d_grad_weight", grad_output, input, weight)
     arguments.check_eta("adder2d_grad_weight", eta)
     return grad_weight_torch(grad_output, input, weight, stride, padding, dilation, groups, eta)

@@ -1,6 +1,10 @@
 """The operators of ``torch.ops.torch2trt_adder``: their schemas, and fakes that compute shapes only."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..utils import arguments
 from .checks import (
@@ -31,16 +35,24 @@ library.define(
     f"adder2d_grad_weight(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, float? eta=None) -> Tensor",
     tags=_TAGS,
 )
-adder2d_op = torch.ops.torch2trt_adder.adder2d.default
-adder2d_eta_op = torch.ops.torch2trt_adder.adder2d_eta.default
-grad_input_op = torch.ops.torch2trt_adder.adder2d_grad_input.default
-grad_weight_op = torch.ops.torch2trt_adder.adder2d_grad_weight.default
+adder2d_op: "torch._ops.OpOverload[..., Tensor]" = torch.ops.torch2trt_adder.adder2d.default
+adder2d_eta_op: "torch._ops.OpOverload[..., Tensor]" = torch.ops.torch2trt_adder.adder2d_eta.default
+grad_input_op: "torch._ops.OpOverload[..., Tensor]" = torch.ops.torch2trt_adder.adder2d_grad_input.default
+grad_weight_op: "torch._ops.OpOverload[..., Tensor]" = torch.ops.torch2trt_adder.adder2d_grad_weight.default
 
 
 # ---- fake (shapes only): meta tensors, torch.compile, torch.export
 
 
-def adder2d_fake(input, weight, bias, stride, padding, dilation, groups):
+def adder2d_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     check_tensors(input, weight, bias)
     size = output_size(
         input.shape, weight.shape, None if bias is None else bias.shape, stride, padding, dilation, groups
@@ -48,23 +60,40 @@ def adder2d_fake(input, weight, bias, stride, padding, dilation, groups):
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
 
-def _adder2d_eta_fake(*options):
-    *options, eta = options
+def _adder2d_eta_fake(*options: Any) -> Tensor:
+    *adder2d_options, eta = options
     arguments.check_eta("adder2d_eta", eta)
-    return adder2d_fake(*options)
+    return adder2d_fake(*adder2d_options)
 
 
-def _grad_fake(caller, grad_output, input, weight, *geometry):
+def _grad_fake(caller: str, grad_output: Tensor, input: Tensor, weight: Tensor, *geometry: Any) -> None:
     check_grad_tensors(caller, grad_output, input, weight)
     check_grad_size(caller, grad_output.shape, output_size(input.shape, weight.shape, None, *geometry))
 
 
-def _grad_input_fake(grad_output, input, weight, stride, padding, dilation, groups):
+def _grad_input_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     _grad_fake("adder2d_grad_input", grad_output, input, weight, stride, padding, dilation, groups)
     return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
 
-def _grad_weight_fake(grad_output, input, weight, stride, padding, dilation, groups, eta=None):
+def _grad_weight_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    eta: float | None = None,
+) -> Tensor:
     arguments.check_eta("adder2d_grad_weight", eta)
     _grad_fake("adder2d_grad_weight", grad_output, input, weight, stride, padding, dilation, groups)
     dtype = sum_dtype(weight.dtype)

@@ -76,7 +76,9 @@ class Graph:
         if node.kind == "SHUFFLE":
             node.layer.__class__ = trt.IShuffleLayer
             permutations = node.layer.first_transpose, node.layer.second_transpose
-            if any(p[i] != i for p, like in zip(permutations, (node.inputs[0], itensor)) for i in range(len(like.shape))):
+            if any(
+                p[i] != i for p, like in zip(permutations, (node.inputs[0], itensor)) for i in range(len(like.shape))
+            ):
                 return None
         elif node.kind not in ("IDENTITY", "CAST", "SQUEEZE", "UNSQUEEZE"):
             return None
@@ -259,7 +261,7 @@ class Magnitudes:
             node.layer.__class__ = self._trt.IActivationLayer
             kind = type(node.layer).type.__get__(node.layer).name
             if kind == "CLIP":
-                return max(abs(node.layer.alpha), abs(node.layer.beta))
+                return float(max(abs(node.layer.alpha), abs(node.layer.beta)))
             if kind in ("SIGMOID", "TANH"):
                 return 1.0
             return bounds[0] if kind == "RELU" else math.inf

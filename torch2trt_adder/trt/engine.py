@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import plugin
+from . import api
 from .monitor import logger
-from .plans import _SIGNATURE, deserialize, read_plan
+from .plans import SIGNATURE, deserialize, read_plan
 
 # ---- run
 
 
 class Engine(nn.Module):
-    """A TensorRT engine as a PyTorch module, called like torch2trt's TRTModule; it needs TensorRT alone.
+    """A TensorRT engine as a PyTorch module, called like torch2trt's TRTModule; it needs only TensorRT.
 
     ``engine(x)`` takes CUDA tensors in the order of `input_names` (or by name), of any batch and size within the first
     profile, contiguous or not, and returns new tensors: one, or a tuple in the order of `output_names`. It runs on
@@ -33,7 +33,7 @@ class Engine(nn.Module):
         trt: the TensorRT module; ``tensorrt`` where None.
 
     Raises:
-        RuntimeError: no GPU or TensorRT; a plan of another TensorRT version or GPU, or none at all.
+        RuntimeError: no GPU or TensorRT; a plan of another TensorRT version or GPU; data that is not a plan.
         FileNotFoundError: the file is not there.
         OSError: the file cannot be read.
     """
@@ -56,8 +56,35 @@ class Engine(nn.Module):
         elif plan is not None:
             self._load(read_plan(pathlib.Path(plan)), str(plan))
 
+    @property
+    def trt(self) -> ModuleType:
+        """The TensorRT module that runs this engine."""
+        return api.import_tensorrt(self._trt)
+
+    def profile_shapes(self, name: str) -> list[tuple[int, ...]]:
+        """Smallest, most frequent and largest shape of an input, in the engine's first profile."""
+        return self._profile[name]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type of an input or output."""
+        return self._dtypes[name]
+
+    def run_with_profiler(self, profiler: Any, inputs: Sequence[Tensor], runs: int, others: int) -> None:
+        """Calls the engine `runs` times with an ``IProfiler``, after `others` calls without it."""
+        tensors = self._check(inputs, {})
+        with torch.cuda.device(self._device), self._lock:
+            self._follow()
+            try:
+                for i in range(others + runs):
+                    if i == others:
+                        self.context.profiler = profiler
+                    self._run(tensors)
+                    torch.cuda.synchronize()
+            finally:
+                self._renew_context()  # one with a profiler waits for every layer
+
     def _load(self, plan: bytes, source: str) -> None:
-        trt = self._trt = plugin.import_tensorrt(self._trt)
+        trt = self._trt = api.import_tensorrt(self._trt)
         self._runtime, self.engine = deserialize(trt, plan, source, self._host_code)
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
@@ -86,7 +113,7 @@ class Engine(nn.Module):
     def _renew_context(self) -> None:
         # There is only ever one: before TensorRT 10 two contexts cannot have one profile, so the old one goes first.
         self._graph: _Graph | None = None
-        self._shapes: tuple | None = None  # of the last run
+        self._shapes: tuple[tuple[int, ...], ...] | None = None  # of the last run
         self.context = None
         self.context = self.engine.create_execution_context()
         if self.context is None:
@@ -95,7 +122,7 @@ class Engine(nn.Module):
     @property
     def adder_layers(self) -> int | None:
         """How many Adder2d layers the plan was built with, where `build_engine` built it."""
-        signature = _SIGNATURE.fullmatch(self.engine.name)
+        signature = SIGNATURE.fullmatch(self.engine.name)
         return int(signature["adders"]) if signature else None
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -119,10 +146,10 @@ class Engine(nn.Module):
                 raise TypeError(f"input {name!r} of the engine is {self._dtypes[name]}, got {kind}; convert it.")
             if tensor.device != self._device:
                 raise ValueError(f"input {name!r} is on {tensor.device}, the engine on {self._device}; move it there.")
-            least, _, most = self._profile[name]
-            fits = tensor.dim() == len(least) and all(a <= b <= c for a, b, c in zip(least, tensor.shape, most))
+            low, _, high = self._profile[name]
+            fits = tensor.dim() == len(low) and all(a <= b <= c for a, b, c in zip(low, tensor.shape, high))
             if not fits:
-                allowed = list(least) if least == most else f"{list(least)} to {list(most)}"
+                allowed = list(low) if low == high else f"{list(low)} to {list(high)}"
                 raise ValueError(
                     f"input {name!r} is {list(tensor.shape)}, but the engine was built for {allowed}; build it with other "
                     "ranges."
@@ -175,7 +202,7 @@ class Engine(nn.Module):
         return torch.empty(256, dtype=torch.uint8, device=self._device)
 
     def _replay(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        # TensorRT: a graph holds for the shapes and the state of its context alone; executing it after either has changed
+        # TensorRT: a graph is valid only for the shapes and the state of its context; executing it after either has changed
         # is undefined. With one context that leaves one graph, which any other use of the context ends. The first call
         # of new shapes runs without a graph: it is the run outside a recording that TensorRT wants after a change, and
         # shapes that alternate cost no recording.
@@ -187,7 +214,7 @@ class Engine(nn.Module):
 
     # ---- saving, with TRTModule's keys
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.engine is not None:
             destination[f"{prefix}engine"] = bytearray(self.engine.serialize())
             destination[f"{prefix}input_names"] = self.input_names
@@ -195,13 +222,13 @@ class Engine(nn.Module):
 
     def _load_from_state_dict(
         self,
-        state_dict: dict,
+        state_dict: Mapping[str, Any],
         prefix: str,
-        local_metadata: dict,
+        local_metadata: dict[str, Any],
         strict: bool,
-        missing: list,
-        unexpected: list,
-        errors: list,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
     ) -> None:
         key = f"{prefix}engine"
         if key not in state_dict:

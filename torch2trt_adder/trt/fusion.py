@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import plugin
+from . import api, plugin
 from .chains import Chain, Graph, Magnitudes, find_chains
 
 # A float16 output may reach this only: the values of other inputs than the example's may be larger.
@@ -105,7 +105,7 @@ def _plugin_layer(adders: Mapping[str, Mapping[str, Any]], trt: ModuleType) -> R
         if chain.scale is not None and chain.shift is not None:
             for role, array in (("scale", chain.scale), ("shift", chain.shift)):
                 tensors.append(plugin.add_constant(network, role, array.astype(np.float32), name, trt))
-        return plugin.add_layer(network, tensors if residual is None else [*tensors, residual], made, None, trt)
+        return plugin.add_layer(network, tensors if residual is None else [*tensors, residual], made, None)
 
     return replace
 
@@ -124,7 +124,7 @@ class _Pass:
         self.graph = Graph(network)
         self.chains = find_chains(self.graph, adders, trt)
         self.magnitudes = Magnitudes(self.graph, largest, LARGEST, trt)
-        self.typed = not hasattr(trt.BuilderFlag, "FP16")  # from TensorRT 11 on
+        self.typed = api.is_strongly_typed(trt)
         self.dead = {id(node) for chain in self.chains for node in (chain.adder, *chain.nodes)}
         self.residuals = {chain.residual.name for chain in self.chains if chain.residual is not None}
         self.half = {chain.end.name: self._is_half(chain, half) for chain in self.chains}
@@ -137,9 +137,7 @@ class _Pass:
         for chain in self.chains:
             half, exposes = self.half[chain.end.name], self._exposes(chain)
             layer = self._replace(chain)
-            fused.append(
-                Fused(layer.name, chain.scale is not None, chain.residual is not None, chain.limited, half)
-            )
+            fused.append(Fused(layer.name, chain.scale is not None, chain.residual is not None, chain.limited, half))
             if exposes:
                 exposed.append(layer)
         replaced = {id(chain.adder) for chain in self.chains}

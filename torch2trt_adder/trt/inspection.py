@@ -18,9 +18,9 @@ from .engine import Engine
 def layers(engine: Engine) -> list[dict[str, Any]]:
     """The layers of an engine: ``name``, ``type``, ``adder`` (whether it is an adder layer), ``precision`` of its outputs.
 
-    Engines of `build_engine` tell everything, others perhaps names alone.
+    Engines of `build_engine` have all of these, others perhaps only names.
     """
-    trt = engine._trt
+    trt = engine.trt
     text = engine.engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     found = []
     for layer in json.loads(text, strict=False)["Layers"]:  # TensorRT 8.6 does not escape control characters
@@ -33,7 +33,7 @@ def layers(engine: Engine) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "type": kind,
-                # Layers that convert an adder layer's input end with its name, too.
+                # Layers that convert an adder layer's input also end with its name.
                 "adder": ours and ("plugin" in kind.lower() if kind else not name.startswith("Reformat")),
                 "precision": ", ".join(dict.fromkeys(outputs)),
             }
@@ -43,26 +43,17 @@ def layers(engine: Engine) -> list[dict[str, Any]]:
 
 def profile(engine: Engine, tensors: Sequence[Tensor], runs: int = 20) -> dict[str, float]:
     """Milliseconds of each layer, the mean of `runs` calls after 3 others, by TensorRT's own profiler."""
-    trt, times = engine._trt, defaultdict(float)
+    base: Any = engine.trt.IProfiler
+    times: defaultdict[str, float] = defaultdict(float)
 
-    class Profiler(trt.IProfiler):
+    class Profiler(base):
         def __init__(self) -> None:
-            trt.IProfiler.__init__(self)
+            base.__init__(self)
 
         def report_layer_time(self, layer: str, milliseconds: float) -> None:
             times[layer] += milliseconds
 
-    tensors, profiler = engine._check(tensors, {}), Profiler()
-    with torch.cuda.device(engine._device), engine._lock:
-        engine._follow()
-        try:
-            for i in range(3 + runs):
-                if i == 3:
-                    engine.context.profiler = profiler
-                engine._run(tensors)
-                torch.cuda.synchronize()
-        finally:
-            engine._renew_context()  # one with a profiler waits for every layer
+    engine.run_with_profiler(Profiler(), tensors, runs, others=3)
     return {name: total / runs for name, total in times.items()}
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..utils import interrupts
 from ..utils.progress import elapsed
+from . import api
 
 # ---- TensorRT's log, and progress
 
@@ -19,9 +20,11 @@ from ..utils.progress import elapsed
 def logger(trt: ModuleType) -> Any:
     """The one logger of this process and TensorRT module: keeps errors for exceptions, shows all if `verbose`."""
 
-    class Logger(trt.ILogger):
+    base: Any = trt.ILogger
+
+    class Logger(base):
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            base.__init__(self)
             self.verbose = False
             self.errors: list[str] = []
 
@@ -48,13 +51,15 @@ def build_progress(trt: ModuleType, config: Any, title: str, enabled: bool) -> I
         yield
         return
     with elapsed(title) as bar:
-        if not hasattr(trt, "IProgressMonitor"):
+        if not api.reports_progress(trt):
             yield
             return
 
-        class Monitor(trt.IProgressMonitor):
+        base: Any = trt.IProgressMonitor
+
+        class Monitor(base):
             def __init__(self) -> None:
-                trt.IProgressMonitor.__init__(self)
+                base.__init__(self)
                 self.outer: str | None = None
                 self.interrupted = False
 

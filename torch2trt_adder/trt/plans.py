@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from . import plugin
+from . import api, plugin
 from .monitor import logger
 
 # ---- what a plan says about itself
 
-_SIGNATURE = re.compile(r"(?P<source>.*) \[torch2trt_adder, (?P<adders>\d+) Adder2d(?: \((?P<fused>[^()]*)\))?, (?P<gpu>.*)\]")
+SIGNATURE = re.compile(
+    r"(?P<source>.*) \[torch2trt_adder, (?P<adders>\d+) Adder2d(?: \((?P<fused>[^()]*)\))?, (?P<gpu>.*)\]"
+)
 _PLAN_TAGS = (b"ftrt", b"vtrt")  # TensorRT, TensorRT for RTX
 
 
@@ -31,7 +33,7 @@ def network_name(source: str, adders: int, fused: str = "") -> str:
 
 def fused_layers(name: str) -> str | None:
     """What the adder layers of an engine of this name have taken over; None where the name does not say it."""
-    signature = _SIGNATURE.fullmatch(name)
+    signature = SIGNATURE.fullmatch(name)
     return signature["fused"] if signature else None
 
 
@@ -41,7 +43,7 @@ def plan_version(plan: bytes) -> tuple[int, int, int] | None:
     None where the header is of a kind that trtexec does not know either.
 
     Raises:
-        ValueError: this is no plan.
+        ValueError: this is not a plan.
     """
     if len(plan) < 28 or plan[:4] not in _PLAN_TAGS:
         raise ValueError("no TensorRT engine")
@@ -90,11 +92,10 @@ def deserialize(trt: ModuleType, plan: bytes, source: str, host_code: bool) -> t
     cut_off = _cut_off(plan)
     if cut_off and plan.startswith(b"vtrt"):
         raise RuntimeError(f"{source} {cut_off}.")
-    here = tuple(int(n) for n in re.findall(r"\d+", trt.__version__)[:3])
-    if version not in (None, here) and not host_code:
+    if version not in (None, api.version(trt)) and not host_code:
         raise RuntimeError(
-            f"{source} was built by TensorRT {'.'.join(map(str, version))}, here is {trt.__version__}: an engine runs in "
-            f"the version that built it alone; {remedy}, or pass host_code=True (--host-code) if it is version-compatible."
+            f"{source} was built by TensorRT {'.'.join(map(str, version))}, here is {trt.__version__}: an engine only "
+            f"runs on the TensorRT version that built it; {remedy}, or pass host_code=True (--host-code) if it is version-compatible."
         )
     if not torch.cuda.is_available():
         raise RuntimeError(f"{source} needs an NVIDIA GPU, and torch {torch.__version__} finds none here.")
@@ -114,7 +115,7 @@ def deserialize(trt: ModuleType, plan: bytes, source: str, host_code: bool) -> t
             f"TensorRT {trt.__version__} on {_gpu()} cannot load {source}: {log.reasons()}; {remedy}, or pass host_code=True "
             "(--host-code) if it is version-compatible."
         )
-    signature = _SIGNATURE.fullmatch(engine.name)
+    signature = SIGNATURE.fullmatch(engine.name)
     if signature and signature["gpu"] != _gpu():
         raise RuntimeError(
             f"{source} was built for {signature['gpu']}, here is {_gpu()}: an engine's kernels are chosen for one kind of "

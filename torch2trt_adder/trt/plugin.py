@@ -13,7 +13,6 @@ TensorRT is imported by the first call that needs it, never by importing this mo
 """
 
 import ctypes
-import importlib
 import math
 import numbers
 import weakref
@@ -27,6 +26,7 @@ import torch
 from .. import library
 from ..ops import checks
 from ..utils import arguments
+from . import api
 
 NAME = "Adder2d"
 VERSION = "1"
@@ -41,7 +41,7 @@ def register(trt: ModuleType | None = None) -> None:
     Raises:
         RuntimeError: TensorRT is not installed, the library is missing, or the registry rejects it.
     """
-    trt = import_tensorrt(trt)
+    trt = api.import_tensorrt(trt)
     registry = trt.get_plugin_registry()
     if _find_creator(registry) is not None:
         return
@@ -50,14 +50,14 @@ def register(trt: ModuleType | None = None) -> None:
     # ask it: through load_library, or in TensorRT 8.5, which has none, through the library's own function.
     handle = library.load()
     if _find_creator(registry) is None:
-        if hasattr(registry, "load_library"):
+        if api.can_load_libraries(registry):
             registry.load_library(str(path))  # its return value says the same for failed and already loaded
         else:
             handle.adder2d_register_plugin.restype = ctypes.c_int32
             handle.adder2d_register_plugin()
     if _find_creator(registry) is None:
         raise RuntimeError(
-            f"The plugin registry of {_describe(trt)} rejects {path}: TensorRT's log says why; "
+            f"The plugin registry of {api.describe(trt)} rejects {path}: TensorRT's log says why; "
             "the library serves TensorRT 8.5 to 11."
         )
 
@@ -92,7 +92,7 @@ def create(
         ValueError: an attribute that is not an int, a bool or a number, or out of range.
         RuntimeError: as `register`.
     """
-    trt = import_tensorrt(trt)
+    trt = api.import_tensorrt(trt)
     values = {
         "stride": arguments.pair_of("adder2d", "stride", stride, 1),
         "padding": arguments.pair_of("adder2d", "padding", padding, 0),
@@ -109,8 +109,7 @@ def create(
     data |= {field: np.array([value], np.float32) for field, value in limits.items()}
     types = {field: trt.PluginFieldType.FLOAT32 if field in limits else trt.PluginFieldType.INT32 for field in data}
     fields = trt.PluginFieldCollection([trt.PluginField(field, data[field], types[field]) for field in data])
-    phase = [trt.TensorRTPhase.BUILD] if hasattr(trt, "TensorRTPhase") else []
-    plugin = creator.create_plugin(name, fields, *phase)
+    plugin = api.create_plugin(trt, creator, name, fields)
     if plugin is None:
         raise RuntimeError(
             f"TensorRT could not create the plugin {name!r} with {values | limits}: the reason is on stderr."
@@ -160,7 +159,7 @@ def add_adder2d(
         ValueError: shapes, types or attributes that do not fit each other, named.
         RuntimeError: as `register`, or TensorRT refuses the layer.
     """
-    trt = import_tensorrt(trt)
+    trt = api.import_tensorrt(trt)
     weight = _float32_array(weight)
     bias = np.zeros(weight.shape[:1], np.float32) if bias is None else _float32_array(bias)
     stride, padding, dilation = (
@@ -176,33 +175,39 @@ def add_adder2d(
     if residual is not None:
         _check_residual(residual, tuple(itensor.shape), weight.shape, stride, padding, dilation, trt)
     lower, upper = _limits(lower, upper)
-    _refuse_without_plugin_layers(network, trt)
+    if not api.can_add_plugins(network):
+        raise RuntimeError(f"Networks of {api.describe(trt)} offer no plugin layers: use TensorRT 8.5 to 11.")
 
-    epilogue = {"scale": "scale" in constants, "residual": residual is not None, "lower": lower, "upper": upper}
-    plugin = create(name or NAME, stride, padding, dilation, groups, output_type, trt, **epilogue)
+    plugin = create(
+        name or NAME,
+        stride,
+        padding,
+        dilation,
+        groups,
+        output_type,
+        trt,
+        scale="scale" in constants,
+        residual=residual is not None,
+        lower=lower,
+        upper=upper,
+    )
     inputs = [itensor, *(add_constant(network, role, array, name, trt) for role, array in constants.items())]
     inputs += [] if residual is None else [residual]
-    return add_layer(network, inputs, plugin, name, trt)
+    return add_layer(network, inputs, plugin, name)
 
 
-def add_layer(network: Any, inputs: Sequence[Any], plugin: Any, name: str | None, trt: ModuleType) -> Any:
+def add_layer(network: Any, inputs: list[Any], plugin: Any, name: str | None) -> Any:
     """The layer of `plugin`, made by `create`, with these ITensors as its inputs.
 
     Raises:
         RuntimeError: TensorRT refuses the layer.
     """
-    v3 = hasattr(network, "add_plugin_v3")
-    layer = network.add_plugin_v3(inputs, [], plugin) if v3 else network.add_plugin_v2(inputs, plugin)
+    layer = api.add_plugin(network, inputs, plugin)
     if layer is None:
         raise RuntimeError(f"TensorRT rejects the plugin layer {name or NAME}: its log and stderr say why.")
     if name:
         layer.name = name
     return layer
-
-
-def _refuse_without_plugin_layers(network: Any, trt: ModuleType) -> None:
-    if not hasattr(network, "add_plugin_v3") and not hasattr(network, "add_plugin_v2"):
-        raise RuntimeError(f"Networks of {_describe(trt)} offer no plugin layers: use TensorRT 8.5 to 11.")
 
 
 def add_constant(network: Any, role: str, array: np.ndarray, name: str | None, trt: ModuleType) -> Any:
@@ -219,26 +224,8 @@ def add_constant(network: Any, role: str, array: np.ndarray, name: str | None, t
     return constant.get_output(0)
 
 
-def import_tensorrt(trt: ModuleType | None) -> ModuleType:
-    if trt is not None:
-        return trt
-    try:
-        return importlib.import_module("tensorrt")
-    except ImportError as error:
-        raise RuntimeError(
-            f"TensorRT's Python module is missing or cannot be imported ({error}): install it with `pip install tensorrt`, "
-            "or pass another module as `trt`."
-        ) from error
-
-
-def _describe(trt: ModuleType) -> str:
-    return f"{trt.__name__} {getattr(trt, '__version__', '(unknown version)')}"
-
-
 def _find_creator(registry: Any) -> Any:
-    # get_plugin_creator is gone since 11, get_creator is there since 10.
-    find = registry.get_creator if hasattr(registry, "get_creator") else registry.get_plugin_creator
-    return find(NAME, VERSION, NAMESPACE)
+    return api.find_creator(registry, NAME, VERSION, NAMESPACE)
 
 
 def _output_type(value: Any, trt: ModuleType) -> int:
@@ -257,7 +244,7 @@ def _switch(name: str, value: bool) -> int:
 
 def _limits(lower: float | None, upper: float | None) -> tuple[float | None, float | None]:
     """Both as float32 numbers; None where there is no limit."""
-    limits = []
+    limits: list[float | None] = []
     for name, value in (("lower", lower), ("upper", upper)):
         if value is None:
             limits.append(None)

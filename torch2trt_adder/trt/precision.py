@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..export.format import adder_nodes
+from . import api
 from .fusion import DEVIATIONS
 
 # ---- precision, TensorRT 8 to 10
@@ -27,7 +28,8 @@ def batch_norm_magnitudes(proto: Any, folder: pathlib.Path) -> dict[str, float]:
     for node in graph.node:
         if node.op_type == "BatchNormalization" and {*node.input[1:3]} <= tensors.keys():
             gamma, beta = (
-                np.abs(onnx.numpy_helper.to_array(tensors[name], str(folder)).astype(np.float64)) for name in node.input[1:3]
+                np.abs(onnx.numpy_helper.to_array(tensors[name], str(folder)).astype(np.float64))
+                for name in node.input[1:3]
             )
             magnitudes[node.output[0]] = float((beta + DEVIATIONS * gamma).max(initial=0))
     return magnitudes
@@ -42,19 +44,18 @@ def set_precision(
     exposed: Sequence[Any] | None = None,
     largest: Mapping[str, float] | None = None,
 ) -> None:
-    """Sets the flags of `config`, and in float16 mode the layers that stay in float32.
+    """Sets the flags for float16 in a weakly typed network, and holds the layers after adder layers in float32.
 
     `exposed` are the adder layers whose sums leave the plugin, all of them where None; `largest` as in `hold_float32`.
     """
-    if not hasattr(trt.BuilderFlag, "FP16"):
+    if api.is_strongly_typed(trt):
         return
     half = 10  # TensorProto.FLOAT16
     in_half = any(tensor.data_type == half for tensor in proto.graph.initializer) or any(
         entry.type.tensor_type.elem_type == half for entry in (*proto.graph.input, *proto.graph.output)
     )
     if fp16 or in_half:
-        # A file in float16 needs it, too: without, a plugin is offered no float16 input or output.
-        config.set_flag(trt.BuilderFlag.FP16)
+        api.allow_float16(trt, config)  # a file in float16 needs it as well
     names = [node.name for node in adder_nodes(proto.graph)]
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     plugins = [layer for layer in layers if "PLUGIN" in layer.type.name]
@@ -90,8 +91,7 @@ def hold_float32(
     Returns:
         Whether any layer is held, so that BuilderFlag.OBEY_PRECISION_CONSTRAINTS is needed.
     """
-    names = ("SCALE", "NORMALIZATION", "SOFTMAX")  # the second is newer than 8.5
-    scaling = [getattr(trt.LayerType, name) for name in names if hasattr(trt.LayerType, name)]
+    scaling = api.scaling_layers(trt)
     adders = {layer.name for layer in adder_layers} if adders is None else adders
     consumers = defaultdict(list)
     for i in range(network.num_layers):

@@ -21,74 +21,105 @@ def to_float16(proto: Any, folder: pathlib.Path) -> None:
     only move values stay in the type that they get; everything else, BatchNorm above all, computes in float32. Inputs,
     outputs and their names stay as they are. `folder` is where the file's external tensors are.
     """
-    import onnx
+    _Rewriter(proto, folder).rewrite()
 
-    graph, FLOAT, FLOAT16 = proto.graph, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
-    inferred = onnx.shape_inference.infer_shapes(proto).graph.value_info  # some exporters write no types
-    floats = {tensor.name for tensor in graph.initializer if tensor.data_type == FLOAT}
-    floats |= {
-        entry.name
-        for entry in (*graph.input, *graph.output, *graph.value_info, *inferred)
-        if entry.type.tensor_type.elem_type == FLOAT
-    }
-    nodes: list[Any] = []
-    halves: dict[str, str] = {}  # of a float32 tensor: its float16 twin
-    made = {entry.name for entry in graph.input} | set(initializers)  # in float32
-    outputs = {entry.name for entry in graph.output}
 
-    def half(name: str) -> str:
-        if name not in halves:
-            halves[name] = f"{name}.float16"
-            if name in initializers:
-                array = onnx.numpy_helper.to_array(initializers[name], str(folder)).astype(np.float16)
-                graph.initializer.append(onnx.numpy_helper.from_array(array, halves[name]))
+class _Rewriter:
+    """Makes the new list of nodes, with a cast where a tensor is first needed in its other type."""
+
+    def __init__(self, proto: Any, folder: pathlib.Path) -> None:
+        import onnx
+
+        self.onnx: Any = onnx
+        self.graph, self.folder = proto.graph, folder
+        self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
+        inferred = onnx.shape_inference.infer_shapes(proto).graph.value_info  # some exporters write no types
+        kind = onnx.TensorProto.FLOAT
+        self.floats = {tensor.name for tensor in self.graph.initializer if tensor.data_type == kind}
+        self.floats |= {
+            entry.name
+            for entry in (*self.graph.input, *self.graph.output, *self.graph.value_info, *inferred)
+            if entry.type.tensor_type.elem_type == kind
+        }
+        self.nodes: list[Any] = []
+        self.halves: dict[str, str] = {}  # of a float32 tensor: its float16 copy
+        self.made = {entry.name for entry in self.graph.input} | set(self.initializers)  # in float32
+        self.outputs = {entry.name for entry in self.graph.output}
+
+    def rewrite(self) -> None:
+        graph = self.graph
+        for original in graph.node:
+            node = type(original)()
+            node.CopyFrom(original)
+            if self._computes_in_half(node):
+                self._add_in_half(node)
             else:
-                nodes.append(onnx.helper.make_node("Cast", [name], [halves[name]], f"{name}:to_float16", to=FLOAT16))
-        return halves[name]
+                self._add_in_float(node)
+        del graph.node[:]
+        graph.node.extend(self.nodes)
+        used = {name for node in self.nodes for name in (*node.input, *_captured(node))} | self.outputs
+        for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+            graph.initializer.remove(tensor)
+        del graph.value_info[:]  # the types of intermediate tensors have changed
 
-    def single(name: str) -> None:
-        if name in halves and name not in made:
-            made.add(name)
-            nodes.append(onnx.helper.make_node("Cast", [halves[name]], [name], f"{name}:to_float32", to=FLOAT))
+    def _computes_in_half(self, node: Any) -> bool:
+        if node.domain not in ("", "ai.onnx") or node.output[0] not in self.floats:
+            return False
+        if node.op_type in _IN_HALF:
+            return all(not name or name in self.floats for name in node.input)
+        moves = node.op_type in _EITHER and len(node.output) == 1
+        return moves and node.input[0] in self.halves and node.input[0] not in self.made
 
-    def captured(node: Any) -> Iterator[str]:
-        for attribute in node.attribute:
-            for subgraph in (attribute.g, *attribute.graphs):
-                for inner in subgraph.node:
-                    yield from inner.input
-                    yield from captured(inner)
-                yield from (entry.name for entry in subgraph.output)
-
-    for original in graph.node:
-        node = type(original)()
-        node.CopyFrom(original)
-        adder = (node.domain, node.op_type) == (DOMAIN, OP_TYPE)
-        standard = node.domain in ("", "ai.onnx") and node.output[0] in floats
-        in_half = standard and node.op_type in _IN_HALF and all(not name or name in floats for name in node.input)
-        moves = standard and node.op_type in _EITHER and len(node.output) == 1 and node.input[0] in halves
-        if in_half or (moves and node.input[0] not in made):
-            for i, name in enumerate(node.input):
-                if name in floats:
-                    node.input[i] = half(name)
-            name = node.output[0]
-            halves[name] = node.output[0] = f"{name}.float16"
-            nodes.append(node)
-            if name in outputs:
-                single(name)
-            continue
+    def _add_in_half(self, node: Any) -> None:
         for i, name in enumerate(node.input):
-            if adder and i == 0 and name in floats:
-                node.input[i] = half(name)
+            if name in self.floats:
+                node.input[i] = self._half(name)
+        name = node.output[0]
+        self.halves[name] = node.output[0] = f"{name}.float16"
+        self.nodes.append(node)
+        if name in self.outputs:
+            self._single(name)
+
+    def _add_in_float(self, node: Any) -> None:
+        """The node as it is; of an adder layer, x in float16."""
+        adder = (node.domain, node.op_type) == (DOMAIN, OP_TYPE)
+        for i, name in enumerate(node.input):
+            if adder and i == 0 and name in self.floats:
+                node.input[i] = self._half(name)
             else:
-                single(name)
-        for name in captured(node):
-            single(name)
-        made.update(node.output)
-        nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    used = {name for node in nodes for name in (*node.input, *captured(node))} | outputs
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
-    del graph.value_info[:]  # the types of what lies between have changed
+                self._single(name)
+        for name in _captured(node):
+            self._single(name)
+        self.made.update(node.output)
+        self.nodes.append(node)
+
+    def _half(self, name: str) -> str:
+        """The name of the float16 copy of a float32 tensor."""
+        if name not in self.halves:
+            half = self.halves[name] = f"{name}.float16"
+            helper = self.onnx.numpy_helper
+            if name in self.initializers:
+                array = helper.to_array(self.initializers[name], str(self.folder)).astype(np.float16)
+                self.graph.initializer.append(helper.from_array(array, half))
+            else:
+                self._cast(name, half, f"{name}:to_float16", self.onnx.TensorProto.FLOAT16)
+        return self.halves[name]
+
+    def _single(self, name: str) -> None:
+        """Makes a tensor in float32 that exists only in float16 so far."""
+        if name in self.halves and name not in self.made:
+            self.made.add(name)
+            self._cast(self.halves[name], name, f"{name}:to_float32", self.onnx.TensorProto.FLOAT)
+
+    def _cast(self, source: str, target: str, name: str, kind: int) -> None:
+        self.nodes.append(self.onnx.helper.make_node("Cast", [source], [target], name, to=kind))
+
+
+def _captured(node: Any) -> Iterator[str]:
+    """The names that the subgraphs of a node read."""
+    for attribute in node.attribute:
+        for subgraph in (attribute.g, *attribute.graphs):
+            for inner in subgraph.node:
+                yield from inner.input
+                yield from _captured(inner)
+            yield from (entry.name for entry in subgraph.output)

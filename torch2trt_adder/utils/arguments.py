@@ -47,11 +47,11 @@ def as_pair(value: Any) -> tuple[int, int] | None:
     return None if height is None or width is None else (height, width)
 
 
-def pair_of(caller: str, name: str, value: Any, least: int) -> tuple[int, int]:
+def pair_of(caller: str, name: str, value: Any, minimum: int) -> tuple[int, int]:
     """(h, w) of a layer's attribute, or a ValueError."""
     pair = as_pair(value)
-    if pair is None or min(pair) < least:
-        raise ValueError(f"{caller}: {name} must be an int or a pair of ints, each >= {least}, got {value!r}.")
+    if pair is None or min(pair) < minimum:
+        raise ValueError(f"{caller}: {name} must be an int or a pair of ints, each >= {minimum}, got {value!r}.")
     if max(pair) >= 2**31:
         raise ValueError(f"{caller}: {name} must be below 2^31, got {value!r}.")
     return pair

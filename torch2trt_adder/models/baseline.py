@@ -1,4 +1,4 @@
-"""The convolutional network that an AdderNet is held against."""
+"""The convolutional baseline of an AdderNet."""
 
 import copy
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-# ---- verbs: each imports what it needs once the arguments are known to be right
+# ---- subcommands: each imports what it needs once the arguments are known to be right
 
 
 def run_export(o: argparse.Namespace) -> dict[str, Any]:
