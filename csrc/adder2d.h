@@ -57,7 +57,7 @@ typedef struct Adder2dParams {
   void* workspace;         // device memory, 16-byte aligned, or null
   size_t workspace_bytes;  // bytes at `workspace`
   Adder2dEpilogue const* epilogue;  // host memory, read during the call; null for y = b - sum. Forward pass only
-  void const* packed_w;  // device memory, 16-byte aligned: w as adder2d_pack_weights_cpu packs it; or null
+  void const* packed_w;  // device memory, 16-byte aligned: w as adder2d_pack_weights_cpu packs it, or null
 } Adder2dParams;
 
 // sizeof(Adder2dParams): a caller that declares the struct by itself checks its own declaration with this.
@@ -75,6 +75,19 @@ __attribute__((visibility("default"))) size_t adder2d_fprop_workspace(Adder2dPar
 // below adder2d_fprop_workspace it is slower. Returns a cudaError_t, 0 for success; invalid params give
 // cudaErrorInvalidValue (1) and enqueue nothing. Never synchronises or allocates; may be captured into a CUDA graph.
 __attribute__((visibility("default"))) int32_t adder2d_fprop(Adder2dParams const* params, void* stream);
+
+// Weights that are packed once, for layers of float16 and bfloat16 input: adder2d_fprop then need not pack them at each
+// call, and with float16 input in channels_last of a multiple of 8 channels a group it launches one kernel only.
+// adder2d_packed_weight_bytes tells their size, 0 where no kernel of this layer reads such weights:
+//
+//   2 * groups * ceil(R * S * ceil(C / groups / 8) / 4) * 32 * ceil(K / groups / 64) * 64 bytes
+//
+// adder2d_pack_weights_cpu writes so much to `packed` (host memory) from `w` (host memory, of any w_type); copied to
+// the device, at an address that is a multiple of 16, it is Adder2dParams::packed_w. Kernels still read `w` itself for
+// sums that float16 cannot hold. The bytes depend on w and on C, K, R, S, groups and w_type, on no other size, nor on
+// the device. Returns 0 for success, 1 for invalid params, null pointers or a layer of size 0.
+__attribute__((visibility("default"))) size_t adder2d_packed_weight_bytes(Adder2dParams const* params);
+__attribute__((visibility("default"))) int32_t adder2d_pack_weights_cpu(Adder2dParams const* params, void* packed);
 
 // The kernel that adder2d_fprop chooses for this problem on the current device (of several launches, the first one), as
 // "family:tile" or "family:tile:splits:full_tiles:packed": e.g. "simt:64x128:3:132:unpacked", tiles of 64 filters by

@@ -126,6 +126,8 @@ def load() -> ctypes.CDLL:
             "adder2d_check": (ctypes.c_char_p, [ctypes.c_void_p]),
             "adder2d_fprop_workspace": (ctypes.c_size_t, [ctypes.c_void_p]),
             "adder2d_fprop": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
+            "adder2d_packed_weight_bytes": (ctypes.c_size_t, [ctypes.c_void_p]),
+            "adder2d_pack_weights_cpu": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p]),
             "adder2d_fprop_cpu": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32]),
             "adder2d_dgrad_params_size": (ctypes.c_size_t, []),
             "adder2d_dgrad_check": (ctypes.c_char_p, [ctypes.c_void_p]),

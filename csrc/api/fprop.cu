@@ -1,5 +1,7 @@
 // Entry points of the forward pass: validation, choice of kernel, batches beyond 2^31 output pixels.
-#include "fprop/fprop.h"
+#include "fprop/fprop_converted.h"
+
+#include <math.h>
 
 #include <algorithm>
 
@@ -12,6 +14,22 @@
 namespace adder2d {
 
 namespace {
+
+// Copies the epilogue into the args, and finds out how it may be read.
+void set_epilogue(Adder2dEpilogue const& epilogue, FpropArgs* args) {
+  Adder2dParams const& p = args->p;
+  Adder2dEpilogue& e = args->epilogue;
+  args->fused = true;
+  e = epilogue;
+  if (e.residual == nullptr) return;
+  int32_t const sizes[] = {p.N, p.K, p.P, p.Q};
+  for (int i = 0; i < 4; ++i)
+    if (sizes[i] == 1) e.residual_stride[i] = p.y_stride[i];  // a stride that nothing steps by
+  args->residual_as_y = std::equal(p.y_stride, p.y_stride + 4, e.residual_stride) &&
+                        reinterpret_cast<uintptr_t>(e.residual) % (4 * type_size(e.residual_type)) == 0;
+}
+
+}  // namespace
 
 FpropArgs make_fprop_args(Adder2dParams const& p) {
   FpropArgs args{};
@@ -34,24 +52,33 @@ FpropArgs make_fprop_args(Adder2dParams const& p) {
   args.y_vectors = aligned && (args.y_channels_last ? args.Kg % 4 == 0 && stride[2] % 4 == 0 && stride[3] % 4 == 0
                                                     : stride[3] == 1 && stride[2] == p.Q &&
                                                           int64_t{p.P} * p.Q % 4 == 0 && stride[1] % 4 == 0);
+  args.epilogue.lower = -INFINITY;
+  args.epilogue.upper = INFINITY;
+  args.residual_as_y = true;
+  if (p.epilogue != nullptr) set_epilogue(*p.epilogue, &args);
+  args.stores_plain = args.y_vectors && !args.fused;
+  args.stores_vectors = args.y_vectors && args.fused && args.residual_as_y;
   return args;
 }
+
+namespace {
 
 constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, and a tile may overhang the end
 
 // Images of one launch: all of them, or as many as keep N * P * Q and N * K an int32, and as find room.
 int32_t images_per_launch(Adder2dParams const& p) {
   int64_t const images = kMaxPixels / std::max<int64_t>(int64_t{p.P} * p.Q, p.K);
-  return images_of_fprop_half(p, static_cast<int32_t>(std::clamp<int64_t>(images, 1, std::max(p.N, 1))));
+  return images_of_fprop_converted(
+      p, images_of_fprop_half(p, static_cast<int32_t>(std::clamp<int64_t>(images, 1, std::max(p.N, 1)))));
 }
 
 // In the order of preference; those without is_preferred are compared by their predictions, and the first of equal ones
 // is taken.
 constexpr FpropFamily const* kFamilies[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,   &kFpropHalf,
-                                            &kFpropSimt,   &kFpropWindow,    &kFpropPointwise};
+                                            &kFpropSimt,   &kFpropWindow,    &kFpropPointwise, &kFpropConverted};
 constexpr int32_t kFamilyCount = sizeof(kFamilies) / sizeof(kFamilies[0]);
 constexpr FamilyNames const* kNames[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,   &kFpropHalf,
-                                         &kFpropSimt,   &kFpropWindow,    &kFpropPointwise};
+                                         &kFpropSimt,   &kFpropWindow,    &kFpropPointwise, &kFpropConverted};
 
 ForcedChoice forced_choice;
 
@@ -87,7 +114,15 @@ Choice choose_cached(FpropArgs const& args, Forced const& forced) {
   key.x = reinterpret_cast<void const*>(reinterpret_cast<uintptr_t>(key.x) % 16);
   key.y = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(key.y) % 16);
   key.w = key.b = key.workspace = nullptr;
+  if (key.epilogue != nullptr)
+    key.epilogue = reinterpret_cast<Adder2dEpilogue const*>(uintptr_t{args.residual_as_y ? 1u : 2u});
+  if (key.packed_w != nullptr) key.packed_w = reinterpret_cast<void const*>(uintptr_t{1});
   return cached_plan<Choice>(key, [&] { return choose(args, forced); });
+}
+
+// Image n of a tensor.
+void const* images_from(void const* tensor, int64_t n, int64_t stride, int32_t type) {
+  return static_cast<char const*>(tensor) + n * stride * type_size(type);
 }
 
 // The problem of the first launch of adder2d_fprop.
@@ -117,8 +152,15 @@ int32_t adder2d_fprop(Adder2dParams const* params, void* stream_pointer) {
   int32_t const step = images_per_launch(p);
   for (int64_t n = 0; n < params->N; n += step) {
     p.N = static_cast<int32_t>(std::min<int64_t>(params->N - n, step));
-    p.x = static_cast<char const*>(params->x) + n * p.x_stride[0] * type_size(p.x_type);
+    p.x = images_from(params->x, n, p.x_stride[0], p.x_type);
     p.y = static_cast<char*>(params->y) + n * p.y_stride[0] * type_size(p.y_type);
+    Adder2dEpilogue epilogue{};
+    if (p.epilogue != nullptr) {
+      epilogue = *params->epilogue;
+      if (epilogue.residual != nullptr)
+        epilogue.residual = images_from(epilogue.residual, n, epilogue.residual_stride[0], epilogue.residual_type);
+      p.epilogue = &epilogue;
+    }
     FpropArgs const args = make_fprop_args(p);
     Choice const choice = choose_cached(args, forced);
     if (choice.family == nullptr) return cudaErrorNotSupported;

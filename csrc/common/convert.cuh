@@ -67,6 +67,27 @@ __device__ __forceinline__ float load_as_float(void const* base, int64_t index, 
   return __bfloat162float(static_cast<__nv_bfloat16 const*>(base)[index]);
 }
 
+// The same of memory that this kernel may write to.
+__device__ __forceinline__ float load_written_as_float(void const* base, int64_t index, int32_t type) {
+  return type == ADDER2D_FLOAT32 ? static_cast<float const*>(base)[index] : load_as_float(base, index, type);
+}
+
+// Two and four of these side by side on an address aligned to all of them.
+__device__ __forceinline__ float2 load2_written_as_float(void const* base, int64_t index, int32_t type) {
+  if (type == ADDER2D_FLOAT32) return *reinterpret_cast<float2 const*>(static_cast<float const*>(base) + index);
+  uint32_t const bits = *reinterpret_cast<uint32_t const*>(static_cast<uint16_t const*>(base) + index);
+  return make_float2(bits_as_float(static_cast<uint16_t>(bits), type),
+                     bits_as_float(static_cast<uint16_t>(bits >> 16), type));
+}
+__device__ __forceinline__ float4 load4_written_as_float(void const* base, int64_t index, int32_t type) {
+  if (type == ADDER2D_FLOAT32) return *reinterpret_cast<float4 const*>(static_cast<float const*>(base) + index);
+  uint2 const bits = *reinterpret_cast<uint2 const*>(static_cast<uint16_t const*>(base) + index);
+  auto const element = [type](uint32_t two, int shift) {
+    return bits_as_float(static_cast<uint16_t>(two >> shift), type);
+  };
+  return make_float4(element(bits.x, 0), element(bits.x, 16), element(bits.y, 0), element(bits.y, 16));
+}
+
 __device__ __forceinline__ void store_from_float(void* base, int64_t index, int32_t type, float value) {
   if (type == ADDER2D_FLOAT32) {
     static_cast<float*>(base)[index] = value;

@@ -413,6 +413,8 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Problem {
   Adder2dParams p;
   float const* w;  // [K][C / groups][R][S]
+  // The forward pass: what p.epilogue points to, if it does.
+  Adder2dEpilogue epilogue = {};
   // The input gradient: x at the place of each output, and the whole of it with the phase, for what needs the rule
   // itself.
   float const* own = nullptr;
@@ -524,6 +526,7 @@ class Pass {
             n, g * filters_ + k, std::min(kBlockK, k_end - k), p0, q0, f, std::min(f + stride, pixels), width, stride};
         if (problem_.dgrad != nullptr) load_own(at, own);
         sum_block(x_tile + f, at, vectors, own, sums);
+        if (p_.epilogue != nullptr) apply_epilogue(at, sums);
         store_block(at, sums);
       }
     }
@@ -576,9 +579,33 @@ class Pass {
                 [own](float const& x, int64_t place, int64_t, int64_t, int64_t) { own[place] = x; });
   }
 
+  // Makes outputs of sums: scale * (b - sum) + shift + residual, between the limits. A NaN stays a NaN.
+  void apply_epilogue(Block const& at, float* sums) const {
+    Adder2dEpilogue const& e = problem_.epilogue;
+    auto const of_filter = [](void const* values, int64_t k, float missing) {
+      return values == nullptr ? missing : static_cast<float const*>(values)[k];
+    };
+    for (int64_t i = 0; i < at.count; ++i) {
+      float const bias = of_filter(p_.b, at.k + i, 0.f), scale = of_filter(e.scale, at.k + i, 1.f),
+                  shift = of_filter(e.shift, at.k + i, -0.f);  // x + -0 is x, with its sign of zero
+      float* const of_i = sums + i * at.stride;
+      for (int64_t j = 0; j < at.stride; ++j) of_i[j] = scale * (bias - of_i[j]) + shift;
+    }
+    if (e.residual != nullptr)
+      visit_block(at, static_cast<float const*>(e.residual), e.residual_stride,
+                  [sums](float const& residual, int64_t place, int64_t, int64_t, int64_t) { sums[place] += residual; });
+    for (int64_t j = 0; j < at.count * at.stride; ++j) {
+      float const y = sums[j] < e.lower ? e.lower : sums[j];
+      sums[j] = y > e.upper ? e.upper : y;
+    }
+  }
+
   void store_block(Block const& at, float const* sums) const {
     auto* const y = static_cast<float*>(p_.y);
-    if (problem_.dgrad == nullptr) {
+    if (p_.epilogue != nullptr) {
+      visit_block(at, y, p_.y_stride,
+                  [sums](float& y, int64_t place, int64_t, int64_t, int64_t) { y = sums[place]; });
+    } else if (problem_.dgrad == nullptr) {
       auto const* const b = static_cast<float const*>(p_.b);
       visit_block(at, y, p_.y_stride, [=](float& y, int64_t place, int64_t k, int64_t, int64_t) {
         y = (b == nullptr ? 0.f : b[k]) - sums[place];
@@ -628,6 +655,7 @@ void take_batch_as_row(Problem& problem) {
     std::swap(p.x_stride[0], p.x_stride[3]);
     std::swap(p.y_stride[0], p.y_stride[3]);
     std::swap(problem.own_stride[0], problem.own_stride[3]);
+    std::swap(problem.epilogue.residual_stride[0], problem.epilogue.residual_stride[3]);
   }
 }
 
@@ -755,8 +783,11 @@ int32_t adder2d_fprop_cpu(Adder2dParams const* params, int32_t threads) {
   if (adder2d_check(params) != nullptr) return kInvalid;
   Adder2dParams const& p = *params;
   if (!all_float32({p.x_type, p.w_type, p.y_type}) || !all_there(p.N, {p.x, p.w, p.y})) return kInvalid;
+  bool const has_residual = p.epilogue != nullptr && p.epilogue->residual != nullptr;
+  if (has_residual && p.epilogue->residual_type != ADDER2D_FLOAT32) return kInvalid;
   return guarded(p.N, [&](Isa const& isa) {
     Problem problem{p, static_cast<float const*>(p.w)};
+    if (p.epilogue != nullptr) problem.epilogue = *p.epilogue;
     take_batch_as_row(problem);
     Pass(problem, isa, usable_threads(threads)).run();
   });

@@ -70,10 +70,58 @@ struct Strip {
   static constexpr int kPad = kKernel / 2;  // width: padding is as even as this one
 };
 
+// Where the strip's outputs lie: pairs at element `index` of y and in the rows after it.
+struct Place {
+  bool pairs, second;   // they may be stored at once; the second one exists
+  int64_t index, next;  // elements to the second one
+};
+
+// What makes outputs of sums. kFilters: a pair is of filters k and k + 1, else both are of filter k.
+template <int32_t kType, bool kFused, bool kFilters>
+struct Outputs {
+  Epilogue::Filter filters[2];
+
+  __device__ __forceinline__ Outputs(FpropArgs const& a, int32_t k) {
+    if (kFilters) {
+      Epilogue::filters(a, k, filters);
+    } else {
+      filters[0] = filters[1] = Epilogue::filter(a, k);
+    }
+  }
+  __device__ __forceinline__ void read_residuals(FpropArgs const&, Place const&, int32_t) {}
+  __device__ __forceinline__ void store(FpropArgs const& a, Place const& place, int row, float2 const& sum) const {
+    store2<kType>(a, place.pairs, place.index + row * a.p.y_stride[2], place.next, place.second,
+                  Epilogue::finish(filters, sum));
+  }
+};
+
+// With a fused epilogue: residuals are read long before they are used.
+template <int32_t kType, bool kFilters>
+struct Outputs<kType, true, kFilters> {
+  FusedFilter filters[2];
+  float2 residual[kRows];
+
+  __device__ __forceinline__ Outputs(FpropArgs const& a, int32_t k) {
+    filters[0] = fused_filter(a, k);
+    filters[1] = kFilters ? fused_filter(a, k + 1) : filters[0];
+  }
+  __device__ __forceinline__ void read_residuals(FpropArgs const& a, Place const& place, int32_t rows) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      if (i < rows)
+        residual[i] =
+            residual2_at(a, place.pairs, place.index + i * a.p.y_stride[2], place.next, place.second);
+  }
+  __device__ __forceinline__ void store(FpropArgs const& a, Place const& place, int row, float2 const& sum) const {
+    store2<kType>(a, place.pairs, place.index + row * a.p.y_stride[2], place.next, place.second,
+                  make_float2(fuse(a, filters[0], sum.x, residual[row].x), fuse(a, filters[1], sum.y, residual[row].y)));
+  }
+};
+
 // ---- pairs along the width
 
 // Neighbouring threads process neighbouring pairs, then strips below each other, then maps.
-template <int32_t kType, int kKernel, int kStride>
+template <int32_t kType, int kKernel, int kStride, bool kFused>
 __global__ void __launch_bounds__(128)
     adder2d_fprop_depthwise_width_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ Strips const g) {
   using E = Element<kType>;
@@ -123,8 +171,10 @@ __global__ void __launch_bounds__(128)
   } else {
     __builtin_unreachable();
   }
-  Epilogue::Filter const filter = Epilogue::filter(a, k), filters[2] = {filter, filter};
+  Outputs<kType, kFused, false> outputs(a, k);
   int64_t const y = n * a.p.y_stride[0] + k * a.p.y_stride[1] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
+  Place const place{g.y_pairs, q + 1 < a.p.Q, y, a.p.y_stride[3]};
+  outputs.read_residuals(a, place, a.p.P - p);
 
   float sum[kRows][2] = {};
 #pragma unroll
@@ -149,8 +199,7 @@ __global__ void __launch_bounds__(128)
         add_term(&sum[i][1], x_row[kStride + s], w[r * kKernel + s]);
       }
       if (r == kKernel - 1 && p + i < a.p.P)
-        store2<kType>(a, g.y_pairs, y + i * a.p.y_stride[2], a.p.y_stride[3], q + 1 < a.p.Q, filters,
-                      make_float2(sum[i][0], sum[i][1]));
+        outputs.store(a, place, i, make_float2(sum[i][0], sum[i][1]));
     }
   }
 }
@@ -159,7 +208,7 @@ __global__ void __launch_bounds__(128)
 
 // A block takes blockDim.x pairs of channels and blockDim.y columns, so that columns side by side share what they read.
 // As many filters as channels.
-template <int32_t kType, int kKernel, int kStride>
+template <int32_t kType, int kKernel, int kStride, bool kFused>
 __global__ void __launch_bounds__(kMaxThreads)
     adder2d_fprop_depthwise_channels_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ Strips const g) {
   using E = Element<kType>;
@@ -201,9 +250,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   float2 w[S::kTaps];
 #pragma unroll
   for (int j = 0; j < S::kTaps; ++j) w[j] = w_smem[j][threadIdx.x];
-  Epilogue::Filter filters[2];
-  Epilogue::filters(a, c, filters);
+  Outputs<kType, kFused, true> outputs(a, c);
   int64_t const y = n * a.p.y_stride[0] + c * a.p.y_stride[1] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
+  Place const place{g.y_pairs, true, y, a.p.y_stride[1]};
+  outputs.read_residuals(a, place, a.p.P - p);
 
   float sum[kRows][2] = {};
 #pragma unroll
@@ -222,8 +272,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         add_term(&sum[i][1], x_row[s].y, w[r * kKernel + s].y);
       }
       if (r == kKernel - 1 && p + i < a.p.P)
-        store2<kType>(a, g.y_pairs, y + i * a.p.y_stride[2], a.p.y_stride[1], true, filters,
-                      make_float2(sum[i][0], sum[i][1]));
+        outputs.store(a, place, i, make_float2(sum[i][0], sum[i][1]));
     }
   }
 }
@@ -252,8 +301,8 @@ int64_t width_threads(Adder2dParams const& p) {
   return int64_t{p.N} * p.K * ceil_div<int64_t>(p.P, kRows) * ceil_div<int64_t>(p.Q, 2);
 }
 
-template <int32_t kType, int kKernel, int kStride>
-cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
+template <int32_t kType, int kKernel, int kStride, bool kFused>
+cudaError_t launch_kernel_of(FpropArgs const& args, cudaStream_t stream) {
   Adder2dParams const& p = args.p;
   Strips g{};
   int32_t const strips = static_cast<int32_t>(ceil_div<int64_t>(p.P, kRows));
@@ -265,7 +314,7 @@ cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
     g.div_chunks = FastDiv(chunks);
     g.div_columns = FastDiv(blocks);
     dim3 const grid(p.N * strips * blocks * chunks);
-    return launch(adder2d_fprop_depthwise_channels_kernel<kType, kKernel, kStride>, grid, dim3(lanes, columns), 0,
+    return launch(adder2d_fprop_depthwise_channels_kernel<kType, kKernel, kStride, kFused>, grid, dim3(lanes, columns), 0,
                   stream, args, g);
   } else {
     g.y_pairs = p.Q % 2 == 0 && has_pairs(p.y, p.y_type, p.y_stride, kWidthAxis);
@@ -274,9 +323,15 @@ cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
     g.div_Kg = FastDiv(args.Kg);
     g.threads = static_cast<int32_t>(width_threads(p));
     constexpr int kThreads = 128;
-    return launch(adder2d_fprop_depthwise_width_kernel<kType, kKernel, kStride>, dim3(ceil_div(g.threads, kThreads)),
+    return launch(adder2d_fprop_depthwise_width_kernel<kType, kKernel, kStride, kFused>, dim3(ceil_div(g.threads, kThreads)),
                   dim3(kThreads), 0, stream, args, g);
   }
+}
+
+template <int32_t kType, int kKernel, int kStride>
+cudaError_t launch_strips(FpropArgs const& args, cudaStream_t stream) {
+  return args.fused ? launch_kernel_of<kType, kKernel, kStride, true>(args, stream)
+                    : launch_kernel_of<kType, kKernel, kStride, false>(args, stream);
 }
 
 template <int32_t kType>
@@ -292,7 +347,7 @@ bool can_implement(FpropArgs const& args, size_t) {
   Adder2dParams const& p = args.p;
   bool const square = p.R == p.S && (p.R == 3 || p.R == 5) && p.stride_h == p.stride_w && p.stride_h <= 2;
   constexpr int64_t kMaxIndex = 0x7fffffff - kMaxThreads;  // the index of a thread, or of a block, is an int32
-  return args.Cg == 1 && square && p.dil_h == 1 && p.dil_w == 1 && p.x_type == p.y_type &&
+  return args.Cg == 1 && square && p.dil_h == 1 && p.dil_w == 1 && p.x_type == p.y_type && args.residual_as_y &&
          width_threads(p) <= kMaxIndex && (can_pair_channels(p) || can_pair_width(p));
 }
 

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kTileThreads, 3)
 #pragma unroll
     for (int f = 0; f < kFilters; ++f)
       if (i < rows && f < set.count)
-        store1(a, set.k + f, y + i * a.p.y_stride[2], Epilogue::filter(a, set.k + f), sum[i][f]);
+        store1(a, set.k + f, (n * a.p.P + p + i) * a.p.Q + q, y + i * a.p.y_stride[2], sum[i][f]);
   }
 }
 
@@ -136,6 +136,9 @@ cudaError_t launch_tile(FpropArgs const& args, cudaStream_t stream) {
     part.p.N = std::min(args.p.N - n, max_images);
     part.p.x = static_cast<char const*>(args.p.x) + n * args.p.x_stride[0] * type_size(args.p.x_type);
     part.p.y = static_cast<char*>(args.p.y) + n * args.p.y_stride[0] * type_size(args.p.y_type);
+    if (args.epilogue.residual != nullptr)
+      part.epilogue.residual = static_cast<char const*>(args.epilogue.residual) +
+                               n * args.epilogue.residual_stride[0] * type_size(args.epilogue.residual_type);
     for (int64_t first = 0; first < all_sets; first += max_sets) {
       int32_t const sets = static_cast<int32_t>(std::min<int64_t>(all_sets - first, max_sets));
       TileGrid g{};
@@ -253,7 +256,7 @@ __global__ void __launch_bounds__(kSharedThreads, 4)
   int64_t output = outputs[0];
 #pragma unroll
   for (int i = 1; i < kPixels; ++i) output = pixel == i ? outputs[i] : output;
-  store1(a, set.k + f, output, Epilogue::filter(a, set.k + f), total);
+  store1(a, set.k + f, first + pixel, output, total);
 }
 
 template <int kShares, int kPixels, int kFilters>

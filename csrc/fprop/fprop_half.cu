@@ -27,7 +27,7 @@ using namespace fprop_half;
 template <int kTileK_, int kTilePQ_, int kThreadK_, int kStages_, int kBlocks>
 struct Tile {
   static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;      // outputs of a block: filters, pixels
-  static constexpr int kTileC = 32, kVectors = kTileC / kVector;  // halves of a slice of the reduction
+  static constexpr int kTileC = fprop_half::kTileC, kVectors = kTileC / kVector;  // halves of a slice of the reduction
   static constexpr int kStages = kStages_;                        // slices in flight
   static constexpr int kThreadK = kThreadK_, kThreadPQ = 4;       // outputs of a thread
   static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
@@ -96,7 +96,7 @@ struct Loader {
     dh = r < a.p.R ? r * a.p.dil_h : kOutside;
     dw = s * a.p.dil_w;
     offset = vector + r * a.p.dil_h * a.step_h + dw * a.step_w;
-    w = static_cast<__half const*>(a.p.workspace) +
+    w = a.weights +
         ((int64_t{coord.group} * config.slices + slice) * a.pitch + coord.first_k - coord.group * a.Kg) * T::kTileC +
         threadIdx.x * kVector;
     for (int i = threadIdx.x; i < T::kTilePQ; i += T::kThreads) {
@@ -297,24 +297,10 @@ constexpr TileSize kSizeOf{T::kTileK, T::kTilePQ, T::kTileC, T::kBlocksPerSM, kR
 // In the order of launch_plan.
 constexpr TileSize kTiles[] = {kSizeOf<Tile64x128>, kSizeOf<Tile32x256>, kSizeOf<Tile16x256>, kSizeOf<Tile32x64>};
 constexpr int32_t kTileCount = sizeof(kTiles) / sizeof(kTiles[0]);
-constexpr int32_t kTileC = Tile64x128::kTileC;
-constexpr int32_t kMaxTileK = 64;
+static_assert(Tile64x128::kTileC == kTileC && Tile64x128::kTileK == kMaxTileK, "half_weights.h packs for these tiles");
 
-// Whether these kernels support the layer, apart from device and workspace.
-bool has_half_shape(Adder2dParams const& p) {
-  return is_16_bit(p.x_type) && p.C / p.groups >= kMinChannels && p.R * p.S <= kPackElements / kVector;
-}
-
-// Vectors of a tap and group.
-int32_t vectors_of(Adder2dParams const& p) { return ceil_div(p.C / p.groups, kVector); }
-
-// Of the reduction, whatever the tile.
-int32_t slices_of(Adder2dParams const& p) { return ceil_div(vectors_of(p) * p.R * p.S, kTileC / kVector); }
-
-// Of workspace for packed weights, whatever the tile.
-size_t weight_bytes(Adder2dParams const& p) {
-  return sizeof(__half) * p.groups * slices_of(p) * kTileC * ceil_div(p.K / p.groups, kMaxTileK) * kMaxTileK;
-}
+// Of workspace for packed weights, whatever the tile: none where the caller has packed them.
+size_t workspace_weight_bytes(Adder2dParams const& p) { return p.packed_w != nullptr ? 0 : weight_bytes(p); }
 
 // Vectors can be copied straight from the input.
 bool is_packed_image(Adder2dParams const& p) {
@@ -335,14 +321,16 @@ HalfArgs make_half_args(FpropArgs const& problem, TileConfig const& config) {
   static_cast<FpropArgs&>(args) = problem;
   Adder2dParams const& p = problem.p;
   args.vectors = vectors_of(p);
-  args.pitch = config.tiles_k * kTiles[config.tile].k;
+  bool const has_weights = p.packed_w != nullptr;
+  args.weights = static_cast<__half const*>(has_weights ? p.packed_w : p.workspace);
+  args.pitch = has_weights ? pitch_of(p) : config.tiles_k * kTiles[config.tile].k;
   args.exact_halves = p.x_type == ADDER2D_FLOAT16 && p.w_type == ADDER2D_FLOAT16;
   args.packs_image = !is_packed_image(p);
   args.div_vectors = FastDiv(args.vectors);
   args.div_HW = FastDiv(int64_t{p.H} * p.W);
   args.div_W = FastDiv(p.W);
   if (args.packs_image) {
-    args.image = reinterpret_cast<__half const*>(static_cast<char*>(p.workspace) + weight_bytes(p));
+    args.image = reinterpret_cast<__half const*>(static_cast<char*>(p.workspace) + workspace_weight_bytes(p));
     args.step_w = p.groups * args.vectors;
     args.step_h = p.W * args.step_w;
     args.step_n = p.H * args.step_h;
@@ -366,7 +354,7 @@ PackConfig make_pack_config(HalfArgs const& args, TileConfig const& config) {
     ++pack.shift;
   pack.pitch = ceil_div((RS << pack.shift) - 4, 8) * 8 + 4;  // so that two filters lie 16 banks apart
   int32_t const columns = ceil_div(args.vectors, 1 << pack.shift), rows = args.pitch / kPackFilters;
-  pack.weight_blocks = columns * rows * p.groups;
+  pack.weight_blocks = p.packed_w != nullptr ? 0 : columns * rows * p.groups;
   pack.div_columns = FastDiv(columns);
   pack.div_rows = FastDiv(rows);
   pack.div_image = FastDiv(p.groups * args.vectors);
@@ -387,12 +375,15 @@ cudaError_t launch_tile(HalfArgs const& args, TileConfig const& config, cudaStre
   int64_t const image_blocks = ceil_div(chunks * args.p.groups * args.vectors, int64_t{kPackWarps});
   dim3 const pack_grid(static_cast<uint32_t>(pack.weight_blocks + image_blocks));
   size_t const pack_smem = sizeof(uint4) * kPackWarps * (pack.pitch > kPackPitch ? pack.pitch : kPackPitch);
-  cudaError_t const error =
-      launch(adder2d_pack_half_kernel<T::kTileC>, pack_grid, dim3(kPackThreads), pack_smem, stream, args, pack);
-  if (error != cudaSuccess) return error;
+  bool const packs = pack_grid.x > 0;
+  if (packs) {
+    cudaError_t const error =
+        launch(adder2d_pack_half_kernel<T::kTileC>, pack_grid, dim3(kPackThreads), pack_smem, stream, args, pack);
+    if (error != cudaSuccess) return error;
+  }
   static_assert(16 * OutputCoord<T>::kItems * T::kThreads <= sizeof(Smem<T>),
                 "sums are transposed where the slices were");
-  return launch_tiled<OutputCoord<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), sizeof(Smem<T>), T::kThreads, true,
+  return launch_tiled<OutputCoord<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), sizeof(Smem<T>), T::kThreads, packs,
                                       args, config, stream);
 }
 
@@ -401,21 +392,26 @@ static_assert(sizeof(kTileNames) / sizeof(kTileNames[0]) == kTileCount, "one nam
 
 bool can_implement(FpropArgs const& args, size_t workspace_bytes) {
   // Weights and image must find room.
-  return has_half_shape(args.p) && weight_bytes(args.p) + image_bytes(args.p, args.p.N) <= workspace_bytes &&
+  return has_half_shape(args.p) && workspace_weight_bytes(args.p) + image_bytes(args.p, args.p.N) <= workspace_bytes &&
          compute_capability_major() >= 8;
 }
 
-bool is_preferred(FpropArgs const&) { return true; }
-
 bool plan(FpropArgs const& args, size_t workspace_bytes, TileForce const& force, TileConfig* config, double* cycles) {
-  if (force.packed == 0) return false;
-  size_t const packed_bytes = weight_bytes(args.p) + image_bytes(args.p, args.p.N);
+  size_t const packed_bytes = workspace_weight_bytes(args.p) + image_bytes(args.p, args.p.N);
+  if (force.packed >= 0 && force.packed != (packed_bytes > 0)) return false;
   TileProblem const problem{args.Kg, args.NPQ, args.p.groups, slices_of(args.p) * kTileC};
   *config =
       choose_tile(problem, kTiles, kTileCount, SplitReduce::kForward, workspace_bytes - packed_bytes, force, cycles);
   config->packed_bytes = packed_bytes;
   config->workspace_bytes += packed_bytes;
-  return *cycles != 0;
+  if (*cycles == 0) return false;
+  TileSize const& size = kTiles[config->tile];
+  int32_t const multiprocessors = multiprocessor_count(), rest = config->tiles - config->full_tiles;
+  double const tiles = ceil_div(config->full_tiles + rest * config->splits, multiprocessors);
+  *cycles = *cycles * kArch.half_slice + tiles * kArch.half_tile * (size.k * size.pq) / (64 * 128);
+  // Read and written; a conversion reads as much as it writes, about.
+  if (packed_bytes > 0) *cycles += kArch.pack_start + 2.0 * packed_bytes / (multiprocessors * kArch.pack_bytes);
+  return true;
 }
 
 cudaError_t launch_plan(FpropArgs const& problem, TileConfig const& config, cudaStream_t stream) {
@@ -433,13 +429,13 @@ cudaError_t launch_plan(FpropArgs const& problem, TileConfig const& config, cuda
 
 int32_t images_of_fprop_half(Adder2dParams const& p, int32_t images) {
   if (!has_half_shape(p) || is_packed_image(p)) return images;
-  size_t const weights = weight_bytes(p);
+  size_t const weights = workspace_weight_bytes(p);
   if (p.workspace_bytes <= weights) return images;
   int64_t const room = (p.workspace_bytes - weights) / image_bytes(p, 1);
   if (room == 0 || room >= images) return images;
   return static_cast<int32_t>(ceil_div<int64_t>(images, ceil_div<int64_t>(images, room)));  // of about equal size
 }
 
-FpropFamily const kFpropHalf{{"half", kTileNames, kTileCount}, can_implement, is_preferred, plan, launch_plan};
+FpropFamily const kFpropHalf{{"half", kTileNames, kTileCount}, can_implement, nullptr, plan, launch_plan};
 
 }  // namespace adder2d

@@ -6,6 +6,7 @@
 // this tile is added up and stored. Neither weights nor image are packed, and sums are stored as the threads hold them,
 // four pixels or four filters at once.
 #include <algorithm>
+#include <type_traits>
 
 #include "common/cp_async.cuh"
 #include "common/device.h"
@@ -50,9 +51,10 @@ struct Tile {
 constexpr int32_t kStages = 2;  // slices in flight
 
 // The stages, the epilogue's filters, the weights.
-template <class T>
+template <class T, bool kPlain = false>
 constexpr size_t smem_size(int32_t channels) {
-  return sizeof(float) * (kStages * T::kStageFloats + channels * T::kPitchK) + sizeof(Epilogue::Filter) * T::kTileK;
+  return sizeof(float) * (kStages * T::kStageFloats + channels * T::kPitchK) +
+         (kPlain ? sizeof(Epilogue::Filter) : sizeof(FusedFilter)) * T::kTileK;
 }
 
 // How the output is shared out. Blocks of a range of pixels lie side by side, so that they read the same image at the
@@ -146,13 +148,54 @@ struct Loader {
 
 // ---- kernel
 
-// kChannels: channels lie side by side in x, and filters in y; else pixels do.
+// Stores a thread's outputs where y is of any type, with a fused epilogue: four quads at a time, so that their residuals
+// are on their way together. `filters` are those of the tile, in shared memory.
 template <class T, bool kChannels>
+__device__ __forceinline__ void store_fused(FpropArgs const& a, ThreadCoord<T> const& thread, int32_t first_k,
+                                            int32_t end_k, int32_t first_pixel, FusedFilter const* filters,
+                                            float const (&acc)[T::kThreadK][T::kThreadPQ]) {
+  constexpr int kQuads = T::kThreadK * T::kThreadPQ / 4, kBatch = 4;
+#pragma unroll
+  for (int first = 0; first < kQuads; first += kBatch) {
+    int64_t index[kBatch];
+    float4 residual[kBatch];
+    bool present[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      int const i = kChannels ? (first + b) % T::kGroupsK * 4 : (first + b) / T::kGroupsPQ;
+      int const j = kChannels ? (first + b) / T::kGroupsK : (first + b) % T::kGroupsPQ * 4;
+      int32_t const k = first_k + thread.k(i), m = first_pixel + thread.pq(j);
+      present[b] = k < end_k && m < a.NPQ;
+      index[b] = output_offset(a, m) + k * a.p.y_stride[1];
+      if (present[b]) residual[b] = residual4_at(a, index[b]);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      int const i = kChannels ? (first + b) % T::kGroupsK * 4 : (first + b) / T::kGroupsPQ;
+      int const j = kChannels ? (first + b) / T::kGroupsK : (first + b) % T::kGroupsPQ * 4;
+      if (!present[b]) continue;
+      FusedFilter f[4];
+      float sums[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        f[e] = filters[thread.k(i) + (kChannels ? e : 0)];
+        sums[e] = kChannels ? acc[i + (kChannels ? e : 0)][j] : acc[i][j + (kChannels ? 0 : e)];
+      }
+      float4 const y = fuse(a, f, make_float4(sums[0], sums[1], sums[2], sums[3]), residual[b]);
+      store4_from_float(a.p.y, index[b], a.p.y_type, y);
+    }
+  }
+}
+
+// kChannels: channels lie side by side in x, and filters in y; else pixels do. kPlain: y is float32, and there is no
+// fused epilogue.
+template <class T, bool kChannels, bool kPlain>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     adder2d_fprop_pointwise_kernel(__grid_constant__ FpropArgs const a, __grid_constant__ Ranges const ranges) {
   extern __shared__ __align__(16) float smem[];
   static_assert(sizeof(Epilogue::Filter) == sizeof(float), "four of them are one read of shared memory");
-  constexpr int kFilterFloats = T::kTileK * sizeof(Epilogue::Filter) / sizeof(float);
+  using Filter = std::conditional_t<kPlain, Epilogue::Filter, FusedFilter>;
+  constexpr int kFilterFloats = T::kTileK * sizeof(Filter) / sizeof(float);
   float* const filters_smem = smem + kStages * T::kStageFloats;
   float* const w_smem = filters_smem + kFilterFloats;
   int32_t const k_tile = blockIdx.x % ranges.tiles_k, rest = blockIdx.x / ranges.tiles_k;
@@ -180,9 +223,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     }
   }
   copy_commit();
-  if (threadIdx.x < T::kTileK)
-    reinterpret_cast<Epilogue::Filter*>(filters_smem)[threadIdx.x] =
-        Epilogue::filter(a, min(first_k + static_cast<int32_t>(threadIdx.x), end_k - 1));
+  if (threadIdx.x < T::kTileK) {
+    int32_t const k = min(first_k + static_cast<int32_t>(threadIdx.x), end_k - 1);
+    if constexpr (kPlain) {
+      reinterpret_cast<Filter*>(filters_smem)[threadIdx.x] = Epilogue::filter(a, k);
+    } else {
+      reinterpret_cast<Filter*>(filters_smem)[threadIdx.x] = fused_filter(a, k);
+    }
+  }
 
 #pragma unroll 1
   for (; tiles > 0; --tiles, first_pixel += T::kTilePQ) {
@@ -198,6 +246,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
       terms = min(terms, a.Cg - channel);
     } while (terms > 0);
 
+    if constexpr (!kPlain) {
+      store_fused<T, kChannels>(a, thread, first_k, end_k, first_pixel, reinterpret_cast<Filter*>(filters_smem), acc);
+      continue;
+    }
     int32_t const count = end_k - first_k - thread.thread_k;  // from the thread's first one on
     alignas(16) Epilogue::Filter f[T::kThreadK];
 #pragma unroll
@@ -246,20 +298,23 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
 
 // ---- launcher
 
-template <class T, bool kChannels>
+template <class T, bool kChannels, bool kPlain>
 cudaError_t launch_layout(FpropArgs const& args, cudaStream_t stream) {
-  auto const kernel = adder2d_fprop_pointwise_kernel<T, kChannels>;
+  auto const kernel = adder2d_fprop_pointwise_kernel<T, kChannels, kPlain>;
   // The same for all plans: see launch_tiled.
-  cudaError_t const error = allow_smem(kernel, std::min(smem_size<T>(kMaxChannels), smem_limit()));
+  cudaError_t const error = allow_smem(kernel, std::min(smem_size<T, kPlain>(kMaxChannels), smem_limit()));
   if (error != cudaSuccess) return error;
   Ranges const ranges = share_out<T>(args);
-  return launch(kernel, dim3(ranges.tiles_k * args.p.groups * ranges.count), dim3(T::kThreads), smem_size<T>(args.Cg),
+  return launch(kernel, dim3(ranges.tiles_k * args.p.groups * ranges.count), dim3(T::kThreads), smem_size<T, kPlain>(args.Cg),
                 stream, args, ranges);
 }
 
 template <class T>
 cudaError_t launch_tile(FpropArgs const& args, cudaStream_t stream) {
-  return args.y_channels_last ? launch_layout<T, true>(args, stream) : launch_layout<T, false>(args, stream);
+  bool const plain = !args.fused && args.p.y_type == ADDER2D_FLOAT32;
+  if (args.y_channels_last)
+    return plain ? launch_layout<T, true, true>(args, stream) : launch_layout<T, true, false>(args, stream);
+  return plain ? launch_layout<T, false, true>(args, stream) : launch_layout<T, false, false>(args, stream);
 }
 
 using Tile64x128 = Tile<64, 128, 32>;
@@ -288,8 +343,8 @@ constexpr char const* kTileNames[] = {"64x128", "32x256"};
 
 bool can_implement(FpropArgs const& args, size_t) {
   Adder2dParams const& p = args.p;
-  bool const singles = p.x_type == ADDER2D_FLOAT32 && p.w_type == ADDER2D_FLOAT32 && p.y_type == ADDER2D_FLOAT32;
-  if (!is_pointwise(p) || !singles || args.Cg % 8 != 0 || args.Cg > kMaxChannels || !args.y_vectors) return false;
+  bool const singles = p.x_type == ADDER2D_FLOAT32 && p.w_type == ADDER2D_FLOAT32;
+  if (!is_pointwise(p) || !singles || !args.residual_as_y || args.Cg % 8 != 0 || args.Cg > kMaxChannels || !args.y_vectors) return false;
   // x lies as y does: channels side by side, pixels one after the other; or four pixels of a channel at an aligned
   // address.
   int64_t const* const stride = p.x_stride;

@@ -203,6 +203,7 @@ bool plan(FpropArgs const& args, size_t workspace_bytes, TileForce const& force,
   TileProblem const problem{args.Kg, args.NPQ, args.p.groups, args.CRS};
   *config = choose_tile(problem, kTiles, kTileCount, SplitReduce::kForward, workspace_bytes, force, cycles);
   if (*cycles == 0) return false;
+  if (args.p.x_type != ADDER2D_FLOAT32 || args.p.w_type != ADDER2D_FLOAT32) *cycles *= kArch.simt_any_fill;
   size_t const packed_bytes = size_t{4} * args.p.groups * args.CRS * config->tiles_k * kTiles[config->tile].k;
   bool const can_pack = args.Cg % kTiles[config->tile].c == 0 && args.p.x_type == ADDER2D_FLOAT32 &&
                         args.p.w_type == ADDER2D_FLOAT32 && config->workspace_bytes + packed_bytes <= workspace_bytes;

@@ -3,19 +3,18 @@
 
 #include "common/convert.cuh"
 #include "common/launch.cuh"
+#include "fprop/half_weights.h"
 #include "tile/problem.h"
 
 namespace adder2d::fprop_half {
 
-constexpr int kVector = 8;       // halves of 16 bytes
-constexpr int kMinChannels = 3;  // of a group: vectors would be mostly empty with fewer
-
 // ---- problem
 
-// The problem as these kernels read it. The reduction runs over vectors of kVector channels: all of one tap, then the
-// next tap's. Channels of a group are filled up with zeros to a multiple of kVector, on both sides.
+// The problem as these kernels read it. Channels of a group are filled up with zeros to a multiple of kVector, on both
+// sides.
 struct HalfArgs : FpropArgs {
   __half const* image;             // [N][H][W][groups][channels], packed or the input itself
+  __half const* weights;           // packed, by the caller or in the workspace
   int32_t step_n, step_h, step_w;  // vectors from one image, row and column to the next
   int32_t vectors;                 // of a tap and group
   int32_t pitch;                   // filters of a group in the packed weights, rounded up
@@ -32,7 +31,6 @@ constexpr int kPackPixels = 64;
 // Vectors of a warp in shared memory: eight warps' lie in different banks.
 constexpr int kPackPitch = kPackPixels + 1;
 constexpr int kPackFilters = 8;                  // of the weights a block, one a warp
-constexpr int kPackElements = 4 * kVector * 49;  // of one filter in a block, at most
 static_assert(kPackPixels == 2 * 32 && kPackWarps == 8 && kPackFilters == kPackWarps, "threads are numbered by shifts");
 
 // How blocks share the work. First come those of the weights: columns of vectors, rows of filters, groups. After them,

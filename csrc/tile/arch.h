@@ -30,6 +30,12 @@ struct Arch {
   int32_t dgrad_hiding_blocks = 3;  // already hide each other's waits
   // fprop_half: of 128 terms.
   double half_rate = 85, half_rate_thin = 78, half_rate_small = 60;
+  // What predict() does not see: a slice takes longer, and a tile beside its slices, of 64 x 128 outputs.
+  double half_slice = 1.11, half_tile = 3650;
+  double pack_start = 4000, pack_bytes = 6;  // its packing kernel, in cycles; bytes a cycle and multiprocessor
+  // fprop_converted: its own kernel, and what it must gain beyond that.
+  double convert_start = 4000, convert_bytes = 8, convert_margin = 1.15;
+  double simt_any_fill = 1.3;  // fprop_simt on input and weights that are not both float32
   // fprop_window: of 64 terms; by the run of pixels where a thread has eight filters.
   double window_rate_4 = 57, window_rate_7 = 54, window_rate_2 = 55;
   double window_rate_32 = 54, window_rate_small_less = 7, window_rate_16 = 46;

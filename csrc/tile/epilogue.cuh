@@ -9,9 +9,7 @@ namespace adder2d {
 
 // ---- epilogue
 
-// Makes outputs of sums: y = b[k] - sum. All forward kernels do it here, so a scale, a residual, an activation or a
-// quantisation of the output belongs here too: its parameters into FpropArgs and the constructor, what depends on the
-// filter into Filter, the arithmetic into finish(), and another type of y into common/convert.cuh.
+// Makes outputs of sums: y = b[k] - sum, where there is no fused epilogue.
 struct Epilogue {
   // Of one filter; kernels that hold a filter's outputs together load it once.
   struct Filter {
@@ -39,6 +37,66 @@ struct Epilogue {
   }
 };
 
+// ---- fused epilogue
+
+// y = clamp(scale[k] * (b[k] - sum) + shift[k] + residual, lower, upper). All forward kernels do it here. Kernels that
+// store by store4 leave their usual path for it on a test that this path has anyway (stores_plain), so that they are
+// the same without it; others are compiled twice, or branch on `fused`.
+
+// What belongs to one filter.
+struct FusedFilter {
+  float bias, scale, shift;
+};
+__device__ __forceinline__ FusedFilter fused_filter(FpropArgs const& a, int32_t k) {
+  return {Epilogue::filter(a, k).bias, a.epilogue.scale != nullptr ? __ldg(a.epilogue.scale + k) : 1.f,
+          a.epilogue.shift != nullptr ? __ldg(a.epilogue.shift + k) : -0.f};
+}
+
+__device__ __forceinline__ float fuse(FpropArgs const& a, FusedFilter const& f, float sum, float residual) {
+  float const y = fmaf(f.scale, f.bias - sum, f.shift) + residual;
+  float const above = y < a.epilogue.lower ? a.epilogue.lower : y;  // a NaN stays one
+  return above > a.epilogue.upper ? a.epilogue.upper : above;
+}
+__device__ __forceinline__ float4 fuse(FpropArgs const& a, FusedFilter const (&f)[4], float4 const& sum,
+                                       float4 const& residual) {
+  return make_float4(fuse(a, f[0], sum.x, residual.x), fuse(a, f[1], sum.y, residual.y),
+                     fuse(a, f[2], sum.z, residual.z), fuse(a, f[3], sum.w, residual.w));
+}
+// Of four filters from k on (kFilters), or k's four times.
+template <bool kFilters>
+__device__ __forceinline__ void fused_filters(FpropArgs const& a, int32_t k, FusedFilter (&f)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) f[i] = i == 0 || kFilters ? fused_filter(a, k + i) : f[0];
+}
+
+// The residual of filter k and pixel m. It may be y: a thread reads an element before it writes it, and no other does.
+// Where it is absent: -0, since x + -0 is x, with its sign of zero.
+__device__ __forceinline__ float residual1(FpropArgs const& a, int32_t k, int32_t m) {
+  if (a.epilogue.residual == nullptr) return -0.f;
+  int64_t const* const stride = a.epilogue.residual_stride;
+  int32_t pq, q;
+  int32_t const n = a.div_PQ.divmod(m, &pq);
+  int32_t const p = a.div_Q.divmod(pq, &q);
+  return load_written_as_float(a.epilogue.residual, n * stride[0] + k * stride[1] + p * stride[2] + q * stride[3],
+                               a.epilogue.residual_type);
+}
+// Where residual_as_y: of the output at element `index` of y, of two outputs, the second `next` elements on where it is
+// `present`, and of four that may be stored at once.
+__device__ __forceinline__ float residual1_at(FpropArgs const& a, int64_t index) {
+  if (a.epilogue.residual == nullptr) return -0.f;
+  return load_written_as_float(a.epilogue.residual, index, a.epilogue.residual_type);
+}
+__device__ __forceinline__ float2 residual2_at(FpropArgs const& a, bool pairs, int64_t index, int64_t next,
+                                               bool present) {
+  if (a.epilogue.residual == nullptr) return make_float2(-0.f, -0.f);
+  if (pairs) return load2_written_as_float(a.epilogue.residual, index, a.epilogue.residual_type);
+  return make_float2(residual1_at(a, index), present ? residual1_at(a, index + next) : -0.f);
+}
+__device__ __forceinline__ float4 residual4_at(FpropArgs const& a, int64_t index) {
+  if (a.epilogue.residual == nullptr) return make_float4(-0.f, -0.f, -0.f, -0.f);
+  return load4_written_as_float(a.epilogue.residual, index, a.epilogue.residual_type);
+}
+
 // ---- store
 
 // Elements from y to pixel m of filter 0.
@@ -50,21 +108,18 @@ __device__ __forceinline__ int64_t output_offset(FpropArgs const& a, int32_t m) 
   return n * a.p.y_stride[0] + p * a.p.y_stride[2] + q * a.p.y_stride[3];
 }
 
-// Writes the output of filter k and a pixel, whose output_offset is `offset`.
-__device__ __forceinline__ void store1(FpropArgs const& a, int32_t k, int64_t offset, Epilogue::Filter const& filter,
-                                       float sum) {
-  store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, Epilogue::finish(filter, sum));
-}
-__device__ __forceinline__ void store1(FpropArgs const& a, int32_t k, int64_t offset, float sum) {
-  store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, Epilogue::finish(Epilogue::filter(a, k), sum));
+// Writes the output of filter k and pixel m, whose output_offset is `offset`.
+__device__ __forceinline__ void store1(FpropArgs const& a, int32_t k, int32_t m, int64_t offset, float sum) {
+  float const y = a.fused ? fuse(a, fused_filter(a, k), sum, residual1(a, k, m))
+                          : Epilogue::finish(Epilogue::filter(a, k), sum);
+  store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, y);
 }
 
 // Writes two outputs of type kType, the first of them at element `index` of y: at once (`pairs`), or one by one, the
 // second where it is `present` and `next` elements on.
 template <int32_t kType>
 __device__ __forceinline__ void store2(FpropArgs const& a, bool pairs, int64_t index, int64_t next, bool present,
-                                       Epilogue::Filter const (&filters)[2], float2 const& sum) {
-  float2 const y = Epilogue::finish(filters, sum);
+                                       float2 const& y) {
   if (pairs) {
     store2_from_float<kType>(a.p.y, index, y);
   } else {
@@ -73,16 +128,23 @@ __device__ __forceinline__ void store2(FpropArgs const& a, bool pairs, int64_t i
   }
 }
 
-// Writes the outputs of four filters from k on (kFilters), or of four pixels from m on, one by one; `end_k` is the end
-// of the tile's filters. Not inlined: kernels would be twice as long.
+// Writes the outputs of four filters from k on (kFilters), or of four pixels from m on, one by one or with a fused
+// epilogue; `end_k` is the end of the tile's filters. Not inlined: kernels would be twice as long.
 template <bool kFilters>
-__device__ __noinline__ void store4_singly(FpropArgs const& a, int32_t k, int32_t end_k, int32_t m, float4 sum) {
+__device__ __noinline__ void store4_otherwise(FpropArgs const& a, int32_t k, int32_t end_k, int32_t m, float4 sum) {
   float const sums[] = {sum.x, sum.y, sum.z, sum.w};
   int64_t const offset = output_offset(a, m);
+  if (a.stores_vectors && a.y_channels_last == kFilters) {
+    int64_t const index = offset + k * a.p.y_stride[1];
+    float4 const residual = residual4_at(a, index);
+    FusedFilter filters[4];
+    fused_filters<kFilters>(a, k, filters);
+    return store4_from_float(a.p.y, index, a.p.y_type, fuse(a, filters, sum, residual));
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (kFilters && k + i < end_k) store1(a, k + i, offset, sums[i]);
-    if (!kFilters && m + i < a.NPQ) store1(a, k, i == 0 ? offset : output_offset(a, m + i), sums[i]);
+    if (kFilters && k + i < end_k) store1(a, k + i, m, offset, sums[i]);
+    if (!kFilters && m + i < a.NPQ) store1(a, k, m + i, i == 0 ? offset : output_offset(a, m + i), sums[i]);
   }
 }
 
@@ -91,7 +153,7 @@ template <bool kFilters>
 __device__ __forceinline__ void store4(FpropArgs const& a, int32_t k, int32_t end_k, int32_t m, int64_t offset,
                                        float4 const& sum) {
   if (k >= end_k || m >= a.NPQ) return;
-  if (!a.y_vectors || a.y_channels_last != kFilters) return store4_singly<kFilters>(a, k, end_k, m, sum);
+  if (!a.stores_plain || a.y_channels_last != kFilters) return store4_otherwise<kFilters>(a, k, end_k, m, sum);
   Epilogue::Filter const f = Epilogue::filter(a, k);
   Epilogue::Filter const filters[4] = {f, kFilters ? Epilogue::filter(a, k + 1) : f,
                                        kFilters ? Epilogue::filter(a, k + 2) : f,

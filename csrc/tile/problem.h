@@ -22,6 +22,11 @@ struct FpropArgs {
   // at once.
   bool y_channels_last, y_vectors;
   bool y_linear;  // pixel m of the batch lies at m * y_stride[3]
+  Adder2dEpilogue epilogue;  // one that changes nothing where there is none
+  bool fused;                // there is one
+  bool residual_as_y;   // there is none, or it has y's strides, and four of it an aligned address where y's may have one
+  bool stores_plain;    // y_vectors, and not `fused`
+  bool stores_vectors;  // y_vectors, `fused`, and residual_as_y
 };
 
 }  // namespace adder2d

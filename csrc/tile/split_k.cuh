@@ -119,6 +119,44 @@ __global__ void __launch_bounds__(Sums::kThreads* kGroups)
   Sums(a, config, tile, thread).store(a, blockIdx.y, thread, sum);
 }
 
+// Stores a tile of transposed sums with a fused epilogue: four quads of a thread at a time, so that their residuals are
+// on their way together. Not inlined, as store4_otherwise: kernels stay as they are without it.
+template <class Tile, bool kFilters>
+__device__ __noinline__ void store_fused(FpropArgs const& a, int32_t first_k, int32_t end_k, int32_t first_pixel,
+                                         float const* sums) {
+  using Transpose = typename Tile::Transpose;
+  constexpr int kColumns = kFilters ? Transpose::kTileK : Transpose::kTilePQ, kQuads = kColumns / 4;
+  constexpr int kRows = kFilters ? Transpose::kTilePQ : Transpose::kTileK, kStep = Tile::kThreads / kQuads, kBatch = 4;
+  int32_t const thread = threadIdx.x, column = thread % kQuads * 4;
+  if (thread >= kStep * kQuads) return;
+  auto const k_of = [&](int32_t row) { return first_k + (kFilters ? column : row); };
+  auto const m_of = [&](int32_t row) { return first_pixel + (kFilters ? row : column); };
+  auto const is_there = [&](int32_t row) { return row < kRows && k_of(row) < end_k && m_of(row) < a.NPQ; };
+  FusedFilter filters[4];
+  if (kFilters && first_k + column < end_k) fused_filters<true>(a, first_k + column, filters);
+#pragma unroll 1
+  for (int32_t first = thread / kQuads; first < kRows; first += kBatch * kStep) {
+    int64_t index[kBatch];
+    float4 residual[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      int32_t const row = first + i * kStep;
+      if (!is_there(row)) continue;
+      index[i] = output_offset(a, m_of(row)) + k_of(row) * a.p.y_stride[1];
+      residual[i] = residual4_at(a, index[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      int32_t const row = first + i * kStep;
+      if (!is_there(row)) continue;
+      if (!kFilters) fused_filters<false>(a, k_of(row), filters);
+      float4 const& sum = *reinterpret_cast<float4 const*>(
+          sums + (kFilters ? row * Transpose::kPitchK : row * Transpose::kPitchPQ) + column);
+      store4_from_float(a.p.y, index[i], a.p.y_type, fuse(a, filters, sum, residual[i]));
+    }
+  }
+}
+
 // Stores a tile whose sums have changed hands. Its loops stay loops: unrolled they were half of a kernel's code, and no
 // faster.
 template <class Tile>
@@ -134,6 +172,9 @@ __device__ __forceinline__ void store_transposed(FpropArgs const& a, TileConfig 
       return;
     __syncthreads();
   }
+  if (a.stores_vectors)
+    return a.y_channels_last ? store_fused<Tile, true>(a, tile.first_k, tile.end_k, tile.first_pixel, sums)
+                             : store_fused<Tile, false>(a, tile.first_k, tile.end_k, tile.first_pixel, sums);
   auto const sum = [&](int32_t k, int32_t pq) -> float4 const& {
     return *reinterpret_cast<float4 const*>(&sums[Transpose::index(a, k, pq)]);
   };

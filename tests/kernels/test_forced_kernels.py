@@ -32,6 +32,10 @@ TILES = {
     "dgrad": {"direct": ["1x1"], "simt": ["64x64", "128x32", "32x128", "16x256"]},
     "wgrad": {"convolved": [], "simt": ["16x16", "32x16", "32x32"]},
 }  # fmt: skip
+# On a float32 copy of float16 and bfloat16 input: every tile of the families that then have the problem.
+TILES["fprop"]["converted"] = [
+    f"{family}-{tile}" for family in ("simt", "window", "pointwise") for tile in TILES["fprop"][family]
+]
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORMATS = [torch.contiguous_format, torch.channels_last]
 NOT_SUPPORTED = 801  # cudaErrorNotSupported
