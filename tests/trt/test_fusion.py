@@ -367,3 +367,37 @@ def test_magnitudes_through_layers_that_only_move_values() -> None:
     net.output(net.adder(c))
     net.fuse(half=True, largest={a.name: 1, b.name: 7, net.inputs[0].name: 8})
     assert [half for chain, half in net.replaced if chain.end is not None and chain.residual is not None] == [True]
+
+
+# ---- networks in float16
+
+
+def cast(net: Network, x: Any, kind: Any) -> Any:
+    return net.network.add_cast(x, kind).get_output(0)
+
+
+def test_a_cast_to_float16_of_the_file_is_taken() -> None:
+    """As files of float16 networks have it: float32 up to a cast. The next layer reads the float16 value itself."""
+    net = Network()
+    a = cast(net, net.activation(net.batch_norm(net.adder(net.inputs[0]))), trt.float16)
+    b = net.activation(net.adder(cast(net, a, trt.float32)))
+    net.output(b)
+    made: list[Any] = []
+
+    def replace(network: Any, old: Any, chain: Chain, inputs: Sequence[Any], half: bool) -> Any:
+        made.append((inputs[0], half))
+        layer = net.replace(network, old, chain, inputs if not made[1:] else [net.inputs[0], None], half)
+        return network.add_cast(layer.get_output(0), trt.float16) if half else layer
+
+    fusion.fuse(net.network, net.adders, trt=trt, replace=replace)
+    assert [half for _, half in made] == [True, False]
+    assert made[1][0].dtype == trt.float16 and made[1][0].name == a.name.removesuffix(".unfused")
+
+
+def test_a_cast_in_float16_mode_is_read_around_where_values_are_large() -> None:
+    net = Network()
+    a = net.activation(net.batch_norm(net.adder(net.inputs[0])))
+    b = net.activation(net.adder(cast(net, cast(net, a, trt.float16), trt.float32)))
+    net.output(b)
+    fusion.fuse(net.network, net.adders, trt=trt, replace=net.replace, half=True, largest={a.name: 1e5})
+    assert halves(net) == [False, False] and not net.replaced[0][0].rounded

@@ -75,7 +75,8 @@ class DependencyTracker(TorchDispatchMode):
             result = func(*args, **kwargs)
             for tensor in _written(func, args, kwargs):
                 self._forget_values(tensor, converted)
-            self.adder_calls += func.overloadpacket is torch.ops.torch2trt_adder.adder2d
+            operators = torch.ops.torch2trt_adder
+            self.adder_calls += func.overloadpacket in (operators.adder2d, operators.adder2d_fused)
             name = func._schema.name.partition("::")[2]
             sources = [o for o in map(self.origin, tensors) if o is not None]
             # zeros_like and the like read the shape and type of a tensor, not its values.

@@ -124,7 +124,8 @@ class _Pass:
     ) -> None:
         self.network, self.adders, self.trt, self.replace = network, adders, trt, replace
         self.graph = Graph(network)
-        self.chains = find_chains(self.graph, adders, trt)
+        # In float16 mode casts are TensorRT's choice or ours, and may not be safe; in a file they are what is wanted.
+        self.chains = find_chains(self.graph, adders, trt, casts=not half)
         self.magnitudes = Magnitudes(self.graph, largest, LARGEST, trt)
         self.typed = api.is_strongly_typed(trt)
         self.dead = {id(node) for chain in self.chains for node in (chain.adder, *chain.nodes)}
@@ -174,7 +175,7 @@ class _Pass:
         )
 
     def _was_half(self, chain: Chain) -> bool:
-        return bool(chain.adder.outputs[0].dtype == self.trt.DataType.HALF)  # a network in float16
+        return chain.rounded or bool(chain.adder.outputs[0].dtype == self.trt.DataType.HALF)  # a network in float16
 
     def _source(self, itensor: Any) -> Any:
         """What an adder layer may read in the place of `itensor`: the value before a cast to float16 or float32."""
