@@ -35,14 +35,7 @@ if TYPE_CHECKING:
         build_engine as build_engine,
         convert as convert,
         export_onnx as export_onnx,
-<<<<<<< HEAD
-    )
-    from ._api import (
         fuse as fuse,
-    )
-    from ._api import (
-=======
->>>>>>> plug
         load_checkpoint as load_checkpoint,
         register_adder_class as register_adder_class,
         scale_gradients as scale_gradients,

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import CASES, assert_within
+from conftest import CASES
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -13,6 +13,7 @@ from torch2trt_adder import ops, reference
 from torch2trt_adder.nn.adder2d import Adder2d
 from torch2trt_adder.nn.fused import FusedAdder2d
 from torch2trt_adder.numerics import tolerance
+from torch2trt_adder.numerics.comparison import assert_within
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 FORMATS = [torch.contiguous_format, torch.channels_last]

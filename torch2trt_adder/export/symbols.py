@@ -114,7 +114,6 @@ def _node() -> Any:
             Schema.Attribute("plugin_namespace", string, required=False),
         ],
     )
-<<<<<<< HEAD
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), OP_TYPE, signature)
 
 
@@ -122,9 +121,11 @@ def _dtype(input: Any) -> Any:
     """The dtype of an onnxscript value where the plugin supports it; else ONNX's own, for `node_attributes` to refuse."""
     import onnx
 
-    return {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16}.get(
-        int(input.dtype), input.dtype
-    )
+    dtypes: dict[int, torch.dtype] = {
+        onnx.TensorProto.FLOAT: torch.float32,
+        onnx.TensorProto.FLOAT16: torch.float16,
+    }
+    return dtypes.get(int(input.dtype), input.dtype)
 
 
 def _adder2d_translation(node: Any) -> Any:
@@ -132,17 +133,7 @@ def _adder2d_translation(node: Any) -> Any:
     import onnx
     import onnxscript
 
-    op = onnxscript.opset18
-
-    def adder2d(input, weight, bias, stride, padding, dilation, groups):
-        attributes = node_attributes(stride, padding, dilation, groups, _dtype(input))
-=======
-    node = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), OP_TYPE, signature)
     op: Any = onnxscript.opset18
-    dtypes: dict[int, torch.dtype] = {
-        onnx.TensorProto.FLOAT: torch.float32,
-        onnx.TensorProto.FLOAT16: torch.float16,
-    }
 
     def adder2d(
         input: Any,
@@ -153,8 +144,7 @@ def _adder2d_translation(node: Any) -> Any:
         dilation: Sequence[int],
         groups: int,
     ) -> Any:
-        attributes = node_attributes(stride, padding, dilation, groups, dtypes.get(int(input.dtype), input.dtype))
->>>>>>> plug
+        attributes = node_attributes(stride, padding, dilation, groups, _dtype(input))
         if bias is None:
             zeros = np.zeros(int(weight.shape[0]), np.float32)
             bias = op.Constant(value=onnx.numpy_helper.from_array(zeros))
@@ -176,17 +166,28 @@ def _fused_translation(node: Any) -> Any:
     import onnx
     import onnxscript
 
-    op, FLOAT = onnxscript.opset18, onnx.TensorProto.FLOAT
+    op: Any = onnxscript.opset18
+    FLOAT = onnx.TensorProto.FLOAT
 
-    def constant(value, *size):
+    def constant(value: float, *size: int) -> Any:
         return op.Constant(value=onnx.numpy_helper.from_array(np.full(size, value, np.float32)))
 
     def adder2d_fused(
-        input, weight, bias, scale, shift, residual, stride, padding, dilation, groups, lower=None, upper=None
-    ):
-        node_attributes(
-            stride, padding, dilation, groups, _dtype(input)
-        )  # refuses dtypes that the plugin does not support
+        input: Any,
+        weight: Any,
+        bias: Any,
+        scale: Any,
+        shift: Any,
+        residual: Any,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        lower: float | None = None,
+        upper: float | None = None,
+    ) -> Any:
+        # Refuses the dtypes that the plugin does not support.
+        node_attributes(stride, padding, dilation, groups, _dtype(input))
         attributes = node_attributes(stride, padding, dilation, groups, torch.float32)
         K, half = int(weight.shape[0]), input.dtype != FLOAT
         if bias is None:

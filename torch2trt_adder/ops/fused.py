@@ -312,30 +312,32 @@ def _launch(
     upper: float | None,
 ) -> Tensor:
     """By adder2d_fprop on the current CUDA device `device`, or by adder2d_fprop_cpu where that is -1."""
-    plan = launch._plan(
+    args = launch.launch_args(
         tensor_size(input), input.stride(), channels_last, tensor_size(weight), None if bias is None else tensor_size(bias),
         input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, device,
     )  # fmt: skip
-    _check_epilogue(input, plan.size[1], scale, shift, lower, upper)
-    residual = _expanded(residual, input, plan.size)
+    _check_epilogue(input, args.size[1], scale, shift, lower, upper)
+    residual = _expanded(residual, input, args.size)
     kind = launch.KERNEL_TYPES[input.dtype]
     residual_stride = None if residual is None else residual.stride()
     size = _workspace_bytes(
-        plan.problem, scale is not None, shift is not None, residual_stride, kind, lower, upper, device
+        args.problem, scale is not None, shift is not None, residual_stride, kind, lower, upper, device
     )
-    output = input.new_empty_strided(plan.size, plan.stride)
-    if plan.size[0] == 0:
+    output = input.new_empty_strided(args.size, args.stride)
+    if args.size[0] == 0:
         return output
-    filters, bias = as_contiguous("weight", weight), as_contiguous("bias", bias)
-    assert filters is not None
-    scale, shift = as_contiguous("scale", scale), as_contiguous("shift", shift)
-    launch._check_forward_memory(plan, input, filters, bias)
+    weight = as_contiguous("weight", weight)
+    bias, scale, shift = (
+        None if tensor is None else as_contiguous(name, tensor)
+        for name, tensor in (("bias", bias), ("scale", scale), ("shift", shift))
+    )
+    launch.check_forward_memory(args, input, weight, bias)
     for name, tensor in (("scale", scale), ("shift", shift), ("residual", residual)):
         check_memory(name, tensor)
     workspace = torch.empty(size, dtype=torch.uint8, device=input.device) if size else None
-    w, b, *addresses = (0 if t is None else t.data_ptr() for t in (filters, bias, scale, shift, residual))
+    w, b, *addresses = (0 if t is None else t.data_ptr() for t in (weight, bias, scale, shift, residual))
     epilogue = _pack_epilogue(addresses, residual_stride or (0, 0, 0, 0), kind, lower, upper)
-    params = plan.problem + _library.POINTERS.pack(
+    params = args.problem + _library.POINTERS.pack(
         input.data_ptr(),
         w,
         b,
