@@ -541,6 +541,21 @@ def test_a_shared_block():
 # ---- the result
 
 
+@pytest.mark.parametrize("fp16", [False, True])
+def test_rounding_bounds(fp16):
+    """The bound of a fused network allows what float16 intermediates move, and hardly more than that of the network."""
+    model = network(lambda self, x: F.relu(self.nb(self.b(F.relu(self.na(self.a(x))))) + x))
+    fused, x = fuse(model), torch.randn(X)
+    plain, bound = (rounding_bounds(m, [x], fp16).item() for m in (model, fused))
+    assert plain / 4 < bound < 2 * plain
+    if fp16:
+        halves = fused(x.half().float()) - fused(x)
+        assert 0 < halves.abs().max() < bound
+    wrong = copy.deepcopy(fused)
+    wrong.b.adder[1, 2, 0, 0] += 1
+    assert (wrong(x) - fused(x)).abs().max() > bound
+
+
 def test_no_gradients_and_no_training():
     model = network(lambda self, x: F.relu(self.na(self.a(x)) + x))
     fused = fuse(model)

@@ -47,73 +47,21 @@ def convert_adder2d(ctx: "ConversionContext") -> None:
     """One plugin layer for one call of adder2d, from a module or from a function."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     defaults = (None, None, None, 1, 0, 1, 1)
-    arguments = (get_arg(ctx, names[i], i, defaults[i]) for i in range(len(names)))
-    ctx.method_return._trt = _add_adder2d(ctx, *arguments)
-
-
-@tensorrt_converter("torch2trt_adder.ops.adder2d_fused")
-def convert_adder2d_fused(ctx: "ConversionContext") -> None:
-    """The adder layer, and what follows it as layers of their own, which the fusion of the network puts into one."""
-    names = ("input", "weight", "bias", "scale", "shift", "residual", "stride", "padding", "dilation", "groups")
-    defaults = (None, None, None, None, None, None, 1, 0, 1, 1)
-    input, weight, bias, scale, shift, residual, *geometry = (
+    input, weight, bias, stride, padding, dilation, groups = (
         get_arg(ctx, names[i], i, defaults[i]) for i in range(len(names))
     )
-    lower, upper = (get_arg(ctx, name, len(names) + i, None) for i, name in enumerate(("lower", "upper")))
-    y = _add_adder2d(ctx, input, weight, bias, *geometry)
-    if scale is not None or shift is not None:
-        for name, tensor in (("scale", scale), ("shift", shift)):
-            _refuse_computed(ctx, name, tensor)
-        filters = weight.shape[0]
-        arrays = [
-            np.full(filters, value, np.float32) if tensor is None else tensor.detach().float().cpu().numpy()
-            for tensor, value in ((shift, 0), (scale, 1), (None, 1))
-        ]
-        y = ctx.network.add_scale_nd(y, trt.ScaleMode.CHANNEL, *arrays, 1).get_output(0)
-    if residual is not None:
-        other = _itensor_of(ctx, residual)
-        y = ctx.network.add_elementwise(y, other, trt.ElementWiseOperation.SUM).get_output(0)
-    for limit, operation in ((lower, trt.ElementWiseOperation.MAX), (upper, trt.ElementWiseOperation.MIN)):
-        if operation == trt.ElementWiseOperation.MAX and limit == 0:
-            y = ctx.network.add_activation(y, trt.ActivationType.RELU).get_output(0)
-        elif limit is not None:
-            number = np.full((1, 1, 1, 1), limit, np.float16 if input.dtype is torch.float16 else np.float32)
-            constant = ctx.network.add_constant(number.shape, number).get_output(0)
-            y = ctx.network.add_elementwise(y, constant, operation).get_output(0)
-    ctx.method_return._trt = y
-
-
-def _refuse_computed(ctx: "ConversionContext", name: str, tensor: Tensor | None) -> None:
-    if tensor is not None and ctx.tracker.origin(tensor):
-        raise RuntimeError(
-            f"adder2d in {ctx.place()}: the {name} is computed from the network's inputs, but an engine has "
-            f"constant weights; compute the {name} from parameters only."
-        )
-
-
-def _itensor_of(ctx: "ConversionContext", tensor: Tensor) -> Any:
-    itensor = getattr(tensor, "_trt", None)
-    if itensor is not None:
-        return itensor
-    # The same for every inference, or the network refuses it.
-    return ctx.network.add_constant(tuple(tensor.shape), tensor.detach().cpu().numpy()).get_output(0)
-
-
-def _add_adder2d(
-    ctx: "ConversionContext",
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-) -> Any:
-    """The output of one plugin layer."""
+    output = ctx.method_return
     for name, tensor in (("weight", weight), ("bias", bias)):
-        _refuse_computed(ctx, name, tensor)
-    input_trt = _itensor_of(ctx, input)
-    half = ctx.method_return.dtype is torch.float16
+        if tensor is not None and ctx.tracker.origin(tensor):
+            raise RuntimeError(
+                f"adder2d in {ctx.place()}: the {name} is computed from the network's inputs, but an engine has "
+                f"constant weights; compute the {name} from parameters only."
+            )
+    input_trt = getattr(input, "_trt", None)
+    if input_trt is None:  # the same for every inference, or the network refuses it
+        input_trt = ctx.network.add_constant(tuple(input.shape), input.detach().cpu().numpy()).get_output(0)
+
+    half = output.dtype is torch.float16
     if half:
         api.allow_float16(trt, ctx.builder_config)
     output_type = trt.DataType.HALF if half else trt.DataType.FLOAT
@@ -129,9 +77,9 @@ def _add_adder2d(
         output_type=output_type,
         name=f"{ctx.current_module_name() or 'model'}:adder2d_{len(ctx.adder_layers)}",
     )
+    output._trt = layer.get_output(0)
     ctx.adder_layers[layer.name] = layer
     ctx.geometries[layer.name] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    return layer.get_output(0)
 
 
 class _Network(host.NetworkWrapper):

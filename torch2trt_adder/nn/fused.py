@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import checks
 from .adder2d import Adder2d
 
 
@@ -58,7 +59,7 @@ class FusedAdder2d(nn.Module):
             isinstance(residual, Tensor)
             and residual.dtype == input.dtype
             and residual.dim() == 4
-            and residual.shape[1] == self.output_channel
+            and checks.tensor_size(residual)[1] == self.output_channel
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FusedAdder2d":

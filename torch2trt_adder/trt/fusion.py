@@ -188,6 +188,8 @@ class _Pass:
     def _current(self, itensor: Any) -> Any:
         """The tensor that an adder layer reads now in the place of `itensor`."""
         source = self._source(itensor)
+        if source.dtype == self.trt.DataType.HALF:  # the plugin reads float16 as it is
+            return self.made.get(source.name, source)
         chain = next((chain for chain in self.chains if chain.end.name == source.name), None)
         if chain is None or source.name not in self.made:
             return itensor
