@@ -19,7 +19,8 @@ import time
 import traceback
 from collections.abc import Callable
 
-os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # TF32's ten bits in convolutions would hide what is compared here
+if __name__ == "__main__":
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # TF32's ten bits in convolutions would hide what is compared here
 
 import torch
 from torch import Tensor, nn

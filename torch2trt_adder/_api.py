@@ -11,6 +11,7 @@ from .nn.adder2d import Adder2d as Adder2d
 from .nn.adderize import adderize as adderize
 from .nn.adopt import adopt as adopt
 from .nn.checkpoints import load_checkpoint as load_checkpoint
+from .nn.fuse import fuse as fuse
 from .nn.recognise import register_adder_class as register_adder_class
 from .nn.training import scale_gradients as scale_gradients, set_eta as set_eta
 from .trt.builder import build_engine as build_engine

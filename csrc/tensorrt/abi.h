@@ -19,8 +19,8 @@ namespace nvinfer1 {
 // ---- enums: the values in use
 
 enum class DataType : int32_t { kFLOAT = 0, kHALF = 1 };
-enum class TensorFormat : int32_t { kLINEAR = 0 };
-enum class PluginFieldType : int32_t { kINT32 = 5 };
+enum class TensorFormat : int32_t { kLINEAR = 0, kHWC8 = 2 };
+enum class PluginFieldType : int32_t { kFLOAT32 = 1, kINT32 = 5 };
 enum class DimensionOperation : int32_t { kSUM = 0, kPROD = 1, kSUB = 4, kFLOOR_DIV = 7 };
 enum class TensorRTPhase : int32_t { kBUILD = 0, kRUNTIME = 1 };
 enum class PluginCapabilityType : int32_t { kCORE = 0, kBUILD = 1, kRUNTIME = 2 };

@@ -2,6 +2,8 @@
 // output shape and the step from TensorRT's tensor descriptions to Adder2dParams.
 #pragma once
 
+#include <cmath>
+
 #include "../adder2d.h"
 #include "abi.h"
 
@@ -10,18 +12,29 @@ namespace adder2d {
 constexpr char const* kPluginName = "Adder2d";
 constexpr char const* kPluginVersion = "1";
 constexpr char const* kPluginNamespace = "";
-constexpr int32_t kNbInputs = 3;  // x [N, C, H, W], weight [K, C / groups, R, S], bias [K]
+// x [N, C, H, W], weight [K, C / groups, R, S], bias [K], and where the attributes say so scale [K] and shift [K], and
+// then residual [N, K, P, Q].
+constexpr int32_t kMinInputs = 3;
+constexpr int32_t kMaxInputs = 6;
 constexpr int32_t kNbOutputs = 1;
 
 // Everything a plugin knows; height comes before width. `output_type` is the DataType of y whatever the type of x:
 // raw sums of wide layers pass float16's 65504, so a float16 layer keeps a float32 output unless told otherwise. The
-// numbers are int32_t, as in plugin fields and in stored engines.
+// numbers have the types of plugin fields and stored engines.
 struct Attributes {
   int32_t stride[2] = {1, 1};
   int32_t padding[2] = {0, 0};
   int32_t dilation[2] = {1, 1};
   int32_t groups = 1;
   int32_t output_type = static_cast<int32_t>(nvinfer1::DataType::kFLOAT);
+  // The epilogue, y = clamp(scale[k] * (bias[k] - sum) + shift[k] + residual, lower, upper).
+  int32_t scale = 0;        // 1: there are inputs scale and shift, float32
+  int32_t residual = 0;     // 1: there is an input residual
+  float lower = -INFINITY;  // infinite where there is no limit
+  float upper = INFINITY;
+  int32_t nb_inputs() const { return kMinInputs + 2 * scale + residual; }
+  int32_t residual_at() const { return kMinInputs + 2 * scale; }
+  bool has_epilogue() const { return scale || residual || lower != -INFINITY || upper != INFINITY; }
 };
 
 // One line on stderr. TensorRT's own logger is never called: its layout differs between versions.
@@ -29,7 +42,7 @@ void report(char const* format, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- fields
 
-constexpr int32_t kNbFields = 5;
+constexpr int32_t kNbFields = 9;
 
 // The fields of an Adder2d layer as TensorRT wants them. `point_to` makes their data the values of `attributes` (null:
 // names and types only), which must stay where it is for as long as the collection is in use.
@@ -39,7 +52,8 @@ struct FieldList {
   nvinfer1::PluginFieldCollection const* point_to(Attributes const* attributes);
 };
 
-// Reads the fields given into `attributes`; absent ones keep their default, a pair may come as one value for both axes.
+// Reads the fields given into `attributes`; absent ones keep their default, and so do limits without a value; a pair may
+// come as one value for both axes.
 // Reports the reason and returns false on a bad value, and on a field that is unknown, given twice or malformed: a
 // misspelt field, or one of a newer release, would else give a layer of wrong results. Names that begin with "plugin_"
 // or "tensorrt_plugin_" are skipped: they speak to TensorRT's ONNX parser.
@@ -55,33 +69,62 @@ struct Tensor {
   int32_t nbDims;
   int64_t d[nvinfer1::kMaxDims];
   nvinfer1::DataType type;
+  nvinfer1::TensorFormat format;
 };
 
 template <typename Dims>
-Tensor make_tensor(Dims const& dims, nvinfer1::DataType type) {
-  Tensor tensor{dims.nbDims, {}, type};
+Tensor make_tensor(Dims const& dims, nvinfer1::DataType type, nvinfer1::TensorFormat format) {
+  Tensor tensor{dims.nbDims, {}, type, format};
   for (int32_t i = 0; i < dims.nbDims && i < nvinfer1::kMaxDims; ++i) tensor.d[i] = dims.d[i];
   return tensor;
 }
 
 template <typename Desc>
 Tensor make_tensor(Desc const& desc) {
-  return make_tensor(desc.dims, desc.type);
+  return make_tensor(desc.dims, desc.type, desc.format);
+}
+
+// The inputs of one layer, and its output after the last of them where the caller has one.
+struct Tensors {
+  Tensor at[kMaxInputs + kNbOutputs] = {};
+};
+
+// Of `count` descriptions (at most all that there is room for), each through `tensor_of`.
+template <typename Desc, typename Convert>
+Tensors make_tensors(Desc const* desc, int32_t count, Convert tensor_of) {
+  Tensors tensors;
+  for (int32_t i = 0; i < count && i < kMaxInputs + kNbOutputs; ++i) tensors.at[i] = tensor_of(desc[i]);
+  return tensors;
+}
+
+template <typename Desc>
+Tensors make_tensors(Desc const* desc, int32_t count) {
+  return make_tensors(desc, count, [](Desc const& each) { return make_tensor(each); });
 }
 
 // Whether rank and extents are all known.
 bool is_known(Tensor const& tensor);
 
 // Whether these are the inputs and outputs of an Adder2d layer in number; reported where they are not.
-bool check_counts(int32_t nbInputs, int32_t nbOutputs);
+bool check_counts(Attributes const& attributes, int32_t nbInputs, int32_t nbOutputs);
 
-// Why the layer does not support tensors of these shapes, or null. What is unknown is not checked; shapes that are
+// Why the layer does not support inputs of these shapes, or null. What is unknown is not checked; shapes that are
 // known but for their batch are checked as a whole.
-char const* check_known(Attributes const& attributes, Tensor const& x, Tensor const& weight, Tensor const& bias);
+char const* check_known(Attributes const& attributes, Tensors const& in);
 
-// The whole problem but its pointers; y follows from the rest. Returns why it is not valid, or null.
-char const* fill_params(Attributes const& attributes, Tensor const& x, Tensor const& weight, Tensor const& bias,
-                        Adder2dParams* params);
+// Why these inputs do not make a valid problem, or null. What is unknown is not checked.
+char const* check_inputs(Attributes const& attributes, Tensors const& in);
+
+// A problem for adder2d_fprop: `params` points to `epilogue` where the layer has one.
+struct Problem {
+  Adder2dParams params;
+  Adder2dEpilogue epilogue;
+};
+
+// The whole problem but its pointers to tensors; y follows from the rest, but for its format. Returns why it is not
+// valid, or null.
+char const* fill_problem(Attributes const& attributes, Tensors const& in, nvinfer1::TensorFormat y_format,
+                         Problem* problem);
 
 // What every layer asks TensorRT for. adder2d_fprop takes any workspace, so one number serves all shapes of a profile,
 // whose wants do not grow with their size. torch2trt allows 32 MiB by default.
@@ -90,8 +133,8 @@ constexpr size_t kWorkspaceBytes = 31 << 20;
 constexpr int32_t kInvalidValue = 1;  // cudaErrorInvalidValue
 
 // Runs the layer; `y` is checked against what the inputs give, and pointers against null. Returns 0 for success.
-int32_t enqueue(Attributes const& attributes, Tensor const& x, Tensor const& weight, Tensor const& bias,
-                Tensor const& y, void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream);
+int32_t enqueue(Attributes const& attributes, Tensors const& in, Tensor const& y, void const* const* inputs,
+                void* const* outputs, void* workspace, cudaStream_t stream);
 
 template <typename Desc>
 int32_t enqueue(Attributes const& attributes, Desc const* in, Desc const* out, void const* const* inputs,
@@ -100,12 +143,12 @@ int32_t enqueue(Attributes const& attributes, Desc const* in, Desc const* out, v
     report("enqueue needs descriptions of its inputs and outputs, got null");
     return kInvalidValue;
   }
-  return enqueue(attributes, make_tensor(in[0]), make_tensor(in[1]), make_tensor(in[2]), make_tensor(out[0]), inputs,
-                 outputs, workspace, stream);
+  return enqueue(attributes, make_tensors(in, attributes.nb_inputs()), make_tensor(out[0]), inputs, outputs, workspace,
+                 stream);
 }
 
-// Whether tensor `pos` (x, weight, bias, y) may have this type and format.
-bool supports_format(Attributes const& attributes, int32_t pos, nvinfer1::DataType type, nvinfer1::TensorFormat format);
+// Whether tensor `pos` of `tensors` (the inputs, then y) may have its type and format, given those before it.
+bool supports_format(Attributes const& attributes, Tensors const& tensors, int32_t pos);
 
 // y [N, K, P, Q] in expressions. False where a rank is unknown, or the shapes, as far as known, are wrong; reported.
 template <typename Exprs, typename Builder>
@@ -117,25 +160,25 @@ template <typename Exprs, typename Builder>
 bool output_shape(Attributes const& attributes, Exprs const* inputs, int32_t nbInputs, Builder& builder, Exprs* y) {
   using Op = nvinfer1::DimensionOperation;
   using Expr = typename Builder::Expr;
-  if (!check_counts(nbInputs, kNbOutputs)) return false;
+  if (!check_counts(attributes, nbInputs, kNbOutputs)) return false;
   if (inputs == nullptr || y == nullptr) {
     report("the output shape needs the shapes of the inputs and a place, got null");
     return false;
   }
-  Tensor known[kNbInputs]{};
-  for (int32_t i = 0; i < kNbInputs; ++i) {
-    known[i].nbDims = inputs[i].nbDims;
+  Tensors known;
+  for (int32_t i = 0; i < nbInputs; ++i) {
+    known.at[i].nbDims = inputs[i].nbDims;
     for (int32_t j = 0; j < inputs[i].nbDims && j < nvinfer1::kMaxDims; ++j) {
       Expr const* const extent = inputs[i].d[j];
       if (extent == nullptr) {
         report("extent %d of input %d is null", j, i);
         return false;
       }
-      known[i].d[j] = extent->isConstant() ? int64_t{extent->getConstantValue()} : -1;
+      known.at[i].d[j] = extent->isConstant() ? int64_t{extent->getConstantValue()} : -1;
     }
   }
-  char const* reason = check_known(attributes, known[0], known[1], known[2]);
-  if (reason == nullptr && (known[0].nbDims != 4 || known[1].nbDims != 4))
+  char const* reason = check_known(attributes, known);
+  if (reason == nullptr && (known.at[0].nbDims != 4 || known.at[1].nbDims != 4))
     reason = "the ranks of x and weight must be known before the output shape";
   if (reason) {
     report("%s", reason);

@@ -15,10 +15,14 @@ using namespace nvinfer1::trt8;
 // What an engine stores for one layer.
 struct Serialized {
   int32_t magic = 0x32444441;  // "ADD2"
-  int32_t layout = 1;
+  int32_t layout = 2;
   Attributes attributes;
 };
-static_assert(sizeof(Serialized) == 40, "the layout is part of saved engines: a change wants a new layout number");
+static_assert(sizeof(Serialized) == 56, "the layout is part of saved engines: a change wants a new layout number");
+
+// Layout 1 ended before the epilogue, which it did not have.
+constexpr size_t kLayout1Bytes = offsetof(Serialized, attributes) + offsetof(Attributes, scale);
+static_assert(kLayout1Bytes == 40, "engines of layout 1 must stay readable");
 
 class Adder2dPluginV2 final : public IPluginV2DynamicExt {
  public:
@@ -71,15 +75,16 @@ class Adder2dPluginV2 final : public IPluginV2DynamicExt {
   bool supportsFormatCombination(int32_t pos, PluginTensorDesc const* inOut, int32_t nbInputs,
                                  int32_t nbOutputs) noexcept override {
     // This generation cannot fail in configurePlugin: shapes that do not fit end here, where nothing is supported.
-    if (!check_counts(nbInputs, nbOutputs) || inOut == nullptr || pos < 0 || pos >= nbInputs + nbOutputs) return false;
-    if (char const* reason =
-            check_known(mAttributes, make_tensor(inOut[0]), make_tensor(inOut[1]), make_tensor(inOut[2]))) {
+    if (!check_counts(mAttributes, nbInputs, nbOutputs) || inOut == nullptr || pos < 0 || pos >= nbInputs + nbOutputs)
+      return false;
+    Tensors const tensors = make_tensors(inOut, nbInputs + nbOutputs);
+    if (char const* reason = check_known(mAttributes, tensors)) {
       // Once, not for each of the types and formats that TensorRT tries.
       if (pos == 0 && inOut[0].type == DataType::kFLOAT && inOut[0].format == TensorFormat::kLINEAR)
         report("%s", reason);
       return false;
     }
-    return supports_format(mAttributes, pos, inOut[pos].type, inOut[pos].format);
+    return supports_format(mAttributes, tensors, pos);
   }
 
   void configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
@@ -115,20 +120,23 @@ class Adder2dPluginV2Creator final : public IPluginCreator {
   IPluginV2* deserializePlugin(char const*, void const* serialData, size_t serialLength) noexcept override {
     Serialized const expected;
     Serialized serialized;
-    if (serialData == nullptr || serialLength != sizeof(serialized)) {
-      report("a stored Adder2d layer must have %zu bytes, got %zu%s", sizeof(serialized), serialLength,
-             serialData ? "" : " at null");
+    if (serialData == nullptr || (serialLength != sizeof(serialized) && serialLength != kLayout1Bytes)) {
+      report("a stored Adder2d layer must have %zu or %zu bytes, got %zu%s", sizeof(serialized), kLayout1Bytes,
+             serialLength, serialData ? "" : " at null");
       return nullptr;
     }
-    std::memcpy(&serialized, serialData, sizeof(serialized));
+    std::memcpy(&serialized, serialData, serialLength);  // what is missing keeps its default
     if (serialized.magic != expected.magic) {
       report("the stored data are not an Adder2d layer: they begin with %#x, not %#x", serialized.magic,
              expected.magic);
       return nullptr;
     }
-    if (serialized.layout != expected.layout) {
-      report("the stored Adder2d layer has layout %d, this library reads %d: build the engine anew with this library",
-             serialized.layout, expected.layout);
+    int32_t const layout = serialLength == kLayout1Bytes ? 1 : expected.layout;
+    if (serialized.layout != layout) {
+      report(
+          "the stored Adder2d layer of %zu bytes has layout %d, this library reads %d there: build the engine anew "
+          "with this library",
+          serialLength, serialized.layout, layout);
       return nullptr;
     }
     return validate(serialized.attributes) ? create(serialized.attributes) : nullptr;

@@ -46,10 +46,12 @@ class Adder2dPluginV3 final : public IPluginV3,
 
   int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const*,
                           int32_t nbOutputs) noexcept override {
-    if (!check_counts(nbInputs, nbOutputs) || in == nullptr) return kFailure;
-    Tensor const smallest[] = {at(in[0].min, in[0]), at(in[1].min, in[1]), at(in[2].min, in[2])};
-    Tensor const largest[] = {at(in[0].max, in[0]), at(in[1].max, in[1]), at(in[2].max, in[2])};
-    return fits(smallest) && fits(largest) ? kSuccess : kFailure;
+    if (!check_counts(mAttributes, nbInputs, nbOutputs) || in == nullptr) return kFailure;
+    using Desc = DynamicPluginTensorDesc;
+    auto const smallest = [](Desc const& each) { return make_tensor(each.min, each.desc.type, each.desc.format); };
+    auto const largest = [](Desc const& each) { return make_tensor(each.max, each.desc.type, each.desc.format); };
+    return fits(make_tensors(in, nbInputs, smallest)) && fits(make_tensors(in, nbInputs, largest)) ? kSuccess
+                                                                                                  : kFailure;
   }
 
   int32_t getOutputDataTypes(DataType* outputTypes, int32_t nbOutputs, DataType const*,
@@ -67,8 +69,10 @@ class Adder2dPluginV3 final : public IPluginV3,
 
   bool supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t nbInputs,
                                  int32_t nbOutputs) noexcept override {
-    if (!check_counts(nbInputs, nbOutputs) || inOut == nullptr || pos < 0 || pos >= nbInputs + nbOutputs) return false;
-    return supports_format(mAttributes, pos, inOut[pos].desc.type, inOut[pos].desc.format);
+    if (!check_counts(mAttributes, nbInputs, nbOutputs) || inOut == nullptr || pos < 0 || pos >= nbInputs + nbOutputs)
+      return false;
+    auto const tensor_of = [](DynamicPluginTensorDesc const& each) { return make_tensor(each.desc); };
+    return supports_format(mAttributes, make_tensors(inOut, nbInputs + nbOutputs, tensor_of), pos);
   }
 
   size_t getWorkspaceSize(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
@@ -80,9 +84,8 @@ class Adder2dPluginV3 final : public IPluginV3,
 
   int32_t onShapeChange(PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const*,
                         int32_t nbOutputs) noexcept override {
-    if (!check_counts(nbInputs, nbOutputs) || in == nullptr) return kFailure;
-    Tensor const actual[] = {make_tensor(in[0]), make_tensor(in[1]), make_tensor(in[2])};
-    return fits(actual) ? kSuccess : kFailure;
+    if (!check_counts(mAttributes, nbInputs, nbOutputs) || in == nullptr) return kFailure;
+    return fits(make_tensors(in, nbInputs)) ? kSuccess : kFailure;
   }
 
   int32_t enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* outputDesc, void const* const* inputs,
@@ -95,16 +98,8 @@ class Adder2dPluginV3 final : public IPluginV3,
   PluginFieldCollection const* getFieldsToSerialize() noexcept override { return mFields.point_to(&mAttributes); }
 
  private:
-  static Tensor at(Dims const& dims, DynamicPluginTensorDesc const& tensor) {
-    return make_tensor(dims, tensor.desc.type);
-  }
-
-  // Whether inputs of these shapes make a valid problem, as far as their extents are known.
-  bool fits(Tensor const (&in)[kNbInputs]) const {
-    char const* reason = check_known(mAttributes, in[0], in[1], in[2]);
-    Adder2dParams params;
-    if (reason == nullptr && is_known(in[0]) && is_known(in[1]) && is_known(in[2]))
-      reason = fill_params(mAttributes, in[0], in[1], in[2], &params);
+  bool fits(Tensors const& in) const {
+    char const* const reason = check_inputs(mAttributes, in);
     if (reason) report("%s", reason);
     return reason == nullptr;
   }

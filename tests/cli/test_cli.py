@@ -456,7 +456,7 @@ def test_convert_of_a_file_leaves_no_wrong_engine(
 ) -> None:
     built = []
 
-    def build_engine(source: pathlib.Path, plan: pathlib.Path, ranges: dict, fp16: bool) -> None:
+    def build_engine(source: pathlib.Path, plan: pathlib.Path, ranges: dict, fp16: bool, fuse: bool) -> None:
         built.append(ranges)
         plan.write_bytes(b"an engine")
 

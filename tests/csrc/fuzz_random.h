@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 
 #include "adder2d.h"
@@ -39,7 +40,9 @@ class Random {
 // The attributes and sizes of a layer, which is valid when it is made.
 struct Layer {
   int32_t N, H, W, R, S, groups, group_C, group_K;
-  int32_t stride[2], padding[2], dilation[2], output_type;
+  int32_t stride[2], padding[2], dilation[2], output_type, scale, residual;
+  float lower, upper;
+  int32_t nb_inputs() const { return 3 + 2 * scale + residual; }
   int32_t C() const { return groups * group_C; }
   int32_t K() const { return groups * group_K; }
 };
@@ -55,7 +58,8 @@ inline Layer random_layer(Random& random) {
     int32_t const least = layer.dilation[axis] * (*taps[axis] - 1) + 1 - 2 * layer.padding[axis];
     *sizes[axis] = random.between(std::max(least, 1), std::max(least, 1) + 9);
   }
-  layer.output_type = random.below(2);
+  layer.output_type = random.below(2), layer.scale = random.below(2), layer.residual = random.below(2);
+  layer.lower = random.one_in(2) ? 0 : -INFINITY, layer.upper = random.one_in(4) ? 6 : INFINITY;
   return layer;
 }
 

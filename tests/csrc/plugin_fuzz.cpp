@@ -28,23 +28,35 @@ namespace {
 
 // ---- fields
 
+// The attributes of a layer as an engine of TensorRT 8 stores them.
+std::vector<int32_t> stored_values(Layer const& layer) {
+  std::vector<int32_t> values = {layer.stride[0],   layer.stride[1],   layer.padding[0], layer.padding[1],
+                                 layer.dilation[0], layer.dilation[1], layer.groups,     layer.output_type,
+                                 layer.scale,       layer.residual,    0,                0};
+  memcpy(&values[10], &layer.lower, 4);
+  memcpy(&values[11], &layer.upper, 4);
+  return values;
+}
+
 // A field collection, and whether a creator must refuse it (values aside).
 struct Fields {
-  int32_t values[8];
+  int32_t values[12];  // as they are stored
   std::vector<PluginField> list;
   PluginFieldCollection collection{};
   bool malformed = false;
 
   Fields(Random& random, Layer const& layer) {
-    int32_t const good[8] = {layer.stride[0],   layer.stride[1],   layer.padding[0], layer.padding[1],
-                             layer.dilation[0], layer.dilation[1], layer.groups,     layer.output_type};
-    std::copy_n(good, 8, values);
+    std::copy_n(stored_values(layer).begin(), 12, values);
     auto const type = PluginFieldType::kINT32;
     list = {{"stride", values, type, 2},
             {"padding", values + 2, type, 2},
             {"dilation", values + 4, type, 2},
             {"groups", values + 6, type, 1},
-            {"output_type", values + 7, type, 1}};
+            {"output_type", values + 7, type, 1},
+            {"scale", values + 8, type, 1},
+            {"residual", values + 9, type, 1},
+            {"lower", values + 10, PluginFieldType::kFLOAT32, 1},
+            {"upper", values + 11, PluginFieldType::kFLOAT32, random.one_in(3) && std::isinf(layer.upper) ? 0 : 1}};
     for (int32_t i = random.one_in(2) ? random.between(1, 3) : 0; i > 0; --i) spoil(random);
     for (int32_t i = static_cast<int32_t>(list.size()) - 1; i > 0; --i) std::swap(list[i], list[random.between(0, i)]);
     collection = {static_cast<int32_t>(list.size()), list.data()};
@@ -54,17 +66,23 @@ struct Fields {
   }
 
  private:
+  // A limit without a value is absent; of another type, the field is malformed already.
+  static bool may_be_empty(PluginField const& field) {
+    return field.name != nullptr && (strcmp(field.name, "lower") == 0 || strcmp(field.name, "upper") == 0);
+  }
+
   void spoil(Random& random) {
     PluginField& field = list[random.below(static_cast<int32_t>(list.size()))];
     bool const known = field.name != nullptr && strncmp(field.name, "plugin_", 7) != 0;
     switch (random.below(9)) {
-      case 0: values[random.below(8)] = random.hostile32(); break;
+      case 0: values[random.below(12)] = random.hostile32(); break;
       case 1: field.name = nullptr, malformed = true; break;
       case 2: field.name = random.one_in(2) ? "strides" : "", malformed = true; break;
       case 3: list.push_back(field), malformed |= known; break;
-      case 4: field.data = nullptr, malformed |= known; break;
+      case 4: field.data = nullptr, malformed |= known && (field.length != 0 || !may_be_empty(field)); break;
       case 5:
-        field.length = random.one_in(2) ? random.between(3, 1 << 20) : -random.below(9), malformed |= known;
+        field.length = random.one_in(2) ? random.between(3, 1 << 20) : -random.below(9);
+        malformed |= known && (field.length != 0 || !may_be_empty(field));
         break;
       case 6: field.type = static_cast<PluginFieldType>(random.between(6, 12)), malformed |= known; break;
       case 7: list.push_back({"plugin_version", "1", static_cast<PluginFieldType>(6), 1}); break;
@@ -104,24 +122,28 @@ std::vector<char> stored(IPluginV2DynamicExt const& plugin) {
 
 // ---- descriptions
 
-// Extents of x, weight, bias and y, with ranks.
+constexpr size_t kMostTensors = 7;  // six inputs and y
+
+// Extents of an input or of y, with ranks.
 struct Shape {
   int32_t rank;
   int64_t extents[8];
 };
 
 std::vector<Shape> shapes_of(Layer const& p) {
-  return {{4, {p.N, p.C(), p.H, p.W}},
-          {4, {p.K(), p.group_C, p.R, p.S}},
-          {1, {p.K()}},
-          {4, {p.N, p.K(), output_size(p, 0), output_size(p, 1)}}};
+  Shape const y = {4, {p.N, p.K(), output_size(p, 0), output_size(p, 1)}};
+  std::vector<Shape> shapes = {{4, {p.N, p.C(), p.H, p.W}}, {4, {p.K(), p.group_C, p.R, p.S}}};
+  for (int32_t i = 0; i < 1 + 2 * p.scale; ++i) shapes.push_back({1, {p.K()}});
+  if (p.residual) shapes.push_back(y);
+  shapes.push_back(y);
+  return shapes;
 }
 
 // Whether anything was changed.
 bool spoil(Random& random, std::vector<Shape>& shapes) {
   int32_t const count = random.one_in(2) ? random.between(1, 3) : 0;
   for (int32_t i = 0; i < count; ++i) {
-    Shape& shape = shapes[random.below(4)];
+    Shape& shape = shapes[random.below(static_cast<int32_t>(shapes.size()))];
     int32_t const ranks[] = {-1, 0, 1, 2, 3, 4, 5, 8, 9, -0x7fffffff - 1, 0x7fffffff};
     if (random.one_in(3)) shape.rank = ranks[random.below(static_cast<int32_t>(std::size(ranks)))];
     else shape.extents[random.below(5)] = random.hostile64();
@@ -134,17 +156,20 @@ DataType random_type(Random& random, int32_t usual) {
 }
 
 template <typename Desc>
-std::vector<Desc> descriptions(Random& random, std::vector<Shape> const& shapes, int32_t output_type) {
+std::vector<Desc> descriptions(Random& random, std::vector<Shape> const& shapes, Layer const& layer) {
   std::vector<Desc> result;
   for (size_t i = 0; i < shapes.size(); ++i) {
     Desc desc{};
     desc.dims.nbDims = shapes[i].rank;
     for (int32_t j = 0; j < 8; ++j)
       desc.dims.d[j] = static_cast<std::decay_t<decltype(desc.dims.d[0])>>(shapes[i].extents[j]);
-    desc.type = random_type(random, i == 0 ? random.below(2) : i == 3 ? output_type : 0);
+    bool const y = i + 1 == shapes.size(), map = i == 0 || y || (layer.residual && i + 2 == shapes.size());
+    desc.type = random_type(random, y ? layer.output_type : map ? random.below(2) : 0);
     desc.format = static_cast<TensorFormat>(random.one_in(20) ? random.between(-1, 12) : 0);
+    if (map && desc.type == DataType::kHALF && random.one_in(3)) desc.format = TensorFormat::kHWC8;
     result.push_back(desc);
   }
+  result.resize(kMostTensors);  // a plugin of spoilt attributes may have more inputs than the layer
   return result;
 }
 
@@ -152,13 +177,14 @@ template <typename Extent>
 std::vector<DimsExprsOf<Extent>> expressions(Random& random, Calculator<Extent>& calculator,
                                              std::vector<Shape> const& shapes) {
   std::vector<DimsExprsOf<Extent>> result;
-  for (int32_t i = 0; i < 3; ++i) {
+  for (size_t i = 0; i + 1 < shapes.size(); ++i) {
     DimsExprsOf<Extent> exprs{shapes[i].rank, {}};
     for (int32_t j = 0; j < 8; ++j)
       exprs.d[j] =
           random.one_in(99) ? nullptr : calculator.extent(static_cast<Extent>(shapes[i].extents[j]), !random.one_in(5));
     result.push_back(exprs);
   }
+  result.resize(kMostTensors - 1);
   return result;
 }
 
@@ -180,7 +206,7 @@ void check_shape(DimsExprsOf<Extent> const& y, bool given, bool good, Layer cons
 // Pointers that enqueue gets: to memory of the host, which no kernel will ever read, or to null.
 struct Pointers {
   char memory[16];
-  void const* inputs[3];
+  void const* inputs[6];
   void* outputs[1];
   void const* const* in;
   void* const* out;
@@ -191,41 +217,50 @@ struct Pointers {
   }
 };
 
+// Whether any tensor of an Adder2d layer may be so.
+template <typename Desc>
+bool is_offered(Desc const& desc) {
+  bool const half = desc.type == DataType::kHALF;
+  if (desc.format == TensorFormat::kHWC8) return half;
+  return desc.format == TensorFormat::kLINEAR && (half || desc.type == DataType::kFLOAT);
+}
+
 int32_t random_count(Random& random, int32_t usual) { return random.one_in(15) ? random.hostile32() : usual; }
 
-void call_v2(Random& random, IPluginV2DynamicExt& plugin, Layer const& layer, bool sane) {
+// `own` is the number of inputs of the plugin, which is that of `layer` where it is `sane`.
+void call_v2(Random& random, IPluginV2DynamicExt& plugin, Layer const& layer, int32_t own, bool sane) {
   std::vector<Shape> shapes = shapes_of(layer);
   bool const good = !spoil(random, shapes) && sane;
-  auto const descs = descriptions<trt8::PluginTensorDesc>(random, shapes, layer.output_type);
+  auto const descs = descriptions<trt8::PluginTensorDesc>(random, shapes, layer);
   auto const* in = random.one_in(30) ? nullptr : descs.data();
-  int32_t const nbInputs = random_count(random, 3), nbOutputs = random_count(random, 1);
+  int32_t const nbInputs = random_count(random, own), nbOutputs = random_count(random, 1);
   switch (random.below(6)) {
     case 0: {
       Calculator<int32_t> calculator;
       auto const exprs = expressions(random, calculator, shapes);
-      bool const whole =
-          std::all_of(exprs.begin(), exprs.end(), [](auto const& e) { return std::count(e.d, e.d + 8, nullptr) == 0; });
+      bool const whole = std::all_of(exprs.begin(), exprs.begin() + layer.nb_inputs(),
+                                     [](auto const& e) { return std::count(e.d, e.d + 8, nullptr) == 0; });
       auto const y = plugin.getOutputDimensions(random.hostile32(), random.one_in(30) ? nullptr : exprs.data(),
                                                 nbInputs, calculator);
       check_shape(y, y.nbDims != 0, false, layer);
-      if (nbInputs == 3) {
-        auto const again = plugin.getOutputDimensions(0, exprs.data(), 3, calculator);
+      if (nbInputs == own) {
+        auto const again = plugin.getOutputDimensions(0, exprs.data(), own, calculator);
         check_shape(again, again.nbDims != 0, good && whole, layer);
       }
       break;
     }
     case 1: {
-      int32_t const pos = random.one_in(4) ? random.hostile32() : random.below(4);
+      int32_t const pos = random.one_in(4) ? random.hostile32() : random.below(own + 1);
       bool const supported = plugin.supportsFormatCombination(pos, in, nbInputs, nbOutputs);
-      CHECK(!supported || (pos >= 0 && pos < 4 && in != nullptr && nbInputs == 3 && nbOutputs == 1));
-      CHECK(!supported || (static_cast<int32_t>(descs[pos].format) == 0 && static_cast<uint32_t>(descs[pos].type) < 2));
+      CHECK(!supported || (pos >= 0 && pos <= own && in != nullptr && nbInputs == own && nbOutputs == 1));
+      CHECK(!supported || is_offered(descs[pos]));
       break;
     }
     case 2: plugin.configurePlugin(nullptr, nbInputs, nullptr, nbOutputs); break;
     case 3: CHECK(plugin.getWorkspaceSize(in, nbInputs, nullptr, nbOutputs) > 0); break;
     case 4: {
       Pointers const pointers(random);
-      auto const* const out = random.one_in(30) ? nullptr : &descs[3];
+      auto const* const out = random.one_in(30) ? nullptr : &descs[layer.nb_inputs()];
       int32_t const error = plugin.enqueue(in, out, pointers.in, pointers.out, nullptr, nullptr);
       CHECK(error != 0 || shapes[0].extents[0] % (int64_t{1} << 32) == 0);  // only an empty batch needs no GPU
       break;
@@ -238,23 +273,23 @@ void call_v2(Random& random, IPluginV2DynamicExt& plugin, Layer const& layer, bo
   }
 }
 
-void call_v3(Random& random, Plugins const& plugins, Layer const& layer, bool sane) {
+void call_v3(Random& random, Plugins const& plugins, Layer const& layer, int32_t own, bool sane) {
   std::vector<Shape> shapes = shapes_of(layer);
   bool const good = !spoil(random, shapes) && sane;
-  auto const now = descriptions<trt10::PluginTensorDesc>(random, shapes, layer.output_type);
+  auto const now = descriptions<trt10::PluginTensorDesc>(random, shapes, layer);
   std::vector<trt10::DynamicPluginTensorDesc> dynamic;
   for (auto const& desc : now) dynamic.push_back({desc, desc.dims, desc.dims, desc.dims});
-  if (random.one_in(4)) dynamic[random.below(4)].max.d[random.below(8)] = random.hostile64();
+  if (random.one_in(4)) dynamic[random.below(kMostTensors)].max.d[random.below(8)] = random.hostile64();
   auto const* in = random.one_in(30) ? nullptr : now.data();
   auto const* profile = random.one_in(30) ? nullptr : dynamic.data();
-  int32_t const nbInputs = random_count(random, 3), nbOutputs = random_count(random, 1);
-  bool const counts = nbInputs == 3 && nbOutputs == 1;
+  int32_t const nbInputs = random_count(random, own), nbOutputs = random_count(random, 1);
+  bool const counts = nbInputs == own && nbOutputs == 1;
   switch (random.below(7)) {
     case 0: {
       Calculator<int64_t> calculator;
       auto const exprs = expressions(random, calculator, shapes);
-      bool const whole =
-          std::all_of(exprs.begin(), exprs.end(), [](auto const& e) { return std::count(e.d, e.d + 8, nullptr) == 0; });
+      bool const whole = std::all_of(exprs.begin(), exprs.begin() + layer.nb_inputs(),
+                                     [](auto const& e) { return std::count(e.d, e.d + 8, nullptr) == 0; });
       trt10::DimsExprs y{};
       bool const fails = random.one_in(10);
       if (fails) calculator.fail_after(random.below(10));
@@ -265,10 +300,10 @@ void call_v3(Random& random, Plugins const& plugins, Layer const& layer, bool sa
       break;
     }
     case 1: {
-      int32_t const pos = random.one_in(4) ? random.hostile32() : random.below(4);
+      int32_t const pos = random.one_in(4) ? random.hostile32() : random.below(own + 1);
       bool const supported = plugins.build()->supportsFormatCombination(pos, profile, nbInputs, nbOutputs);
-      CHECK(!supported || (pos >= 0 && pos < 4 && profile != nullptr && counts));
-      CHECK(!supported || (static_cast<int32_t>(now[pos].format) == 0 && static_cast<uint32_t>(now[pos].type) < 2));
+      CHECK(!supported || (pos >= 0 && pos <= own && profile != nullptr && counts));
+      CHECK(!supported || is_offered(now[pos]));
       break;
     }
     case 2:
@@ -281,7 +316,7 @@ void call_v3(Random& random, Plugins const& plugins, Layer const& layer, bool sa
       break;
     case 5: {
       Pointers const pointers(random);
-      auto const* const out = random.one_in(30) ? nullptr : &now[3];
+      auto const* const out = random.one_in(30) ? nullptr : &now[layer.nb_inputs()];
       CHECK(plugins.runtime()->enqueue(in, out, pointers.in, pointers.out, nullptr, nullptr) != 0 ||
             shapes[0].extents[0] == 0);
       break;
@@ -326,13 +361,14 @@ void fuzz_plugin(Random& random) {
   Plugins plugins(absent ? nullptr : &fields.collection);
   CHECK(absent || !fields.malformed || !plugins.v2);
   if (!plugins.v2 || !plugins.v3) return;
-  int32_t const expected[8] = {layer.stride[0],   layer.stride[1],   layer.padding[0], layer.padding[1],
-                               layer.dilation[0], layer.dilation[1], layer.groups,     layer.output_type};
-  bool const sane = memcmp(stored(*plugins.v2).data() + 8, expected, sizeof(expected)) == 0;
+  int32_t values[12];
+  memcpy(values, stored(*plugins.v2).data() + 8, sizeof(values));
+  bool const sane = memcmp(values, stored_values(layer).data(), sizeof(values)) == 0;
+  int32_t const own = 3 + 2 * values[8] + values[9];
   for (int32_t call = random.between(1, 12); call > 0; --call) {
     if (random.one_in(8)) store_and_restore(random, plugins);
-    if (random.one_in(2)) call_v2(random, *plugins.v2, layer, sane);
-    else call_v3(random, plugins, layer, sane);
+    if (random.one_in(2)) call_v2(random, *plugins.v2, layer, own, sane);
+    else call_v3(random, plugins, layer, own, sane);
   }
 }
 

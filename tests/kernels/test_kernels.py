@@ -228,7 +228,7 @@ def limit_workspace(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType, n
 def test_any_workspace(case, dtype, memory_format, monkeypatch):
     """With less of it weights and images are packed in pieces or not at all, and fewer tiles are split."""
     x, w, b = case.tensors(dtype, "cuda", memory_format)
-    limit = limit_workspace(monkeypatch, launch, "_launch_args")
+    limit = limit_workspace(monkeypatch, launch, "launch_args")
     for limit.fraction in (1, 0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0):
         assert_forward(adder2d(x, w, b, *case.geometry), x, w, b, case.geometry)
     assert len(limit.wanted) == 9 and limit.wanted[0] > 0

@@ -16,6 +16,7 @@ from ..export import exporter, format, runtime
 from ..numerics import comparison, rounding
 from ..trt import builder, inspection, profiles
 from ..trt.engine import Engine
+from ..trt.plans import fused_layers
 from ..trt.profiles import Range
 from ..utils import files
 from ..utils.progress import elapsed
@@ -87,6 +88,7 @@ def build(
     timing_cache: pathlib.Path | None,
     embed_plugin: bool,
     verbose: bool,
+    fuse: bool = True,
 ) -> dict[str, Any]:
     """An ONNX file to an engine."""
     outputs = {"the engine": path} if timing_cache is None else {"the engine": path, "the timing cache": timing_cache}
@@ -96,6 +98,7 @@ def build(
         path,
         ranges,
         fp16=fp16,
+        fuse=fuse,
         workspace=None if workspace is None else workspace << 20,
         timing_cache=timing_cache,
         embed_plugin=embed_plugin,
@@ -115,6 +118,7 @@ def convert(
     fp16: bool,
     route: str,
     trust: bool,
+    fuse: bool = True,
 ) -> dict[str, Any]:
     """A network to an engine that was compared with it."""
     files.check_writable(path)
@@ -127,7 +131,7 @@ def convert(
         if route == "torch2trt":
             raise ValueError(f"torch2trt traces Python code, which {source} is not; leave --route out.")
         check_source(source, checkpoint, half)
-        return _convert_file(source, path, shapes, dynamic, fp16, trust)
+        return _convert_file(source, path, shapes, dynamic, fp16, trust, fuse)
     with elapsed(f"Loading {source}"):
         model = load_model(source, checkpoint, half)
         _check_source(source, {"the engine": path})
@@ -147,7 +151,7 @@ def convert(
                 for tensor in args
             ]
     with elapsed(f"Converting {source}"):
-        model_trt = converter.convert(model, args, route, fp16_mode=fp16, **options)
+        model_trt = converter.convert(model, args, route, fp16_mode=fp16, fuse=fuse, **options)
     runner: Any = model_trt.engine if isinstance(model_trt.engine, Engine) else model_trt  # nested outputs are wrapped
     files.write(path, bytes(runner.engine.serialize()))
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, through {model_trt.route}, compared with PyTorch.")
@@ -155,7 +159,13 @@ def convert(
 
 
 def _convert_file(
-    source: str, path: pathlib.Path, shapes: Sequence[Shape], dynamic: dict[int, Range], fp16: bool, trust: bool
+    source: str,
+    path: pathlib.Path,
+    shapes: Sequence[Shape],
+    dynamic: dict[int, Range],
+    fp16: bool,
+    trust: bool,
+    fuse: bool,
 ) -> dict[str, Any]:
     """An exported program or an ONNX file: built, and compared with PyTorch or ONNX Runtime where that is installed."""
     with tempfile.TemporaryDirectory(prefix="torch2trt_adder") as folder:
@@ -176,7 +186,7 @@ def _convert_file(
                 raise ValueError(f"axis {axis} of input {name!r} is dynamic in {source}: give --dynamic {axis}=1:8:64.")
         ranges = {f"{name}:{axis}": dynamic[axis] for name, axis, _ in axes}
         plan = pathlib.Path(folder) / path.name
-        builder.build_engine(exported, plan, ranges, fp16=fp16)
+        builder.build_engine(exported, plan, ranges, fp16=fp16, fuse=fuse)
         compared = None
         if program is None and importlib.util.find_spec("onnxruntime") is None:
             print("Not compared: onnxruntime is not installed.")
@@ -355,4 +365,13 @@ def inspect(plan: pathlib.Path, shapes: Sequence[Shape], host_code: bool) -> dic
     adders = [layer for layer in found if layer["adder"]]
     spent = sum(layer["milliseconds"] or 0 for layer in adders)
     print(f"{len(adders)} adder layers of {len(found)}: {spent:.4f} of {total:.4f} ms.")
-    return {"layers": found, "adder_layers": len(adders), "milliseconds": total, "adder_milliseconds": spent}
+    fused = fused_layers(runner.engine.name)
+    if fused is not None:
+        print(f"Adder layers: {fused}.")
+    return {
+        "layers": found,
+        "adder_layers": len(adders),
+        "fused": fused,
+        "milliseconds": total,
+        "adder_milliseconds": spent,
+    }

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..nn.adder2d import Adder2d
 from ..nn.checkpoints import load_checkpoint
+from ..nn.fused import FusedAdder2d
 from ..nn.recognise import layer_fields
 from . import programs
 from .sources import check_exportable, check_source
@@ -103,10 +104,12 @@ def source_file(source: str) -> pathlib.Path | None:
 
 def adder_layers(model: nn.Module | torch.export.ExportedProgram, args: Sequence[Any]) -> int:
     """How many adder layers a network has, ours and third-party ones; without any, how often it calls `adder2d` itself."""
-    operator = torch.ops.torch2trt_adder.adder2d.default
+    operators = torch.ops.torch2trt_adder.adder2d.default, torch.ops.torch2trt_adder.adder2d_fused.default
     if isinstance(model, torch.export.ExportedProgram):
-        return sum(node.target is operator for node in model.graph.nodes)
-    layers = sum(isinstance(layer, Adder2d) or layer_fields(layer) is not None for layer in model.modules())
+        return sum(node.target in operators for node in model.graph.nodes)
+    layers = sum(
+        isinstance(layer, Adder2d | FusedAdder2d) or layer_fields(layer) is not None for layer in model.modules()
+    )
     if layers:
         return layers
     calls = 0
@@ -114,7 +117,7 @@ def adder_layers(model: nn.Module | torch.export.ExportedProgram, args: Sequence
     class Counter(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal calls
-            calls += func is operator
+            calls += func in operators
             return func(*args, **(kwargs or {}))
 
     with torch.no_grad(), Counter():  # type: ignore[no-untyped-call]

@@ -17,14 +17,15 @@ def run_build(o: argparse.Namespace) -> dict[str, Any]:
     from . import commands
 
     ranges = dict(o.range)
-    return commands.build(o.file, o.plan, ranges, o.fp16, o.workspace, o.timing_cache, o.embed_plugin, o.verbose)
+    return commands.build(o.file, o.plan, ranges, o.fp16, o.workspace, o.timing_cache, o.embed_plugin, o.verbose, not o.no_fuse)
 
 
 def run_convert(o: argparse.Namespace) -> dict[str, Any]:
     from . import commands
 
     dynamic = dict(o.dynamic)
-    return commands.convert(o.model, o.plan, o.shape, dynamic, o.checkpoint, o.half, o.fp16, o.route, o.trust)
+    options = o.checkpoint, o.half, o.fp16, o.route, o.trust, not o.no_fuse
+    return commands.convert(o.model, o.plan, o.shape, dynamic, *options)
 
 
 def run_check(o: argparse.Namespace) -> dict[str, Any]:

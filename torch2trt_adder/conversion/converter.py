@@ -32,10 +32,12 @@ def convert(
             operators; "auto" uses torch2trt where it can convert this network, else ONNX, and reports on stderr which
             and why.
         torch2trt_kwargs: fp16_mode, max_batch_size, min_shapes, opt_shapes, max_shapes, input_names, output_names and
-            max_workspace_size on both routes; through torch2trt also its other options, and allow_constants.
+            max_workspace_size on both routes, and fuse (True, the default: adder layers compute the BatchNorm, residual sum
+            and ReLU or limits that follow them); through torch2trt also its other options, and allow_constants.
 
     Returns:
-        A module called like `model`; its attribute ``route`` names the route. From torch2trt a TRTModule, saved with
+        A module called like `model`; its attribute ``route`` names the route, ``fused`` what adder layers
+        compute besides their sums. From torch2trt a TRTModule, saved with
         state_dict(); through ONNX an `Engine`, wrapped where the model's inputs or outputs are nested.
 
     Raises:
@@ -99,6 +101,8 @@ def _convert_through(
             where = f" for inputs of {', '.join(str(list(t.shape)) for t in tensor_leaves(args))}"
             compare_outputs(flatten(model_trt(*args)), flatten(expected), limits, fp16, where)
     model_trt.route = route  # type: ignore[assignment]  # an attribute of the caller's module
+    if getattr(model_trt, "fused", None):
+        _say(f"adder layers: {model_trt.fused}")
     return model_trt
 
 

@@ -56,7 +56,7 @@ def through_onnx(model: nn.Module, inputs: Any, options: dict[str, Any]) -> Conv
         RuntimeError: the network cannot be exported, or TensorRT cannot build the engine.
     """
     from ..export import exporter
-    from ..trt import builder, engine
+    from ..trt import builder, engine, plans
 
     barred = refuses(inputs, options)
     if barred is not None:
@@ -80,12 +80,15 @@ def through_onnx(model: nn.Module, inputs: Any, options: dict[str, Any]) -> Conv
             path.with_suffix(".plan"),
             ranges,
             fp16=bool(options.get("fp16_mode")),
+            fuse=bool(options.get("fuse", True)),
             workspace=options.get("max_workspace_size"),
         )
         runner = engine.Engine(plan)
     output = model(*args)
     flat = all(isinstance(leaf, Tensor) for leaf in args) and isinstance(output, Tensor)
-    return (runner if flat else _Structured(runner, tree_flatten(output)[1])), tensor_leaves
+    model_trt: Any = runner if flat else _Structured(runner, tree_flatten(output)[1])
+    model_trt.fused = plans.fused_layers(runner.engine.name)
+    return model_trt, tensor_leaves
 
 
 def _dynamic_axes(

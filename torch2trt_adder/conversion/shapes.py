@@ -6,7 +6,15 @@ from typing import Any
 from torch import Tensor
 
 SHAPE_OPTIONS = ("min_shapes", "opt_shapes", "max_shapes")
-COMMON_OPTIONS = (*SHAPE_OPTIONS, "fp16_mode", "max_batch_size", "input_names", "output_names", "max_workspace_size")
+COMMON_OPTIONS = (
+    *SHAPE_OPTIONS,
+    "fp16_mode",
+    "max_batch_size",
+    "input_names",
+    "output_names",
+    "max_workspace_size",
+    "fuse",
+)
 
 
 def shapes_of(tensors: Sequence[Tensor], options: dict[str, Any]) -> list[list[tuple[int, ...]]]:

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map
 
 from .. import frontends
 from ..frontends.options import torch2trt_options
+from ..trt.plans import fused_layers
 from .shapes import COMMON_OPTIONS
 
 Converted = tuple[nn.Module, Callable[[Any], list[Tensor]]]  # an engine, and how to flatten its outputs
@@ -57,6 +58,7 @@ def through_torch2trt(model: nn.Module, inputs: Any, options: dict[str, Any]) ->
         )
     # TRTModule frees a contiguous copy of its input before the engine has read it; a hook's result lives on.
     model_trt.register_forward_pre_hook(lambda module, args: tree_map(_contiguous, args))
+    model_trt.fused = fused_layers(model_trt.engine.name)
     return model_trt, model_trt.output_flattener.flatten
 
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_structure
 
 from ..nn import adopt, eval_mode
-from ..ops import schema
 from ..utils import files, interrupts
 from . import graph
 from .check import call_model, compare_with_adopted, compare_with_onnxruntime
@@ -29,7 +28,7 @@ from .format import adder_nodes, extents
 from .graph import opset_entry
 from .opset17 import in_opset_17
 from .postprocess import add_body, name_nodes
-from .symbols import exporting, scalar_tensor_translation, translation
+from .symbols import exporting, translations
 
 _DEFAULT_OPSET = 17  # the newest that TensorRT 8.6 reads
 _MIN_OPSET = 15  # of the body's operators
@@ -196,10 +195,7 @@ def _run_exporter(
                 dynamo=True,
                 external_data=False,
                 verbose=False,
-                custom_translation_table={
-                    schema.adder2d_op: translation(),
-                    torch.ops.aten.scalar_tensor.default: scalar_tensor_translation(),
-                },
+                custom_translation_table=translations(),
             )
         except RuntimeError as error:  # OnnxExporterError is one, what its passes raise is another
             cause: BaseException = error

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import checks, export_hook, schema
+from ..ops import checks, export_hook, fused, schema
 from .format import DOMAIN, OP_TYPE, node_attributes
 
 
@@ -80,8 +80,18 @@ torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]  # torch.o
 )
 
 
-def translation() -> Any:
-    """The exporter's translation of torch.ops.torch2trt_adder.adder2d."""
+def translations() -> dict[Any, Any]:
+    """The exporter's translations of this package's operators, and one that corrects its own."""
+    node = _node()
+    return {
+        schema.adder2d_op: _adder2d_translation(node),
+        fused.adder2d_fused_op: _fused_translation(node),
+        torch.ops.aten.scalar_tensor.default: scalar_tensor_translation(),
+    }
+
+
+def _node() -> Any:
+    """The operator Adder2d for onnxscript."""
     import onnx
     import onnxscript
 
@@ -104,12 +114,26 @@ def translation() -> Any:
             Schema.Attribute("plugin_namespace", string, required=False),
         ],
     )
-    node = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), OP_TYPE, signature)
-    op: Any = onnxscript.opset18
+    return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), OP_TYPE, signature)
+
+
+def _dtype(input: Any) -> Any:
+    """The dtype of an onnxscript value where the plugin supports it; else ONNX's own, for `node_attributes` to refuse."""
+    import onnx
+
     dtypes: dict[int, torch.dtype] = {
         onnx.TensorProto.FLOAT: torch.float32,
         onnx.TensorProto.FLOAT16: torch.float16,
     }
+    return dtypes.get(int(input.dtype), input.dtype)
+
+
+def _adder2d_translation(node: Any) -> Any:
+    """That of torch.ops.torch2trt_adder.adder2d."""
+    import onnx
+    import onnxscript
+
+    op: Any = onnxscript.opset18
 
     def adder2d(
         input: Any,
@@ -120,7 +144,7 @@ def translation() -> Any:
         dilation: Sequence[int],
         groups: int,
     ) -> Any:
-        attributes = node_attributes(stride, padding, dilation, groups, dtypes.get(int(input.dtype), input.dtype))
+        attributes = node_attributes(stride, padding, dilation, groups, _dtype(input))
         if bias is None:
             zeros = np.zeros(int(weight.shape[0]), np.float32)
             bias = op.Constant(value=onnx.numpy_helper.from_array(zeros))
@@ -131,6 +155,61 @@ def translation() -> Any:
         return node(input, weight, bias, **attributes)
 
     return adder2d
+
+
+def _fused_translation(node: Any) -> Any:
+    """That of adder2d_fused: the node, then standard ones, which TensorRT's build fuses again.
+
+    All of it is float32: the sums of float16 layers pass 65504. Scale and shift become a BatchNormalization without
+    statistics, of which TensorRT makes the scale layer that it makes of any BatchNorm.
+    """
+    import onnx
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+    FLOAT = onnx.TensorProto.FLOAT
+
+    def constant(value: float, *size: int) -> Any:
+        return op.Constant(value=onnx.numpy_helper.from_array(np.full(size, value, np.float32)))
+
+    def adder2d_fused(
+        input: Any,
+        weight: Any,
+        bias: Any,
+        scale: Any,
+        shift: Any,
+        residual: Any,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        lower: float | None = None,
+        upper: float | None = None,
+    ) -> Any:
+        # Refuses the dtypes that the plugin does not support.
+        node_attributes(stride, padding, dilation, groups, _dtype(input))
+        attributes = node_attributes(stride, padding, dilation, groups, torch.float32)
+        K, half = int(weight.shape[0]), input.dtype != FLOAT
+        if bias is None:
+            bias = constant(0, K)
+        elif half:
+            bias = op.Cast(bias, to=FLOAT)
+        x = op.Cast(input, to=FLOAT) if half else input
+        y = node(x, op.Cast(weight, to=FLOAT) if half else weight, bias, **attributes)
+        if scale is not None or shift is not None:
+            scale = constant(1, K) if scale is None else scale
+            shift = constant(0, K) if shift is None else shift
+            y = op.BatchNormalization(y, scale, shift, constant(0, K), constant(1, K), epsilon=0.0)
+        if residual is not None:
+            y = op.Add(y, op.Cast(residual, to=FLOAT) if half else residual)
+        if lower == 0 and upper is None:
+            y = op.Relu(y)
+        elif lower is not None or upper is not None:
+            limits = [None if limit is None else constant(limit) for limit in (lower, upper)]
+            y = op.Clip(y, *limits)
+        return op.Cast(y, to=input.dtype) if half else y
+
+    return adder2d_fused
 
 
 def scalar_tensor_translation() -> Any:

@@ -57,6 +57,7 @@ def _enable_torch2trt() -> None:
     torch2trt_compat.import_torch2trt()
     from . import (
         torch2trt_converters as torch2trt_converters,  # its import registers them
+        torch2trt_fused as torch2trt_fused,
         torch2trt_layers,
         torch2trt_shapes as torch2trt_shapes,
         tracing,

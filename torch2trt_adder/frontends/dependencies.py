@@ -75,7 +75,7 @@ class DependencyTracker(TorchDispatchMode):
             result = func(*args, **kwargs)
             for tensor in _written(func, args, kwargs):
                 self._forget_values(tensor, converted)
-            self.adder_calls += func.overloadpacket is torch.ops.torch2trt_adder.adder2d
+            self.adder_calls += func.overloadpacket in _ADDER_OPERATORS
             name = func._schema.name.partition("::")[2]
             sources = [o for o in map(self.origin, tensors) if o is not None]
             # zeros_like and the like read the shape and type of a tensor, not its values.
@@ -109,6 +109,9 @@ class DependencyTracker(TorchDispatchMode):
             return
         if tensor.is_floating_point() and tensor.numel() > 0:
             self.largest[itensor.name] = tensor.detach().abs().max().item()
+
+
+_ADDER_OPERATORS = torch.ops.torch2trt_adder.adder2d, torch.ops.torch2trt_adder.adder2d_fused
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

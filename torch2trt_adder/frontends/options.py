@@ -5,8 +5,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# torch2trt reads these from its **kwargs: the first in tracing.py, the second itself.
-_FROM_KWARGS = ("allow_constants", "qat_mode")
+# Read from torch2trt's **kwargs: the first two in tracing.py, the third by torch2trt itself.
+_FROM_KWARGS = ("allow_constants", "fuse", "qat_mode")
 
 
 def torch2trt_options(torch2trt: Callable[..., Any]) -> list[str]:

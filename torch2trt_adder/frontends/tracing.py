@@ -32,7 +32,8 @@ from torch2trt import get_arg, tensorrt_converter
 from ..nn.adder2d import Adder2d
 from ..nn.proof import difference
 from ..nn.recognise import layer_fields, make_layer
-from ..trt import api, plugin
+from ..trt import api, fusion, plugin
+from ..trt.plans import network_name
 from ..trt.precision import hold_float32
 from .dependencies import DependencyTracker, Origin
 from .host import detach_trt, host, tensor_size
@@ -78,6 +79,7 @@ def convert_adder2d(ctx: "ConversionContext") -> None:
     )
     output._trt = layer.get_output(0)
     ctx.adder_layers[layer.name] = layer
+    ctx.geometries[layer.name] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
 
 
 class _Network(host.NetworkWrapper):
@@ -113,6 +115,7 @@ class ConversionContext(host.ConversionContext):
         for hook in self.hooks:
             hook.converter = {**hook.converter, "converter": _checked_converter(hook.converter["converter"])}
         self.adder_layers: dict[str, Any] = {}
+        self.geometries: dict[str, dict[str, Any]] = {}  # of each adder layer, by its name
         self.module: nn.Module = self.torch2trt_kwargs["module"]
         self._stack = contextlib.ExitStack()
 
@@ -175,10 +178,16 @@ class ConversionContext(host.ConversionContext):
                 f"{len(self.adder_layers)} Adder2d layers: call torch2trt_adder.adder2d or "
                 "torch2trt_adder.ops.adder2d by that name, or use the Adder2d module."
             )
-        if self.torch2trt_kwargs.get("fp16_mode"):
-            layers = list(self.adder_layers.values())
-            network = self.network._network  # the wrapper takes every layer that it returns for a new one
-            held = hold_float32(network, layers, self.tracker.largest, trt=trt)
+        network = self.network._network  # the wrapper takes every layer that it returns for a new one
+        half, largest = bool(self.torch2trt_kwargs.get("fp16_mode")), self.tracker.largest
+        exposed: Sequence[Any] = list(self.adder_layers.values())
+        fused = ""
+        if self.torch2trt_kwargs.get("fuse", True):
+            report = fusion.fuse(network, self.geometries, trt=trt, half=half, largest=largest)
+            exposed, fused = report.exposed, str(report)
+        network.name = network_name(type(self.module).__name__, len(self.adder_layers), fused)
+        if half:
+            held = hold_float32(network, exposed, largest, trt=trt, adders=self.adder_layers.keys())
             # strict_type_constraints asks for the same, and excludes this flag.
             if held and not self.torch2trt_kwargs.get("strict_type_constraints"):
                 self.builder_config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)

@@ -79,5 +79,5 @@ def check_model(caller: str, model: nn.Module) -> None:
         name = f"layer {path!r}" if path else "the model"
         raise ValueError(
             f"{caller}: {name if path and not model.training else 'the model'} is in training mode, where {name} "
-            f"({type(layer).__name__}) does not compute what it does in an engine; call model.eval() first."
+            f"({type(layer).__name__}) does not compute what it does in inference; call model.eval() first."
         )

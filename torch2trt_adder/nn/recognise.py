@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..ops import checks
 from ..utils import arguments
 from .adder2d import Adder2d
+from .fused import FusedAdder2d
 
 LayerFields = Callable[[nn.Module], dict[str, Any]]
 adder_classes: dict[type[nn.Module], LayerFields] = {}
@@ -44,7 +45,7 @@ def tensor_attribute(module: nn.Module, name: str) -> Tensor | None:
 
 def layer_fields(module: nn.Module) -> dict[str, Any] | None:
     """The arguments of `adder2d` that a third-party adder layer stands for, or None for any other module."""
-    if isinstance(module, Adder2d):
+    if isinstance(module, Adder2d | FusedAdder2d):
         return None
     for cls in type(module).__mro__:
         if cls in adder_classes:

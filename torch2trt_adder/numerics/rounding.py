@@ -29,6 +29,7 @@ def rounding_bounds(model: Callable[..., Any], inputs: Sequence[Any], fp16: bool
     How much an operation's result may move, with u = eps / 2 of its type, one rounding (of float16 for `fp16`):
     * adder2d: `tolerance.relative_error` of |y| + |bias|, what sequential float32 sums of one sign stay within; its
       result stays float32 for `fp16`, its input is rounded where it is computed.
+    * adder2d_fused: the same for its sum, times |scale|, and one rounding of each value on the way to the limits.
     * convolutions and matrix products over L terms: u * (1 + sqrt(L) / 4) of |y| + rms(y), for rounded factors and for
       partial sums of both signs, whose roundings add up like a random walk; in float32 on a GPU plus 2^-10 of it, since
       both PyTorch and TensorRT may use TF32 (NVIDIA_TF32_OVERRIDE=0 disables it in both).
@@ -95,6 +96,28 @@ class _Rounding(TorchDispatchMode):
         sign = torch.empty_like(wide).bernoulli_(0.5, generator=self.generators[y.device]).mul_(2).sub_(1)
         return (wide + sign * bound).to(y.dtype)
 
+    def move_fused(self, func: Any, args: Sequence[Any]) -> Tensor:
+        """adder2d_fused with its values moved before the limits, which cut what was moved beyond them."""
+        dtype = args[0].dtype
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        input, weight = args[0].to(wide), args[1].to(wide)
+        bias, residual = (None if t is None else t.to(wide) for t in (args[2], args[5]))
+        scale, shift = (None if t is None else t.to(wide)[:, None, None] for t in args[3:5])
+        lower, upper = args[10:]
+        y = func(input, weight, bias, None, None, None, *args[6:10], None, None)
+        size = y.abs() if bias is None else y.abs() + bias.abs()[:, None, None]
+        bound = tolerance.sum_error(weight[0].numel(), dtype) * size
+        if scale is not None:
+            y, bound = y * scale, bound * scale.abs()
+        normalized = y if shift is None else y + shift
+        # Two roundings in float32 before it, and three to the type of the result in a network that is not fused.
+        bound += torch.finfo(wide).eps * (y.abs() + normalized.abs())
+        y = normalized if residual is None else normalized + residual
+        bound += _unit(args[0], self.fp16) * (normalized.abs() + 2 * y.abs())
+        y = self.move(y, bound)
+        assert isinstance(y, Tensor)
+        return y if lower is None and upper is None else y.clamp(lower, upper)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -104,6 +127,8 @@ class _Rounding(TorchDispatchMode):
             weight, bias = args[1:3]
             size = result.float().abs() + (0 if bias is None else bias.abs()[:, None, None])
             return self.move(result, tolerance.relative_error(weight[0].numel(), result.dtype) * size)
+        if packet is torch.ops.torch2trt_adder.adder2d_fused:
+            return self.move_fused(func, args).to(result.dtype)
         if packet in _TERMS:
             relative = _unit(result, self.fp16) * (1 + math.sqrt(_TERMS[packet](args)) / 4)
             if result.dtype is torch.float32 and result.is_cuda and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":

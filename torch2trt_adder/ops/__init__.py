@@ -1,7 +1,10 @@
-"""The operator ``torch.ops.torch2trt_adder.adder2d`` and the function `adder2d`; importing this registers them.
+"""The operators ``torch.ops.torch2trt_adder.adder2d`` and ``adder2d_fused``, and functions of these names; importing this
+registers them.
 
-torch2trt patches ``torch2trt_adder.ops.adder2d`` while it traces: callers look it up here at each call.
+torch2trt patches ``torch2trt_adder.ops.adder2d`` and ``adder2d_fused`` while it traces: callers look them up here at each
+call.
 """
 
 from .checks import ETA as ETA
 from .functional import adder2d as adder2d
+from .fused import adder2d_fused as adder2d_fused

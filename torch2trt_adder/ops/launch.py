@@ -50,7 +50,7 @@ class LaunchArgs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _launch_args(
+def launch_args(
     input_size: tuple[int, ...],
     input_stride: tuple[int, ...],
     channels_last: bool,
@@ -82,7 +82,7 @@ def _launch_args(
     return LaunchArgs(size, output_stride, problem, workspace_bytes, dtype.itemsize, input_bytes, weight_bytes)
 
 
-def _check_forward_memory(args: LaunchArgs, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_forward_memory(args: LaunchArgs, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """`_check_memory` of all three, in a third of its time: the weight and the bias are contiguous, the sizes known."""
     size = args.element_bytes
     if (
@@ -110,7 +110,7 @@ def adder2d_cuda(
             return adder2d_cuda(input, weight, bias, stride, padding, dilation, groups)
     if input.dtype is torch.float64:
         return adder2d_torch(input, weight, bias, stride, padding, dilation, groups)
-    args = _launch_args(
+    args = launch_args(
         tensor_size(input), input.stride(), is_channels_last(input), tensor_size(weight), None if bias is None else tensor_size(bias),
         input.dtype, tuple(stride), tuple(padding), tuple(dilation), groups, device,
     )  # fmt: skip
@@ -119,7 +119,7 @@ def adder2d_cuda(
         return output
     weight = as_contiguous("weight", weight)
     bias = None if bias is None else as_contiguous("bias", bias)
-    _check_forward_memory(args, input, weight, bias)
+    check_forward_memory(args, input, weight, bias)
     workspace = None
     if args.workspace_bytes:
         workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device=input.device)
@@ -159,7 +159,7 @@ def adder2d_cpu(
             check_memory(name, tensor)
         input, weight = input.float(), weight.float()
         bias = None if bias is None else bias.float()
-    args = _launch_args(
+    args = launch_args(
         tensor_size(input), input.stride(), channels_last, tensor_size(weight), None if bias is None else tensor_size(bias),
         torch.float32, tuple(stride), tuple(padding), tuple(dilation), groups, -1,
     )  # fmt: skip
@@ -168,7 +168,7 @@ def adder2d_cpu(
         return output.to(dtype)
     weight = as_contiguous("weight", weight)
     bias = None if bias is None else as_contiguous("bias", bias)
-    _check_forward_memory(args, input, weight, bias)
+    check_forward_memory(args, input, weight, bias)
     params = args.problem + library.POINTERS.pack(
         input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr(), 0, 0, 0, 0
     )

@@ -12,6 +12,7 @@ One code for TensorRT 8.6 to 11; api.py asks what a version has:
   missing plugin is an error in every version.
 """
 
+import itertools
 import pathlib
 from collections.abc import Mapping
 from types import ModuleType
@@ -21,10 +22,10 @@ from .. import library
 from ..export import format
 from ..export.format import DOMAIN, OP_TYPE, adder_nodes, extents
 from ..utils import files
-from . import api, plugin
+from . import api, fusion, plugin
 from .monitor import build_progress, logger
 from .plans import network_name
-from .precision import set_precision
+from .precision import batch_norm_magnitudes, set_precision
 from .profiles import Range, add_profile
 from .typed import to_float16
 
@@ -37,6 +38,7 @@ def build_engine(
     ranges: Mapping[str, Range] | None = None,
     *,
     fp16: bool = False,
+    fuse: bool = True,
     workspace: int | None = None,
     timing_cache: str | pathlib.Path | None = None,
     embed_plugin: bool = False,
@@ -55,6 +57,7 @@ def build_engine(
             (``{"batch": (1, 8, 64)}``), or by input and axis (``{"x:0": (1, 8, 64)}``).
         fp16: float16 where TensorRT deems it faster, but never for the sums of adder layers. Inputs and outputs keep the
             types of the file. A file in float16 needs no such flag.
+        fuse: let adder layers compute the BatchNorm, residual sum and ReLU or limits that follow them, see `fusion`.
         workspace: bytes of scratch memory that the engine may use; None for TensorRT's default, all of the GPU's.
         timing_cache: a file of measured kernels that makes the next build faster; read if it is there, then written.
         embed_plugin: put the plugin library into the plan (TensorRT's plugins_to_serialize, as a version-compatible
@@ -89,9 +92,12 @@ def build_engine(
     plugin.register(trt)
     builder, network, _parser = _parse(trt, proto, onnx_path)
     config = _configure(trt, builder, workspace, embed_plugin)
-    set_precision(trt, network, config, proto, fp16)
+    largest, report = batch_norm_magnitudes(proto, onnx_path.parent), None
+    if fuse:
+        report = fusion.fuse(network, geometries(proto), trt=trt, half=fp16, largest=largest)
+    set_precision(trt, network, config, proto, fp16, None if report is None else report.exposed, largest)
     add_profile(builder, network, config, proto, ranges or {})
-    network.name = network_name(onnx_path.name, len(adder_nodes(proto.graph)))
+    network.name = network_name(onnx_path.name, len(adder_nodes(proto.graph)), str(report or ""))
     if timing_cache is not None:
         _use_timing_cache(config, pathlib.Path(timing_cache))
 
@@ -137,6 +143,7 @@ def load_onnx(path: pathlib.Path) -> Any:
         raise RuntimeError(f"{path} is not an ONNX file ({error}).") from error
     if not proto.graph.node:
         raise RuntimeError(f"{path} is not an ONNX file: it holds no nodes.")
+    _name_adders(proto)
     for function in [f for f in proto.functions if (f.domain, f.name) == (DOMAIN, OP_TYPE)]:
         proto.functions.remove(function)
     try:
@@ -146,6 +153,30 @@ def load_onnx(path: pathlib.Path) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
     return proto
+
+
+def _name_adders(proto: Any) -> None:
+    """Gives every Adder2d node a name of its own, by which its layer is found again in the network."""
+    taken = {node.name for _, node in format.nodes(proto.graph) if not format.is_adder(node)}
+    for i, node in enumerate(adder_nodes(proto.graph)):
+        if not node.name or node.name in taken:
+            node.name = next(
+                name for name in (f"{node.name or OP_TYPE}_{n}" for n in itertools.count(i)) if name not in taken
+            )
+        taken.add(node.name)
+
+
+def geometries(proto: Any) -> dict[str, dict[str, Any]]:
+    """By the name of each Adder2d node: its stride, padding, dilation and groups."""
+    found = {}
+    for node in adder_nodes(proto.graph):
+        values = {a.name: list(a.ints) or a.i for a in node.attribute}
+        geometry: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        for name in geometry:
+            value = values.get(name, geometry[name])
+            geometry[name] = value[0] if isinstance(value, list) and len(value) == 1 else value
+        found[node.name] = geometry
+    return found
 
 
 def _parse(trt: ModuleType, proto: Any, path: pathlib.Path) -> tuple[Any, Any, Any]:

@@ -13,7 +13,9 @@ from .monitor import logger
 
 # ---- what a plan says about itself
 
-SIGNATURE = re.compile(r"(?P<source>.*) \[torch2trt_adder, (?P<adders>\d+) Adder2d, (?P<gpu>.*)\]")
+SIGNATURE = re.compile(
+    r"(?P<source>.*) \[torch2trt_adder, (?P<adders>\d+) Adder2d(?: \((?P<fused>[^()]*)\))?, (?P<gpu>.*)\]"
+)
 _PLAN_TAGS = (b"ftrt", b"vtrt")  # TensorRT, TensorRT for RTX
 
 
@@ -24,9 +26,15 @@ def _gpu() -> str:
     return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
 
 
-def network_name(source: str, adders: int) -> str:
-    """The engine's name, which travels in the plan."""
-    return f"{source} [torch2trt_adder, {adders} Adder2d, {_gpu()}]"
+def network_name(source: str, adders: int, fused: str = "") -> str:
+    """The engine's name, which travels in the plan; `fused` says what the adder layers have taken over."""
+    return f"{source} [torch2trt_adder, {adders} Adder2d{fused and f' ({fused})'}, {_gpu()}]"
+
+
+def fused_layers(name: str) -> str | None:
+    """What the adder layers of an engine of this name have taken over; None where the name does not say it."""
+    signature = SIGNATURE.fullmatch(name)
+    return signature["fused"] if signature else None
 
 
 def plan_version(plan: bytes) -> tuple[int, int, int] | None:

@@ -1,20 +1,53 @@
 """float16 in TensorRT 8 to 10: which layers stay in float32."""
 
+import pathlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..export.format import adder_nodes
 from . import api
+from .fusion import DEVIATIONS
 
 # ---- precision, TensorRT 8 to 10
 
 
-def set_precision(trt: ModuleType, network: Any, config: Any, proto: Any, fp16: bool) -> None:
-    """Sets the flags for float16 in a weakly typed network, and holds the layers after adder layers in float32."""
+def batch_norm_magnitudes(proto: Any, folder: pathlib.Path) -> dict[str, float]:
+    """By the name of the output of each BatchNormalization node of an onnx.ModelProto: how large its values become.
+
+    Normalised values rarely lie more than 8 standard deviations from their mean. `folder` is where external tensors are.
+    """
+    import onnx
+
+    graph, magnitudes = proto.graph, {}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "BatchNormalization" and {*node.input[1:3]} <= tensors.keys():
+            gamma, beta = (
+                np.abs(onnx.numpy_helper.to_array(tensors[name], str(folder)).astype(np.float64))
+                for name in node.input[1:3]
+            )
+            magnitudes[node.output[0]] = float((beta + DEVIATIONS * gamma).max(initial=0))
+    return magnitudes
+
+
+def set_precision(
+    trt: ModuleType,
+    network: Any,
+    config: Any,
+    proto: Any,
+    fp16: bool,
+    exposed: Sequence[Any] | None = None,
+    largest: Mapping[str, float] | None = None,
+) -> None:
+    """Sets the flags for float16 in a weakly typed network, and holds the layers after adder layers in float32.
+
+    `exposed` are the adder layers whose sums leave the plugin, all of them where None; `largest` as in `hold_float32`.
+    """
     if api.is_strongly_typed(trt):
         return
     half = 10  # TensorProto.FLOAT16
@@ -29,12 +62,18 @@ def set_precision(trt: ModuleType, network: Any, config: Any, proto: Any, fp16: 
     adders = [layer for layer in plugins if layer.name in names]
     if len(adders) != len(names):  # nodes without names of their own: hold the outputs of all plugins
         adders = plugins
-    if fp16 and hold_float32(network, adders, trt=trt):
+    sources = adders if exposed is None else exposed
+    if fp16 and hold_float32(network, sources, largest, trt=trt, adders={layer.name for layer in adders}):
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
 
 
 def hold_float32(
-    network: Any, adder_layers: Sequence[Any], largest: Mapping[str, float] | None = None, *, trt: ModuleType
+    network: Any,
+    adder_layers: Sequence[Any],
+    largest: Mapping[str, float] | None = None,
+    *,
+    trt: ModuleType,
+    adders: Collection[str] | None = None,
 ) -> bool:
     """Holds every layer between an adder layer's float32 output and the next scaling layer in float32.
 
@@ -44,14 +83,16 @@ def hold_float32(
 
     Args:
         network: of TensorRT 8 to 10.
-        adder_layers: its plugin layers Adder2d.
+        adder_layers: its plugin layers Adder2d whose sums leave the plugin.
         largest: magnitudes seen, by the name of the tensor.
+        trt: the TensorRT module.
+        adders: the names of all its plugin layers Adder2d; those of `adder_layers` where None.
 
     Returns:
         Whether any layer is held, so that BuilderFlag.OBEY_PRECISION_CONSTRAINTS is needed.
     """
     scaling = api.scaling_layers(trt)
-    adders = {layer.name for layer in adder_layers}
+    adders = {layer.name for layer in adder_layers} if adders is None else adders
     consumers = defaultdict(list)
     for i in range(network.num_layers):
         layer = network.get_layer(i)
