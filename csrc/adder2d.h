@@ -54,10 +54,10 @@ typedef struct Adder2dParams {
   void const* w;
   void const* b;  // bias [K], or null
   void* y;
-  void* workspace;         // device memory, 16-byte aligned, or null
-  size_t workspace_bytes;  // bytes at `workspace`
+  void* workspace;                  // device memory, 16-byte aligned, or null
+  size_t workspace_bytes;           // bytes at `workspace`
   Adder2dEpilogue const* epilogue;  // host memory, read during the call; null for y = b - sum. Forward pass only
-  void const* packed_w;  // device memory, 16-byte aligned: w as adder2d_pack_weights_cpu packs it, or null
+  void const* packed_w;             // device memory, 16-byte aligned: w as adder2d_pack_weights_cpu packs it, or null
 } Adder2dParams;
 
 // sizeof(Adder2dParams): a caller that declares the struct by itself checks its own declaration with this.

@@ -67,17 +67,17 @@ constexpr int64_t kMaxPixels = 0x7fffffff - 4096;  // pixel indices are int32, a
 
 // Images of one launch: all of them, or as many as keep N * P * Q and N * K an int32, and as find room.
 int32_t images_per_launch(Adder2dParams const& p) {
-  int64_t const images = kMaxPixels / std::max<int64_t>(int64_t{p.P} * p.Q, p.K);
-  return images_of_fprop_converted(
-      p, images_of_fprop_half(p, static_cast<int32_t>(std::clamp<int64_t>(images, 1, std::max(p.N, 1)))));
+  int64_t const most = kMaxPixels / std::max<int64_t>(int64_t{p.P} * p.Q, p.K);
+  int32_t const images = static_cast<int32_t>(std::clamp<int64_t>(most, 1, std::max(p.N, 1)));
+  return is_for_conversion(p) ? images_of_fprop_converted(p, images) : images_of_fprop_half(p, images);
 }
 
 // In the order of preference; those without is_preferred are compared by their predictions, and the first of equal ones
 // is taken.
-constexpr FpropFamily const* kFamilies[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,   &kFpropHalf,
+constexpr FpropFamily const* kFamilies[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,    &kFpropHalf,
                                             &kFpropSimt,   &kFpropWindow,    &kFpropPointwise, &kFpropConverted};
 constexpr int32_t kFamilyCount = sizeof(kFamilies) / sizeof(kFamilies[0]);
-constexpr FamilyNames const* kNames[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,   &kFpropHalf,
+constexpr FamilyNames const* kNames[] = {&kFpropShared, &kFpropDepthwise, &kFpropDirect,    &kFpropHalf,
                                          &kFpropSimt,   &kFpropWindow,    &kFpropPointwise, &kFpropConverted};
 
 ForcedChoice forced_choice;

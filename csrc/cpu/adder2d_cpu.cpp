@@ -603,8 +603,7 @@ class Pass {
   void store_block(Block const& at, float const* sums) const {
     auto* const y = static_cast<float*>(p_.y);
     if (p_.epilogue != nullptr) {
-      visit_block(at, y, p_.y_stride,
-                  [sums](float& y, int64_t place, int64_t, int64_t, int64_t) { y = sums[place]; });
+      visit_block(at, y, p_.y_stride, [sums](float& y, int64_t place, int64_t, int64_t, int64_t) { y = sums[place]; });
     } else if (problem_.dgrad == nullptr) {
       auto const* const b = static_cast<float const*>(p_.b);
       visit_block(at, y, p_.y_stride, [=](float& y, int64_t place, int64_t k, int64_t, int64_t) {

@@ -128,11 +128,11 @@ cudaError_t launch_conversion(FpropArgs const& args, FpropArgs const& copy, cuda
 
 // Families that have the problem then; TileConfig::tile counts the tiles of all of them.
 constexpr FpropFamily const* kFamilies[] = {&kFpropSimt, &kFpropWindow, &kFpropPointwise};
-constexpr char const* kTileNames[] = {
-    "simt-64x128",    "simt-128x64",     "simt-32x256",     "simt-16x256",    "simt-32x64",
-    "window-64x128r4", "window-32x128r4", "window-32x64r4",  "window-16x512r4", "window-64x112r7",
-    "window-32x112r7", "window-32x56r7",  "window-16x448r7", "window-64x128r2", "window-32x128r2",
-    "window-32x64r2",  "window-16x512r2", "pointwise-64x128", "pointwise-32x256"};
+constexpr char const* kTileNames[] = {"simt-64x128",     "simt-128x64",      "simt-32x256",     "simt-16x256",
+                                      "simt-32x64",      "window-64x128r4",  "window-32x128r4", "window-32x64r4",
+                                      "window-16x512r4", "window-64x112r7",  "window-32x112r7", "window-32x56r7",
+                                      "window-16x448r7", "window-64x128r2",  "window-32x128r2", "window-32x64r2",
+                                      "window-16x512r2", "pointwise-64x128", "pointwise-32x256"};
 constexpr int32_t kTileCount = sizeof(kTileNames) / sizeof(kTileNames[0]);
 
 bool can_implement(FpropArgs const& args, size_t workspace_bytes) {
@@ -162,8 +162,8 @@ bool plan(FpropArgs const& args, size_t workspace_bytes, TileForce const& force,
   if (!found) return false;
   config->workspace_bytes += bytes;
   double const moved = 6.0 * (input_elements(args.p) + weight_elements(args.p));  // bytes
-  *cycles = *cycles * kArch.convert_margin + kArch.convert_start +
-            moved / (multiprocessor_count() * kArch.convert_bytes);
+  *cycles =
+      *cycles * kArch.convert_margin + kArch.convert_start + moved / (multiprocessor_count() * kArch.convert_bytes);
   return true;
 }
 
@@ -181,16 +181,27 @@ cudaError_t launch_plan(FpropArgs const& args, TileConfig const& config, cudaStr
 
 }  // namespace
 
-// Only layers of few channels, which it is for, are cut for its sake. The number does not depend on the workspace: that
-// which adder2d_fprop_workspace asks for is for launches of as many images.
+bool is_for_conversion(Adder2dParams const& p) {
+  constexpr int32_t kFewChannels = 8;  // a vector of fprop_half.cu
+  return is_16_bit(p.x_type) && p.groups == 1 && p.C < kFewChannels;
+}
+
 int32_t images_of_fprop_converted(Adder2dParams const& p, int32_t images) {
-  constexpr int32_t kFewChannels = 8;
-  if (!is_16_bit(p.x_type) || p.groups > 1 || p.C >= kFewChannels) return images;
-  int64_t const limit = kMaxWorkspaceBytes - kMaxWorkspaceBytes / 8;  // the rest is for split sums and packed weights
-  int64_t const weights = copy_bytes(weight_elements(p)) + copy_bytes(p.K) + 256;
-  int64_t const room = (limit - weights) / (static_cast<int64_t>(sizeof(float)) * p.C * p.H * p.W);
-  if (room < 1 || room >= images) return images;
-  return static_cast<int32_t>(ceil_div<int64_t>(images, ceil_div<int64_t>(images, room)));  // of about equal size
+  constexpr int64_t kPackedPixel = 16;  // bytes of a pixel that fprop_half.cu packs, so that it may be forced
+  int64_t const weights = copy_bytes(weight_elements(p)) + copy_bytes(p.K);
+  int64_t const pixels = int64_t{p.H} * p.W, copy = sizeof(float) * p.C;
+  auto const parts_for = [&](size_t bytes) {  // an eighth is left for split sums and packed weights
+    int64_t const room = (static_cast<int64_t>(bytes - bytes / 8) - weights) / (std::max(copy, kPackedPixel) * pixels);
+    // Of about equal size.
+    return room < 1 || room >= images
+               ? images
+               : static_cast<int32_t>(ceil_div<int64_t>(images, ceil_div<int64_t>(images, room)));
+  };
+  int32_t const most = parts_for(kMaxWorkspaceBytes);
+  // adder2d_fprop_workspace asks for so much: a caller who gives it gets the same parts.
+  Adder2dParams part = p;
+  part.N = most;
+  return copies_bytes(part) <= p.workspace_bytes ? most : parts_for(p.workspace_bytes);
 }
 
 FpropFamily const kFpropConverted{{"converted", kTileNames, kTileCount}, can_implement, nullptr, plan, launch_plan};

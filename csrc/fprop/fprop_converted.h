@@ -7,7 +7,10 @@ namespace adder2d {
 
 extern FpropFamily const kFpropConverted;
 
-// How many of `images` images to launch at a time, so that their float32 copies find room in the largest workspace.
+// Whether a batch is cut for this family's sake: layers of few channels, which it is for.
+bool is_for_conversion(Adder2dParams const& p);
+
+// How many of `images` images to launch at a time there, so that their float32 copies find room in p's workspace.
 int32_t images_of_fprop_converted(Adder2dParams const& p, int32_t images);
 
 // api/fprop.cu: the problem as kernels read it.

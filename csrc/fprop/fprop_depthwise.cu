@@ -109,12 +109,12 @@ struct Outputs<kType, true, kFilters> {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
       if (i < rows)
-        residual[i] =
-            residual2_at(a, place.pairs, place.index + i * a.p.y_stride[2], place.next, place.second);
+        residual[i] = residual2_at(a, place.pairs, place.index + i * a.p.y_stride[2], place.next, place.second);
   }
   __device__ __forceinline__ void store(FpropArgs const& a, Place const& place, int row, float2 const& sum) const {
-    store2<kType>(a, place.pairs, place.index + row * a.p.y_stride[2], place.next, place.second,
-                  make_float2(fuse(a, filters[0], sum.x, residual[row].x), fuse(a, filters[1], sum.y, residual[row].y)));
+    store2<kType>(
+        a, place.pairs, place.index + row * a.p.y_stride[2], place.next, place.second,
+        make_float2(fuse(a, filters[0], sum.x, residual[row].x), fuse(a, filters[1], sum.y, residual[row].y)));
   }
 };
 
@@ -198,8 +198,7 @@ __global__ void __launch_bounds__(128)
         add_term(&sum[i][0], x_row[s], w[r * kKernel + s]);
         add_term(&sum[i][1], x_row[kStride + s], w[r * kKernel + s]);
       }
-      if (r == kKernel - 1 && p + i < a.p.P)
-        outputs.store(a, place, i, make_float2(sum[i][0], sum[i][1]));
+      if (r == kKernel - 1 && p + i < a.p.P) outputs.store(a, place, i, make_float2(sum[i][0], sum[i][1]));
     }
   }
 }
@@ -271,8 +270,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         add_term(&sum[i][0], x_row[s].x, w[r * kKernel + s].x);
         add_term(&sum[i][1], x_row[s].y, w[r * kKernel + s].y);
       }
-      if (r == kKernel - 1 && p + i < a.p.P)
-        outputs.store(a, place, i, make_float2(sum[i][0], sum[i][1]));
+      if (r == kKernel - 1 && p + i < a.p.P) outputs.store(a, place, i, make_float2(sum[i][0], sum[i][1]));
     }
   }
 }
@@ -314,8 +312,8 @@ cudaError_t launch_kernel_of(FpropArgs const& args, cudaStream_t stream) {
     g.div_chunks = FastDiv(chunks);
     g.div_columns = FastDiv(blocks);
     dim3 const grid(p.N * strips * blocks * chunks);
-    return launch(adder2d_fprop_depthwise_channels_kernel<kType, kKernel, kStride, kFused>, grid, dim3(lanes, columns), 0,
-                  stream, args, g);
+    return launch(adder2d_fprop_depthwise_channels_kernel<kType, kKernel, kStride, kFused>, grid, dim3(lanes, columns),
+                  0, stream, args, g);
   } else {
     g.y_pairs = p.Q % 2 == 0 && has_pairs(p.y, p.y_type, p.y_stride, kWidthAxis);
     g.div_columns = FastDiv(ceil_div(p.Q, 2));
@@ -323,8 +321,8 @@ cudaError_t launch_kernel_of(FpropArgs const& args, cudaStream_t stream) {
     g.div_Kg = FastDiv(args.Kg);
     g.threads = static_cast<int32_t>(width_threads(p));
     constexpr int kThreads = 128;
-    return launch(adder2d_fprop_depthwise_width_kernel<kType, kKernel, kStride, kFused>, dim3(ceil_div(g.threads, kThreads)),
-                  dim3(kThreads), 0, stream, args, g);
+    return launch(adder2d_fprop_depthwise_width_kernel<kType, kKernel, kStride, kFused>,
+                  dim3(ceil_div(g.threads, kThreads)), dim3(kThreads), 0, stream, args, g);
   }
 }
 

@@ -26,10 +26,10 @@ using namespace fprop_half;
 
 template <int kTileK_, int kTilePQ_, int kThreadK_, int kStages_, int kBlocks>
 struct Tile {
-  static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;      // outputs of a block: filters, pixels
+  static constexpr int kTileK = kTileK_, kTilePQ = kTilePQ_;                      // outputs of a block: filters, pixels
   static constexpr int kTileC = fprop_half::kTileC, kVectors = kTileC / kVector;  // halves of a slice of the reduction
-  static constexpr int kStages = kStages_;                        // slices in flight
-  static constexpr int kThreadK = kThreadK_, kThreadPQ = 4;       // outputs of a thread
+  static constexpr int kStages = kStages_;                                        // slices in flight
+  static constexpr int kThreadK = kThreadK_, kThreadPQ = 4;                       // outputs of a thread
   static constexpr int kThreads = kTileK * kTilePQ / (kThreadK * kThreadPQ);
   // A warp's threads.
   static constexpr int kLanesK = kTileK >= 4 * kThreadK ? 4 : kTileK / kThreadK, kLanesPQ = 32 / kLanesK;
@@ -383,8 +383,8 @@ cudaError_t launch_tile(HalfArgs const& args, TileConfig const& config, cudaStre
   }
   static_assert(16 * OutputCoord<T>::kItems * T::kThreads <= sizeof(Smem<T>),
                 "sums are transposed where the slices were");
-  return launch_tiled<OutputCoord<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), sizeof(Smem<T>), T::kThreads, packs,
-                                      args, config, stream);
+  return launch_tiled<OutputCoord<T>>(adder2d_fprop_half_kernel<T>, sizeof(Smem<T>), sizeof(Smem<T>), T::kThreads,
+                                      packs, args, config, stream);
 }
 
 constexpr char const* kTileNames[] = {"64x128", "32x256", "16x256", "32x64"};

@@ -148,8 +148,8 @@ struct Loader {
 
 // ---- kernel
 
-// Stores a thread's outputs where y is of any type, with a fused epilogue: four quads at a time, so that their residuals
-// are on their way together. `filters` are those of the tile, in shared memory.
+// Stores a thread's outputs where y is of any type, with a fused epilogue: four quads at a time, so that their
+// residuals are on their way together. `filters` are those of the tile, in shared memory.
 template <class T, bool kChannels>
 __device__ __forceinline__ void store_fused(FpropArgs const& a, ThreadCoord<T> const& thread, int32_t first_k,
                                             int32_t end_k, int32_t first_pixel, FusedFilter const* filters,
@@ -305,8 +305,8 @@ cudaError_t launch_layout(FpropArgs const& args, cudaStream_t stream) {
   cudaError_t const error = allow_smem(kernel, std::min(smem_size<T, kPlain>(kMaxChannels), smem_limit()));
   if (error != cudaSuccess) return error;
   Ranges const ranges = share_out<T>(args);
-  return launch(kernel, dim3(ranges.tiles_k * args.p.groups * ranges.count), dim3(T::kThreads), smem_size<T, kPlain>(args.Cg),
-                stream, args, ranges);
+  return launch(kernel, dim3(ranges.tiles_k * args.p.groups * ranges.count), dim3(T::kThreads),
+                smem_size<T, kPlain>(args.Cg), stream, args, ranges);
 }
 
 template <class T>
@@ -344,7 +344,9 @@ constexpr char const* kTileNames[] = {"64x128", "32x256"};
 bool can_implement(FpropArgs const& args, size_t) {
   Adder2dParams const& p = args.p;
   bool const singles = p.x_type == ADDER2D_FLOAT32 && p.w_type == ADDER2D_FLOAT32;
-  if (!is_pointwise(p) || !singles || !args.residual_as_y || args.Cg % 8 != 0 || args.Cg > kMaxChannels || !args.y_vectors) return false;
+  if (!is_pointwise(p) || !singles || !args.residual_as_y || args.Cg % 8 != 0 || args.Cg > kMaxChannels ||
+      !args.y_vectors)
+    return false;
   // x lies as y does: channels side by side, pixels one after the other; or four pixels of a channel at an aligned
   // address.
   int64_t const* const stride = p.x_stride;

@@ -52,6 +52,22 @@ __device__ __forceinline__ void accumulate(FpropArgs const& a, TileConfig const&
   }
 }
 
+// Starts the way of a tile's residual into the second-level cache, long before threads wait for it one quad after the
+// other. Not inlined, as store4_otherwise.
+template <class T>
+__device__ __noinline__ void prefetch_residual(FpropArgs const& a, int32_t first_k, int32_t end_k,
+                                               int32_t first_pixel) {
+  if (a.epilogue.residual == nullptr || a.y_channels_last) return;
+  constexpr int kStep = 32, kColumns = T::kTilePQ / kStep;  // 32 elements are a cache line, or half of one
+  int32_t const size = a.epilogue.residual_type == ADDER2D_FLOAT32 ? 4 : 2;
+  for (int32_t i = threadIdx.x; i < T::kTileK * kColumns; i += T::kThreads) {
+    int32_t const k = first_k + i / kColumns, m = first_pixel + i % kColumns * kStep;
+    if (k >= end_k || m >= a.NPQ) continue;
+    int64_t const index = output_offset(a, m) + k * a.p.y_stride[1];
+    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(static_cast<char const*>(a.epilogue.residual) + index * size));
+  }
+}
+
 // ---- kernels
 
 // Weights [K, Cg, R, S] to [groups][Cg / channels][R * S][channels][pitch], zeros after the filters of a group: in the
@@ -92,6 +108,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   WorkTile const work(config);
   using Coord = OutputCoord<T, kIsTransposed<kFill>>;
   Coord const coord(a, config, work.tile, threadIdx.x);
+  if (!kIsTransposed<kFill> && a.stores_vectors) prefetch_residual<T>(a, coord.first_k, coord.end_k, coord.first_pixel);
   float acc[T::kThreadK][T::kThreadPQ] = {};
   accumulate(a, config, coord, work.first, work.last, *reinterpret_cast<Smem<T, kFill>*>(smem_bytes), acc);
   if constexpr (kIsTransposed<kFill>) {

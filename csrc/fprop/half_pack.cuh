@@ -30,7 +30,7 @@ constexpr int kPackThreads = 256, kPackWarps = kPackThreads / 32;
 constexpr int kPackPixels = 64;
 // Vectors of a warp in shared memory: eight warps' lie in different banks.
 constexpr int kPackPitch = kPackPixels + 1;
-constexpr int kPackFilters = 8;                  // of the weights a block, one a warp
+constexpr int kPackFilters = 8;  // of the weights a block, one a warp
 static_assert(kPackPixels == 2 * 32 && kPackWarps == 8 && kPackFilters == kPackWarps, "threads are numbered by shifts");
 
 // How blocks share the work. First come those of the weights: columns of vectors, rows of filters, groups. After them,

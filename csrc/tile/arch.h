@@ -35,7 +35,7 @@ struct Arch {
   double pack_start = 4000, pack_bytes = 6;  // its packing kernel, in cycles; bytes a cycle and multiprocessor
   // fprop_converted: its own kernel, and what it must gain beyond that.
   double convert_start = 4000, convert_bytes = 8, convert_margin = 1.15;
-  double simt_any_fill = 1.3;  // fprop_simt on input and weights that are not both float32
+  double simt_any_fill = 2;  // fprop_simt on input and weights that are not both float32
   // fprop_window: of 64 terms; by the run of pixels where a thread has eight filters.
   double window_rate_4 = 57, window_rate_7 = 54, window_rate_2 = 55;
   double window_rate_32 = 54, window_rate_small_less = 7, window_rate_16 = 46;

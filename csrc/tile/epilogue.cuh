@@ -110,8 +110,8 @@ __device__ __forceinline__ int64_t output_offset(FpropArgs const& a, int32_t m) 
 
 // Writes the output of filter k and pixel m, whose output_offset is `offset`.
 __device__ __forceinline__ void store1(FpropArgs const& a, int32_t k, int32_t m, int64_t offset, float sum) {
-  float const y = a.fused ? fuse(a, fused_filter(a, k), sum, residual1(a, k, m))
-                          : Epilogue::finish(Epilogue::filter(a, k), sum);
+  float const y =
+      a.fused ? fuse(a, fused_filter(a, k), sum, residual1(a, k, m)) : Epilogue::finish(Epilogue::filter(a, k), sum);
   store_from_float(a.p.y, offset + k * a.p.y_stride[1], a.p.y_type, y);
 }
 

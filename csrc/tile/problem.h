@@ -21,11 +21,11 @@ struct FpropArgs {
   // Filters lie side by side in y (channels_last); else pixels do. Four of them from a multiple of 4 on may be stored
   // at once.
   bool y_channels_last, y_vectors;
-  bool y_linear;  // pixel m of the batch lies at m * y_stride[3]
+  bool y_linear;             // pixel m of the batch lies at m * y_stride[3]
   Adder2dEpilogue epilogue;  // one that changes nothing where there is none
   bool fused;                // there is one
-  bool residual_as_y;   // there is none, or it has y's strides, and four of it an aligned address where y's may have one
-  bool stores_plain;    // y_vectors, and not `fused`
+  bool residual_as_y;  // there is none, or it has y's strides, and four of it an aligned address where y's may have one
+  bool stores_plain;   // y_vectors, and not `fused`
   bool stores_vectors;  // y_vectors, `fused`, and residual_as_y
 };
 

@@ -2,8 +2,8 @@
 // offsets of structs, values of enums, interface names. One source serves both sides, so that the two outputs can be
 // compared line by line (docs/tensorrt-abi.md says how):
 //
-//   abi.h         g++ -std=c++17 -I csrc -D VERSION=8503 tests/abi_slots.cpp
-//   real headers  g++ -std=c++17 -fno-access-control -I TENSORRT/include -I CUDA/include -D TENSORRT tests/abi_slots.cpp
+//   abi.h         g++ -std=c++17 -I csrc -D VERSION=8503 tests/csrc/abi_slots.cpp
+//   real headers  g++ -std=c++17 -fno-access-control -I TENSORRT/include -I CUDA/include -D TENSORRT tests/csrc/abi_slots.cpp
 //
 // VERSION is the number of getInferLibVersion(); with TENSORRT it comes from the headers. A function whose signature
 // differs does not compile. -fno-access-control (g++ only) reaches functions that are private or protected.

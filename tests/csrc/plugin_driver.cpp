@@ -7,7 +7,7 @@
 //                                               HOST is libnvinfer or the like, STEPS of dlopen, load, register, unload
 //   plugin_driver LIBRARY gpu                   enqueue on real data
 //
-// Build: g++ -std=c++17 -rdynamic -I csrc -I tests tests/plugin_driver.cpp -ldl -o plugin_driver
+// Build: g++ -std=c++17 -rdynamic -I csrc -I tests tests/csrc/plugin_driver.cpp -ldl -o plugin_driver
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -5,7 +5,7 @@
 //   plugin_fuzz SEED COUNT    the cases SEED to SEED + COUNT - 1; a case depends on its number only
 //
 // Build: g++ -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -rdynamic -I csrc -I tests
-//        tests/plugin_fuzz.cpp tests/fuzz_functions.cpp csrc/cpu/adder2d_cpu.cpp csrc/api/check.cpp
+//        tests/csrc/plugin_fuzz.cpp tests/csrc/fuzz_functions.cpp csrc/cpu/adder2d_cpu.cpp csrc/api/check.cpp
 //        csrc/tensorrt/{attributes,plugin_v2, plugin_v3}.cpp torch2trt_adder/libtorch2trt_adder.so -ldl -pthread -o
 //        plugin_fuzz
 //

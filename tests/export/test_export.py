@@ -19,7 +19,7 @@ from torch import Tensor, nn
 onnx = pytest.importorskip("onnx", reason="needs onnx: pip install onnx onnxscript onnxruntime")
 pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
 
-from conftest import CASES, Case
+from conftest import CASES, Case, assert_forward
 from networks import SmallResNet, adder2d as PublishedStyle, calibrated
 
 import torch2trt_adder
@@ -31,7 +31,6 @@ from torch2trt_adder.export.format import adder_nodes
 from torch2trt_adder.export.runtime import onnxruntime_session, run_onnxruntime
 from torch2trt_adder.models import addernet_mnist, resnet20, resnet50
 from torch2trt_adder.nn import recognise
-from torch2trt_adder.numerics.definition import assert_forward
 from torch2trt_adder.numerics.rounding import rounding_bounds
 from torch2trt_adder.ops import export_hook
 
@@ -714,7 +713,7 @@ def test_layers_that_compute_something_else(
         ),
         (
             lambda layer: setattr(layer, "stride", (2, 2)),
-            r"output 0 is \[2, 5, 4, 4\] in the network with Adder2d in place",
+            r"output 0 is .*\[2, 5, 4, 4\] in the network with Adder2d in place",
         ),
         (lambda layer: setattr(layer, "groups", 2), "the network fails on args once its adder layers are replaced"),
     ],
@@ -774,9 +773,23 @@ def test_a_network_without_adder_layers_says_so(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "[]", "5", "null", '"x"', "[" * 5000, '{"n": 5}', '{"n": [1]}', '{"n": [1, 2, 3]}', '{"n": [-1, 2]}'),
-        *('{"n": [3, 2]}', '{"n": ["1", 2]}', '{"n": [null, 2]}', '{"n": [true, 2]}', '{"n": [0, 2.5]}'),
-        *('{"n": [0, NaN]}', '{"n": [0, true]}'),
+        "",
+        "[]",
+        "5",
+        "null",
+        '"x"',
+        "[" * 5000,
+        '{"n": 5}',
+        '{"n": [1]}',
+        '{"n": [1, 2, 3]}',
+        '{"n": [-1, 2]}',
+        '{"n": [3, 2]}',
+        '{"n": ["1", 2]}',
+        '{"n": [null, 2]}',
+        '{"n": [true, 2]}',
+        '{"n": [0, 2.5]}',
+        '{"n": [0, NaN]}',
+        '{"n": [0, true]}',
     ],
 )
 def test_extents_that_no_export_writes(text: str) -> None:

@@ -24,6 +24,22 @@ from torch2trt_adder.numerics.rounding import rounding_bounds
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt, pytest.mark.torch2trt]
 
 
+@pytest.fixture(autouse=True)
+def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first tactic of each layer that works, instead of the fastest: these tests are about layers, not kernels."""
+    import tensorrt as trt
+
+    create = trt.Builder.create_builder_config
+
+    def create_quick(builder: trt.Builder) -> trt.IBuilderConfig:
+        config = create(builder)
+        if hasattr(config, "builder_optimization_level"):  # newer than TensorRT 8.5
+            config.builder_optimization_level = 0
+        return config
+
+    monkeypatch.setattr(trt.Builder, "create_builder_config", create_quick)
+
+
 def torch2trt(*args, **kwargs) -> nn.Module:
     import torch2trt as package
 

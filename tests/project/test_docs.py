@@ -59,3 +59,13 @@ def test_examples_are_python_with_names_that_exist(page: pathlib.Path) -> None:
 
 def test_readme_and_docs_have_examples() -> None:
     assert sum(len(_python_blocks(page)) for page in PAGES) >= 10
+
+
+@pages
+def test_paths_exist(page: pathlib.Path) -> None:
+    """Every path in backticks is one of the project's."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    roots = "csrc|torch2trt_adder|tests|benchmarks|examples|docs|\\.ci"
+    for path in re.findall(rf"`((?:{roots})/[\w./-]*)`", prose):
+        if "NAME" not in path:
+            assert (ROOT / path).exists(), f"{page.name} names {path}, which does not exist"

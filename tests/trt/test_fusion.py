@@ -1,5 +1,6 @@
 """Adder layers take over what follows them: on TensorRT networks, a convolution in the place of each adder layer."""
 
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from torch2trt_adder.trt import fusion
 from torch2trt_adder.trt.chains import Chain
+from torch2trt_adder.trt.precision import batch_norm_magnitudes
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
 
@@ -367,3 +369,91 @@ def test_magnitudes_through_layers_that_only_move_values() -> None:
     net.output(net.adder(c))
     net.fuse(half=True, largest={a.name: 1, b.name: 7, net.inputs[0].name: 8})
     assert [half for chain, half in net.replaced if chain.end is not None and chain.residual is not None] == [True]
+
+
+# ---- networks in float16
+
+
+def cast(net: Network, x: Any, kind: Any) -> Any:
+    return net.network.add_cast(x, kind).get_output(0)
+
+
+def test_a_cast_to_float16_of_the_file_is_taken() -> None:
+    """As files of float16 networks have it: float32 up to a cast. The next layer reads the float16 value itself."""
+    net = Network()
+    a = cast(net, net.activation(net.batch_norm(net.adder(net.inputs[0]))), trt.float16)
+    b = net.activation(net.adder(cast(net, a, trt.float32)))
+    net.output(b)
+    made: list[Any] = []
+
+    def replace(network: Any, old: Any, chain: Chain, inputs: Sequence[Any], half: bool) -> Any:
+        made.append((inputs[0], half))
+        layer = net.replace(network, old, chain, inputs if not made[1:] else [net.inputs[0], None], half)
+        return network.add_cast(layer.get_output(0), trt.float16) if half else layer
+
+    fusion.fuse(net.network, net.adders, trt=trt, replace=replace)
+    assert [half for _, half in made] == [True, False]
+    assert made[1][0].dtype == trt.float16 and made[1][0].name == a.name.removesuffix(".unfused")
+
+
+def test_a_cast_in_float16_mode_is_read_around_where_values_are_large() -> None:
+    net = Network()
+    a = net.activation(net.batch_norm(net.adder(net.inputs[0])))
+    b = net.activation(net.adder(cast(net, cast(net, a, trt.float16), trt.float32)))
+    net.output(b)
+    fusion.fuse(net.network, net.adders, trt=trt, replace=net.replace, half=True, largest={a.name: 1e5})
+    assert halves(net) == [False, False] and not net.replaced[0][0].rounded
+
+
+# ---- ONNX files
+
+
+def onnx_network() -> Any:
+    """Conv in the place of an adder layer, BatchNormalization, Add, Relu; again with Clip; one value is read by both."""
+    onnx = pytest.importorskip("onnx")
+    helper, random = onnx.helper, np.random.default_rng(0)
+    tensors = {f"w{i}": random.uniform(-1, 1, (K, K, 3, 3)) for i in range(2)}
+    tensors |= {f"bias{i}": random.uniform(-1, 1, K) for i in range(2)}
+    for i in range(2):
+        tensors |= {f"{name}{i}": random.uniform(0.5, 2, K) for name in ("gamma", "beta", "mean", "var")}
+    tensors |= {"low": np.array(0.0), "high": np.array(6.0)}
+    nodes = []
+    for i, x in enumerate(("x", "z0")):
+        statistics = [f"{name}{i}" for name in ("gamma", "beta", "mean", "var")]
+        last = ("Relu", ["s0"]) if i == 0 else ("Clip", ["s1", "low", "high"])
+        nodes += [
+            helper.make_node("Conv", [x, f"w{i}", f"bias{i}"], [f"c{i}"], f"adder_{i}", pads=[1, 1, 1, 1]),
+            helper.make_node("BatchNormalization", [f"c{i}", *statistics], [f"b{i}"], f"bn_{i}"),
+            helper.make_node("Add", [f"b{i}", x], [f"s{i}"], f"add_{i}"),
+            helper.make_node(*last[:1], last[1], [f"z{i}"], f"last_{i}"),
+        ]
+    shape = ["batch", K, SIZE, SIZE]
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("x", "z1")]
+    initializers = [onnx.numpy_helper.from_array(a.astype(np.float32), name) for name, a in tensors.items()]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_what_the_onnx_parser_makes() -> None:
+    """BatchNormalization, Add, Relu and Clip of a file, as TensorRT's parser puts them into a network."""
+    proto = onnx_network()
+    net = Network(inputs=0)
+    parser = trt.OnnxParser(net.network, trt.Logger(trt.Logger.ERROR))
+    assert parser.parse(proto.SerializeToString())
+    net.inputs = [net.network.get_input(0)]
+    geometry = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1}
+    net.adders = {f"adder_{i}": geometry for i in range(2)}
+    report = net.fuse(half=True, largest=batch_norm_magnitudes(proto, pathlib.Path()) | {"x": 3.0})
+    assert kinds(report) == [("adder_0", "srl"), ("adder_1", "srl")]
+    assert halves(net) == [True, False]
+    assert [(chain.lower, chain.upper) for chain, _ in net.replaced] == [(0, np.inf), (0, 6)]
+
+
+def test_magnitudes_of_batch_norm() -> None:
+    proto = onnx_network()
+    tensors = {t.name: pytest.importorskip("onnx").numpy_helper.to_array(t) for t in proto.graph.initializer}
+    expected = {
+        f"b{i}": float((np.abs(tensors[f"beta{i}"]) + 8 * np.abs(tensors[f"gamma{i}"]).astype(np.float64)).max())
+        for i in range(2)
+    }
+    assert batch_norm_magnitudes(proto, pathlib.Path()) == pytest.approx(expected)

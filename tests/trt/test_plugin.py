@@ -260,7 +260,11 @@ def test_network_without_plugin_layers() -> None:
 
 BAD_FIELDS = {
     "twice": ({"dilation": [1, 1]}, 2, "field dilation was given twice"),
-    "unknown": ({"strides": [2, 2]}, 1, 'the fields stride, padding, dilation, groups, output_type, scale, residual, lower and upper, got "strides"'),
+    "unknown": (
+        {"strides": [2, 2]},
+        1,
+        'the fields stride, padding, dilation, groups, output_type, scale, residual, lower and upper, got "strides"',
+    ),
     "too many values": ({"groups": [1, 1]}, 1, "field groups must hold 1 value, got 2"),
 }
 

@@ -101,6 +101,7 @@ class Chain:
     residual: Any = None
     lower: float = -math.inf
     upper: float = math.inf
+    rounded: bool = False  # the result is cast to float16 at the end, where nothing may follow
 
     @property
     def limited(self) -> bool:
@@ -111,24 +112,27 @@ class Chain:
         self.lower, self.upper = (min(max(limit, lower), upper) for limit in (self.lower, self.upper))
 
 
-def find_chains(graph: Graph, adders: Collection[str], trt: ModuleType) -> list[Chain]:
-    """The chain of each adder layer, those layers that must come first in front. A layer belongs to one chain at most."""
+def find_chains(graph: Graph, adders: Collection[str], trt: ModuleType, casts: bool = False) -> list[Chain]:
+    """The chain of each adder layer, those layers that must come first in front. A layer belongs to one chain at most.
+
+    With `casts`, a chain may end with a cast to float16.
+    """
     chains, taken = [], set[int]()
     for node in sorted((n for n in graph.nodes if n.layer.name in adders), key=lambda n: n.position):
         if node.position < 0:
             continue
         chain = Chain(node, node.outputs[0])
-        while _extend(graph, chain, taken, trt):
+        while _extend(graph, chain, taken, trt, casts):
             taken.add(id(chain.nodes[-1]))
         if chain.nodes:
             chains.append(chain)
     return sorted(chains, key=lambda chain: chain.nodes[-1].position)
 
 
-def _extend(graph: Graph, chain: Chain, taken: Collection[int], trt: ModuleType) -> bool:
+def _extend(graph: Graph, chain: Chain, taken: Collection[int], trt: ModuleType, casts: bool) -> bool:
     """Lets the chain take the only consumer of its end, where it can."""
     consumers = graph.consumers[chain.end.name]
-    if chain.end.name in graph.outputs or len(consumers) != 1:
+    if chain.rounded or chain.end.name in graph.outputs or len(consumers) != 1:
         return False
     node, _ = consumers[0]
     if id(node) in taken or node.position < 0 or len(node.outputs) != 1:
@@ -140,6 +144,8 @@ def _extend(graph: Graph, chain: Chain, taken: Collection[int], trt: ModuleType)
             extended = _take_elementwise(graph, chain, node, trt)
         case "ACTIVATION":
             extended = _take_activation(chain, node, trt)
+        case "CAST" if casts:
+            chain.rounded = extended = node.outputs[0].dtype == trt.DataType.HALF
         case _:
             extended = False
     if extended:

@@ -42,6 +42,8 @@ class Report:
     exposed: Sequence[Any]
 
     def __str__(self) -> str:
+        if not self.adders:
+            return ""
         counts = {
             "BatchNorm": sum(each.scale for each in self.fused),
             "residual": sum(each.residual for each in self.fused),
@@ -122,7 +124,8 @@ class _Pass:
     ) -> None:
         self.network, self.adders, self.trt, self.replace = network, adders, trt, replace
         self.graph = Graph(network)
-        self.chains = find_chains(self.graph, adders, trt)
+        # In float16 mode casts are TensorRT's choice or ours, and may not be safe; in a file they are what is wanted.
+        self.chains = find_chains(self.graph, adders, trt, casts=not half)
         self.magnitudes = Magnitudes(self.graph, largest, LARGEST, trt)
         self.typed = api.is_strongly_typed(trt)
         self.dead = {id(node) for chain in self.chains for node in (chain.adder, *chain.nodes)}
@@ -172,7 +175,7 @@ class _Pass:
         )
 
     def _was_half(self, chain: Chain) -> bool:
-        return bool(chain.adder.outputs[0].dtype == self.trt.DataType.HALF)  # a network in float16
+        return chain.rounded or bool(chain.adder.outputs[0].dtype == self.trt.DataType.HALF)  # a network in float16
 
     def _source(self, itensor: Any) -> Any:
         """What an adder layer may read in the place of `itensor`: the value before a cast to float16 or float32."""
@@ -185,6 +188,8 @@ class _Pass:
     def _current(self, itensor: Any) -> Any:
         """The tensor that an adder layer reads now in the place of `itensor`."""
         source = self._source(itensor)
+        if source.dtype == self.trt.DataType.HALF:  # the plugin reads float16 as it is
+            return self.made.get(source.name, source)
         chain = next((chain for chain in self.chains if chain.end.name == source.name), None)
         if chain is None or source.name not in self.made:
             return itensor
