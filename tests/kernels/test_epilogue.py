@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import HALF_ROUNDINGS, HALF_UNIT, Case, assert_within, doubles, sum_eps
+from conftest import Case
 from test_forced_kernels import (
     DEPTHWISE,
     DEPTHWISES,
@@ -28,6 +28,8 @@ from test_forced_kernels import (
 from torch import Tensor
 
 from torch2trt_adder import library, reference
+from torch2trt_adder.numerics.comparison import assert_within
+from torch2trt_adder.numerics.tolerance import half_error, sum_error
 
 INFINITY = math.inf
 HALVES = (torch.float16, torch.bfloat16)
@@ -113,32 +115,33 @@ def exact_distances(case: Case, x: Tensor, w: Tensor) -> Tensor:
 def assert_fused(
     y: Tensor, x: Tensor, w: Tensor, b: Tensor | None, e: Epilogue, case: Case, distances: Tensor | None = None
 ) -> None:
-    """y within the bound: |scale| times that of the sum (conftest), and the roundings of what follows in float32.
+    """y within the bound: |scale| times that of the sum (numerics/tolerance.py), and the roundings of what follows in float32.
 
     The product, and the two sums after it, round by at most half an eps of what they round, which is at most the sum of
     the parts' magnitudes; the limits move no two values apart; at the end comes one rounding to y's type.
     `distances` are exact_distances where the caller has them.
     """
     halves, rounded_weight = x.dtype in HALVES, w.dtype is torch.float32
-    x, w, b, scale, shift, residual = doubles(x, w, b, e.scale, e.shift, e.residual)
+    x, w = x.double(), w.double()
 
     def of_filter(t: Tensor | None, missing: float) -> Tensor:
         missing_everywhere = torch.full((case.K, 1, 1), missing, dtype=torch.float64, device=y.device)
-        return missing_everywhere if t is None else t[:, None, None]
+        return missing_everywhere if t is None else t.double()[:, None, None]
 
-    scale, shift, bias = of_filter(scale, 1.0), of_filter(shift, 0.0), of_filter(b, 0.0)
-    residual = torch.zeros((), dtype=torch.float64, device=y.device) if residual is None else residual
+    scale, shift, bias = of_filter(e.scale, 1.0), of_filter(e.shift, 0.0), of_filter(b, 0.0)
+    residual = torch.zeros_like(scale) if e.residual is None else e.residual.double()
     distances = exact_distances(case, x, w) if distances is None else distances
     v = distances + bias
     expected = (scale * v + shift + residual).clamp(e.lower, e.upper)
     terms = distances.abs() + bias.abs()
-    of_sum = sum_eps(torch.float32) * (2 * math.sqrt(w[0].numel()) * terms + v.abs())
+    eps = torch.finfo(torch.float32).eps
+    of_sum = sum_error(w[0].numel()) * terms + eps * v.abs()
     if halves:
         of_weight = rounded_weight * w.abs().sum((1, 2, 3))[:, None, None]
-        of_sum = of_sum + HALF_UNIT * (HALF_ROUNDINGS * terms + of_weight)
+        of_sum = of_sum + half_error(terms, of_weight)
     parts = (scale * v).abs() + shift.abs() + residual.abs()
     kind = torch.finfo(y.dtype)
-    limit = scale.abs() * of_sum + 1.5 * sum_eps(torch.float32) * parts
+    limit = scale.abs() * of_sum + 1.5 * eps * parts
     assert_within(y, expected, (1 + kind.eps) * limit + kind.eps * (expected.abs() + kind.tiny))
 
 

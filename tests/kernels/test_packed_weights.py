@@ -4,11 +4,12 @@ import ctypes
 
 import pytest
 import torch
-from conftest import Case, assert_forward
+from conftest import Case
 from test_forced_kernels import FORMATS, SPLIT, TILES, TYPES, check_fprop, entry, forced, launch, layer_params, output
 from torch import Tensor
 
 from torch2trt_adder import library
+from torch2trt_adder.numerics.definition import assert_forward
 
 # Filters and channels that fill neither the tile's 64 nor the vectors' 8, and taps that do not fill the slices' four.
 ODD = Case("odd", 2, 15, 9, 8, 70, 3, 3, padding=(1, 1), groups=5)

@@ -241,18 +241,10 @@ def grad_weight_cuda(
     if dw is None:
         dw = weight.new_empty_strided(weight.shape, args.stride, dtype=torch.float32)
     workspace = torch.empty(args.workspace_bytes, dtype=torch.uint8, device=input.device)
+    tensors = input.data_ptr(), weight.data_ptr(), 0, grad_output.data_ptr()
     params = (
         args.problem
-        + library.POINTERS.pack(
-            input.data_ptr(),
-            weight.data_ptr(),
-            0,
-            grad_output.data_ptr(),
-            workspace.data_ptr(),
-            args.workspace_bytes,
-            0,
-            0,
-        )
+        + library.POINTERS.pack(*tensors, workspace.data_ptr(), args.workspace_bytes, 0, 0)
         + library.WGRAD.pack(
             channels_last,
             0,
