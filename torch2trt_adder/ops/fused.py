@@ -64,11 +64,11 @@ def adder2d_fused(
     if type(groups) is not int:
         groups = arguments.schema_integer("groups", groups)
     lower, upper = _limit("lower", lower), _limit("upper", upper)
-    if torch.onnx.is_in_onnx_export() and export_hook.symbol is not None:
-        plain = export_hook.symbol if torch.compiler.is_compiling() else adder2d_op
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-            geometry = stride, padding, dilation, groups
-            return _decomposed(plain, input, weight, bias, scale, shift, residual, geometry, lower, upper)
+    compiling, tracing = torch.compiler.is_compiling(), torch._C._get_tracing_state() is not None
+    if (compiling or tracing) and torch.onnx.is_in_onnx_export() and export_hook.symbol is not None:
+        plain = export_hook.symbol if compiling else adder2d_op
+        geometry = stride, padding, dilation, groups
+        return _decomposed(plain, input, weight, bias, scale, shift, residual, geometry, lower, upper)
     kernels = find_kernels(input, weight, bias)
     epilogue = scale, shift, residual
     if (
@@ -173,8 +173,7 @@ library.impl("adder2d_fused", adder2d_fused_cuda, "CUDA")
 
 
 def _refuse_gradients(tensors: Sequence[Tensor | None]) -> None:
-    given = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise RuntimeError(
             "adder2d_fused is for inference and computes no gradients, but one of its tensors requires one; call it under "
             "torch.no_grad() or torch.inference_mode(), and train the network as it was before fuse()."

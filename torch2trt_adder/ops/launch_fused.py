@@ -246,4 +246,5 @@ def adder2d_fused_cpu(
             check_memory(name, tensor)
         input, weight = input.float(), weight.float()
         bias, residual = (None if t is None else t.float() for t in (bias, residual))
-    return _launch(-1, channels_last, input, weight, bias, scale, shift, residual, *options).to(dtype)
+    output = _launch(-1, channels_last, input, weight, bias, scale, shift, residual, *options)
+    return output if dtype is torch.float32 else output.to(dtype)
