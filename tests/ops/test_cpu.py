@@ -102,7 +102,7 @@ def test_input_gradient_of_strided_tensors():
 
 def test_input_gradient_refuses_other_shapes():
     x, w, _ = CASES[2].tensors()
-    with pytest.raises(ValueError, match=r"grad_output must be \[2, 17, 11, 9\], got \[2, 17, 11, 8\]"):
+    with pytest.raises(ValueError, match=r"grad_output must be \[2, 17, 11, 9\].*, got \[2, 17, 11, 8\]"):
         grad_input(torch.zeros(2, 17, 11, 8), x, w, CASES[2].geometry)
     with pytest.raises(ValueError, match="needs a weight"):
         grad_input(torch.zeros(2, 17, 11, 9), x, w[:, 1:], CASES[2].geometry)
