@@ -200,7 +200,9 @@ _FUNCTIONS = {
     "CONSTANT": _constant,
     "SHAPE": lambda trt, layer, x: torch.tensor(x.shape),
     "IDENTITY": lambda trt, layer, x: x,
-    "CAST": lambda trt, layer, x: x.to({trt.float32: torch.float32, trt.float16: torch.float16}[layer.get_output(0).dtype]),
+    "CAST": lambda trt, layer, x: x.to(
+        {trt.float32: torch.float32, trt.float16: torch.float16}[layer.get_output(0).dtype]
+    ),
     "SHUFFLE": _shuffle,
     "SLICE": _slice,
     "CONCATENATION": lambda trt, layer, *parts: torch.cat(parts, layer.axis),

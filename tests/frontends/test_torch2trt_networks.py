@@ -61,7 +61,9 @@ print(json.dumps(results))
 
 def run(script: str) -> str:
     quiet = "import warnings; warnings.simplefilter('ignore')\n"
-    return run_python(quiet + START + SCRIPT + script, folders=tuple(pathlib.Path(__file__).resolve().parents[:2]), timeout=900)
+    return run_python(
+        quiet + START + SCRIPT + script, folders=tuple(pathlib.Path(__file__).resolve().parents[:2]), timeout=900
+    )
 
 
 @pytest.fixture(scope="module")

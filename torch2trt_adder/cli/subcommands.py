@@ -17,7 +17,9 @@ def run_build(o: argparse.Namespace) -> dict[str, Any]:
     from . import commands
 
     ranges = dict(o.range)
-    return commands.build(o.file, o.plan, ranges, o.fp16, o.workspace, o.timing_cache, o.embed_plugin, o.verbose, not o.no_fuse)
+    return commands.build(
+        o.file, o.plan, ranges, o.fp16, o.workspace, o.timing_cache, o.embed_plugin, o.verbose, not o.no_fuse
+    )
 
 
 def run_convert(o: argparse.Namespace) -> dict[str, Any]:
