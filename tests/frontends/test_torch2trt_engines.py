@@ -78,8 +78,9 @@ def check(engine: nn.Module, model: nn.Module, x: Tensor, fp16: bool = False) ->
 
 
 def adder_layers(engine: nn.Module) -> int:
+    """Those that the engine has; layers that were fused into others stay in the network, where nothing reads them."""
     layers = [engine.network.get_layer(i) for i in range(engine.network.num_layers)]
-    return sum("PLUGIN" in layer.type.name for layer in layers)
+    return sum("PLUGIN" in layer.type.name and not layer.name.endswith(".unfused") for layer in layers)
 
 
 def layer_names(engine: nn.Module) -> list[str]:

@@ -179,7 +179,7 @@ def version(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_names(version: tuple[str, pathlib.Path]) -> None:
     number, folder = version
     names = names_in_source() | {f"{owner}.{name}" for owner, names in MEMBERS.items() for name in names}
-    names |= UP_TO_10 | SINCE_10 | {owner for owner in MEMBERS if owner not in ("IProgressMonitor",)}
+    names |= UP_TO_8 | UP_TO_10 | SINCE_10 | {owner for owner in MEMBERS if owner not in ("IProgressMonitor",)}
     command = [sys.executable, "-c", PROBE, folder, json.dumps(sorted(names))]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

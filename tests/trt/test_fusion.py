@@ -292,6 +292,19 @@ def test_scales_that_float32_does_not_hold() -> None:
     assert kinds(net.fuse(checked=False)) == [("adder_0", "s")]
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_fused_layers_read_each_other(known: bool) -> None:
+    """Whether magnitudes are known or not: nothing of the old layers stays alive."""
+    net = Network()
+    a, b = block_of_two(net)
+    net.output(net.activation(net.binary(net.batch_norm(net.adder(b)), a, "SUM")))
+    layers = [net.network.get_layer(i) for i in range(net.network.num_layers)]
+    largest = {layer.get_output(0).name: 1.0 for layer in layers} if known else None
+    assert kinds(net.fuse(largest=largest)) == [("adder_0", "sl"), ("adder_1", "sl"), ("adder_2", "srl")]
+    assert not any("unfused" in name for name in net.live())
+    assert len(net.live()) == 3 * 2 + 3 + 1  # what stands in for three fused layers
+
+
 # ---- float16
 
 

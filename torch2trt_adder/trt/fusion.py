@@ -193,6 +193,8 @@ class _Pass:
         chain = next((chain for chain in self.chains if chain.end.name == source.name), None)
         if chain is None or source.name not in self.made:
             return itensor
+        if source.name == itensor.name:
+            return self.made[source.name]
         # What passes float16's range is read before its cast, and so is what is float16 already.
         return self.made[source.name] if self.half[source.name] or self._largest(chain) > LARGEST else itensor
 
