@@ -30,6 +30,7 @@ def seeded() -> None:
 
 def through_onnx(model: nn.Module, x: Tensor, folder: pathlib.Path, **options: bool) -> Engine:
     path = export_onnx(model, x, folder / "model.onnx", {0: "batch"}, check=False)
+    options = {"fuse": True, **options}
     return Engine(build_engine(path, folder / "model.plan", {"batch": (1, 8, 32)}, progress=False, **options))
 
 
@@ -61,7 +62,7 @@ def test_resnet20(route: str, fp16: bool, tmp_path: pathlib.Path) -> None:
         engine = through_onnx(model, x, tmp_path, fp16=fp16)
     else:
         made = torch2trt_adder.convert(
-            model, [x], route, fp16_mode=fp16, min_shapes=[(1, 3, 32, 32)], max_shapes=[(32, 3, 32, 32)]
+            model, [x], route, fuse=True, fp16_mode=fp16, min_shapes=[(1, 3, 32, 32)], max_shapes=[(32, 3, 32, 32)]
         )
         assert "20 BatchNorm" in made.fused, made.fused
         (tmp_path / "model.plan").write_bytes(bytes(made.engine.serialize()))
@@ -140,7 +141,7 @@ def test_a_huge_batch_norm_in_float16(route: str, gamma: float, tmp_path: pathli
     if route == "onnx":
         y = through_onnx(model, x, tmp_path, fp16=True)(x)
     else:
-        y = torch2trt_adder.convert(model, [x], route, fp16_mode=True)(x)
+        y = torch2trt_adder.convert(model, [x], route, fuse=True, fp16_mode=True)(x)
     assert bool(y.isfinite().all()), "values beyond float16's range were lost"
     # float16 rounds by 5e-4, and BatchNorm magnifies that; a lost or saturated value changes y by its own size.
     difference, largest = (y - expected).abs().max().item(), expected.abs().max().item()
@@ -166,7 +167,7 @@ class Ends(nn.Module):
 @pytest.mark.parametrize("route", ROUTES)
 def test_where_fusion_has_to_end(route: str, fp16: bool) -> None:
     model, x = calibrated(Ends(), 16, 8, 12, 12).cuda(), torch.randn(4, 8, 12, 12, device="cuda")
-    made = torch2trt_adder.convert(model, [x], route, fp16_mode=fp16)  # compares every output with PyTorch
+    made = torch2trt_adder.convert(model, [x], route, fuse=True, fp16_mode=fp16)  # compares every output with PyTorch
     assert made.fused is not None and made.fused.startswith("2 of 3 fused: 2 BatchNorm"), made.fused
     assert [tuple(y.shape) for y in made(x)] == [(4, 8, 12, 12)] * 3
 
@@ -189,7 +190,7 @@ def test_channels_that_fill_no_vector(route: str, fp16: bool, channels: int, gro
     """kHWC8 fills channels up to multiples of 8; what is in the filling must not matter."""
     model = calibrated(Residual(channels, groups), 16, channels, 9, 7).cuda()
     x = torch.randn(4, channels, 9, 7, device="cuda")
-    made = torch2trt_adder.convert(model, [x], route, fp16_mode=fp16)
+    made = torch2trt_adder.convert(model, [x], route, fuse=True, fp16_mode=fp16)
     assert made.fused is not None and made.fused.startswith("2 of 2 fused: 2 BatchNorm, 2 residual, 1 ReLU"), made.fused
     assert_close(made(x), model, x, fp16)
 

@@ -88,7 +88,7 @@ def build(
     timing_cache: pathlib.Path | None,
     embed_plugin: bool,
     verbose: bool,
-    fuse: bool = True,
+    fuse: bool = False,
 ) -> dict[str, Any]:
     """An ONNX file to an engine."""
     outputs = {"the engine": path} if timing_cache is None else {"the engine": path, "the timing cache": timing_cache}
@@ -118,7 +118,7 @@ def convert(
     fp16: bool,
     route: str,
     trust: bool,
-    fuse: bool = True,
+    fuse: bool = False,
 ) -> dict[str, Any]:
     """A network to an engine that was compared with it."""
     files.check_writable(path)

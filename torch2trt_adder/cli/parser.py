@@ -107,9 +107,9 @@ def make_parser() -> argparse.ArgumentParser:
         text = f"of one input, repeated for each, as 1x3x224x224{which}"
         added.add_argument("--shape", type=_shape, action="append", default=[], metavar="NxCxHxW", help=text)
 
-    def no_fuse(added: argparse.ArgumentParser) -> None:
-        text = "keep BatchNorm, residual sums and ReLU after adder layers as layers of their own"
-        added.add_argument("--no-fuse", action="store_true", help=text)
+    def fusion(added: argparse.ArgumentParser) -> None:
+        text = "let adder layers compute the BatchNorm, residual sum and ReLU that follow them"
+        added.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=False, help=text)
 
     def fp16(added: argparse.ArgumentParser) -> None:
         added.add_argument("--fp16", action="store_true", help="allow float16, except for the sums of adder layers")
@@ -155,7 +155,7 @@ def make_parser() -> argparse.ArgumentParser:
     text = "let an axis of every input vary: its number and its smallest, most frequent and largest extent"
     convert.add_argument("--dynamic", type=_axis_range, action="append", default=[], metavar="0=1:8:64", help=text)
     fp16(convert)
-    no_fuse(convert)
+    fusion(convert)
     convert.add_argument("--route", choices=_ROUTES, default="auto", help="default: torch2trt where it can, else ONNX")
 
     export = subcommand(
@@ -185,7 +185,7 @@ def make_parser() -> argparse.ArgumentParser:
     text = "of a dynamic axis by its name (or input:axis): its smallest, most frequent and largest extent"
     build.add_argument("--range", type=_named_range, action="append", default=[], metavar="batch=1:8:64", help=text)
     fp16(build)
-    no_fuse(build)
+    fusion(build)
     build.add_argument("--workspace", type=_positive, metavar="MIB", help="scratch memory that the engine may take")
     build.add_argument("--timing-cache", type=pathlib.Path, metavar="FILE", help="makes the next build faster")
     build.add_argument("--embed-plugin", action="store_true", help="put the plugin library into the plan")

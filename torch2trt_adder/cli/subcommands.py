@@ -18,7 +18,7 @@ def run_build(o: argparse.Namespace) -> dict[str, Any]:
 
     ranges = dict(o.range)
     return commands.build(
-        o.file, o.plan, ranges, o.fp16, o.workspace, o.timing_cache, o.embed_plugin, o.verbose, not o.no_fuse
+        o.file, o.plan, ranges, o.fp16, o.workspace, o.timing_cache, o.embed_plugin, o.verbose, o.fuse
     )
 
 
@@ -26,7 +26,7 @@ def run_convert(o: argparse.Namespace) -> dict[str, Any]:
     from . import commands
 
     dynamic = dict(o.dynamic)
-    options = o.checkpoint, o.half, o.fp16, o.route, o.trust, not o.no_fuse
+    options = o.checkpoint, o.half, o.fp16, o.route, o.trust, o.fuse
     return commands.convert(o.model, o.plan, o.shape, dynamic, *options)
 
 

@@ -32,8 +32,9 @@ def convert(
             operators; "auto" uses torch2trt where it can convert this network, else ONNX, and reports on stderr which
             and why.
         torch2trt_kwargs: fp16_mode, max_batch_size, min_shapes, opt_shapes, max_shapes, input_names, output_names and
-            max_workspace_size on both routes, and fuse (True, the default: adder layers compute the BatchNorm, residual sum
-            and ReLU or limits that follow them); through torch2trt also its other options, and allow_constants.
+            max_workspace_size on both routes, and fuse (False by default; with True, adder layers compute the BatchNorm,
+            residual sum and ReLU or limits that follow them); through torch2trt also its other options, and
+            allow_constants.
 
     Returns:
         A module called like `model`; its attribute ``route`` names the route, ``fused`` what adder layers

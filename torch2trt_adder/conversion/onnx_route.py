@@ -80,7 +80,7 @@ def through_onnx(model: nn.Module, inputs: Any, options: dict[str, Any]) -> Conv
             path.with_suffix(".plan"),
             ranges,
             fp16=bool(options.get("fp16_mode")),
-            fuse=bool(options.get("fuse", True)),
+            fuse=bool(options.get("fuse", False)),
             workspace=options.get("max_workspace_size"),
         )
         runner = engine.Engine(plan)

@@ -182,7 +182,7 @@ class ConversionContext(host.ConversionContext):
         half, largest = bool(self.torch2trt_kwargs.get("fp16_mode")), self.tracker.largest
         exposed: Sequence[Any] = list(self.adder_layers.values())
         fused = ""
-        if self.torch2trt_kwargs.get("fuse", True):
+        if self.torch2trt_kwargs.get("fuse", False):
             report = fusion.fuse(network, self.geometries, trt=trt, half=half, largest=largest)
             exposed, fused = report.exposed, str(report)
         network.name = network_name(type(self.module).__name__, len(self.adder_layers), fused)

@@ -38,7 +38,7 @@ def build_engine(
     ranges: Mapping[str, Range] | None = None,
     *,
     fp16: bool = False,
-    fuse: bool = True,
+    fuse: bool = False,
     workspace: int | None = None,
     timing_cache: str | pathlib.Path | None = None,
     embed_plugin: bool = False,
@@ -57,7 +57,8 @@ def build_engine(
             (``{"batch": (1, 8, 64)}``), or by input and axis (``{"x:0": (1, 8, 64)}``).
         fp16: float16 where TensorRT deems it faster, but never for the sums of adder layers. Inputs and outputs keep the
             types of the file. A file in float16 needs no such flag.
-        fuse: let adder layers compute the BatchNorm, residual sum and ReLU or limits that follow them, see `fusion`.
+        fuse: let adder layers compute the BatchNorm, residual sum and ReLU or limits that follow them, see `fusion`. Off by
+            default while few networks have been tried.
         workspace: bytes of scratch memory that the engine may use; None for TensorRT's default, all of the GPU's.
         timing_cache: a file of measured kernels that makes the next build faster; read if it is there, then written.
         embed_plugin: put the plugin library into the plan (TensorRT's plugins_to_serialize, as a version-compatible
