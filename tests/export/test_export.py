@@ -614,6 +614,7 @@ def interrupt(*args: Any, **kwargs: Any) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("aftermath", ["another exception", "swallowed", "as it is"])
 def test_ctrl_c_is_no_fault_of_the_network(
     aftermath: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
@@ -638,6 +639,7 @@ def test_ctrl_c_is_no_fault_of_the_network(
     assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_fault_after_an_earlier_ctrl_c_stays_one(tmp_path: pathlib.Path) -> None:
     """As in: try: train() except KeyboardInterrupt: export_onnx(...)."""
     try:

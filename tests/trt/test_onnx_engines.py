@@ -429,17 +429,14 @@ def test_monitor_is_called(
     assert seen and any(s == "step" for s in seen)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_cancels_the_build(
     plain: pathlib.Path, tmp_path: pathlib.Path, rtx: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress.Progress, "step", lambda self: os.kill(os.getpid(), signal.SIGINT))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            build_engine(plain, tmp_path / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(plain, tmp_path / "x.plan", {"batch": (1, 2, 3)}, trt=rtx)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "BuildCanceled" in monitor.logger(rtx).reasons() and not list(tmp_path.iterdir())
 
 

@@ -172,6 +172,7 @@ def test_nothing_is_left_by_a_failure(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "x").read_bytes() == b"old" and names(tmp_path) == ["x"]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_nothing_is_left_by_ctrl_c(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The signal comes once everything but the rename is done."""
     (tmp_path / "x").write_bytes(b"old")
@@ -181,13 +182,9 @@ def test_nothing_is_left_by_ctrl_c(tmp_path: pathlib.Path, monkeypatch: pytest.M
         change(descriptor, mode)
         signal.raise_signal(signal.SIGINT)
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        monkeypatch.setattr(os, "fchmod", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            files.write(tmp_path / "x", NEW)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    monkeypatch.setattr(os, "fchmod", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.write(tmp_path / "x", NEW)
     assert (tmp_path / "x").read_bytes() == b"old" and names(tmp_path) == ["x"]
 
 
