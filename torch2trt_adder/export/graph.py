@@ -155,7 +155,7 @@ def simplify_shapes(proto: Any) -> None:
         if target.count(-1) != 1 or min(target) < -1 or 0 in target:  # 0: several extents, or unknown how many
             continue
         node.input[1] = _unused(taken, f"{node.output[0]}.shape")
-        graph.initializer.append(onnx.helper.make_tensor(node.input[1], 7, [len(target)], target))
+        graph.initializer.append(onnx.helper.make_tensor(node.input[1], onnx.TensorProto.INT64, [len(target)], target))
         del node.attribute[:]  # allowzero, which is about zeros
     for owner, node in list(format.nodes(graph)):
         limits = {attribute.name: attribute.i for attribute in node.attribute}
@@ -167,7 +167,7 @@ def simplify_shapes(proto: Any) -> None:
         given = {"starts": limits.get("start", 0), "ends": limits.get("end", 2**31 - 1), "axes": 0}
         inputs = [_unused(taken, f"{name}.{what}") for what in given]
         for own, value in zip(inputs, given.values(), strict=True):
-            owner.initializer.append(onnx.helper.make_tensor(own, 7, [1], [value]))
+            owner.initializer.append(onnx.helper.make_tensor(own, onnx.TensorProto.INT64, [1], [value]))
         after = onnx.helper.make_node("Slice", [node.output[0], *inputs], [name])
         owner.node.insert(next(i for i, other in enumerate(owner.node) if other == node) + 1, after)
     drop_unused(graph)
